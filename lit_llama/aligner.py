@@ -1,0 +1,45 @@
+"""Aligner: one set of global prefix tokens, shared by all layers, with a gate per layer and head (arXiv 2312.05503).
+
+For every layer from `start_layer` and every query head h,
+
+    out = W_o concat_h( selfattention_h + gate_h * softmax(q_h K^T / sqrt(hs)) V ),   K, V = P W_k, P W_v
+
+where P (N, C) is the prefix, the same for every layer, and W_k, W_v, W_o are the layer's own frozen projections. The
+attention itself is `lit_llama.model.CausalSelfAttention.prefix_contribution`; this module holds all that is learned.
+"""
+
+import torch
+import torch.nn as nn
+
+from lit_llama.model import LayerPrefix, LLaMAConfig
+
+
+class Aligner(nn.Module):
+    """The prefix and the gates, `N * C + (n_layer - start_layer) * nh` parameters, always float32.
+
+    A fresh Aligner has zero gates and leaves the base model exactly as it is.
+
+    Args:
+        config: configuration of the base model; only `n_layer`, `n_head` and `n_embd` matter.
+        length: number of prefix tokens N.
+        start_layer: first layer that attends to the prefix, counted from 0.
+
+    Raises:
+        ValueError: fewer than one token, or no layer left to attend to them.
+    """
+
+    def __init__(self, config: LLaMAConfig, length: int = 1, start_layer: int = 2) -> None:
+        super().__init__()
+        if length < 1:
+            raise ValueError(f"an Aligner needs at least one prefix token, got {length}")
+        if not 0 <= start_layer < config.n_layer:
+            raise ValueError(f"start layer {start_layer} is not one of the base model's layers 0 to {config.n_layer - 1}")
+        self.n_layer, self.start_layer = config.n_layer, start_layer
+        self.tokens = nn.Parameter(torch.randn(length, config.n_embd, dtype=torch.float32))
+        self.gates = nn.Parameter(torch.zeros(config.n_layer - start_layer, config.n_head, dtype=torch.float32))
+
+    def layer(self, index: int) -> LayerPrefix | None:
+        """The same tokens for every layer, and the layer's own gates."""
+        if index < self.start_layer:
+            return None
+        return LayerPrefix(self.tokens[None], self.gates[None, index - self.start_layer])

@@ -1,0 +1,458 @@
+"""Base models and adapters on disk: read, write, verify. Nothing is unpickled but tensors.
+
+A base is a folder: `lit_config.json`, the tokenizer's own files, and weights in safetensors under Lit-LLaMA's names,
+sharded with Hugging Face's kind of index when large. A plain Lit-LLaMA `.pth` file is read as well.
+
+An adapter is one safetensors file whose metadata say what it is. The Aligner authors' `.pth` files are read as well.
+"""
+
+import hashlib
+import json
+import pickle
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from lit_llama.aligner import Aligner
+from lit_llama.files import atomic_file, read_json, write_json
+from lit_llama.model import PRESETS, LLaMA, LLaMAConfig
+from lit_llama.tokenizer import TOKENIZER_FILES
+
+CONFIG_FILE = "lit_config.json"
+SHARD_BYTES = 4 * 1024**3
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+class TensorFiles(Mapping[str, Tensor]):
+    """The tensors of weight files, safetensors or torch's, as one mapping. A tensor is read when it is asked for.
+
+    Args:
+        files: the files; torch's hold tensors by name and are memory-mapped.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, holds anything but tensors, or repeats a name.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._readers: dict[str, tuple[Path, Callable[[str], Tensor]]] = {}
+        for file in files:
+            if not file.is_file():
+                raise FileNotFoundError(f"{file}: no such file")
+            for name, read in _open_tensors(file):
+                if name in self._readers:
+                    raise ValueError(f"{name} is both in {self._readers[name][0]} and in {file}")
+                self._readers[name] = file, read
+
+    def __getitem__(self, name: str) -> Tensor:
+        file, read = self._readers[name]
+        try:
+            return read(name)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error})") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+
+def _open_tensors(file: Path) -> list[tuple[str, Callable[[str], Tensor]]]:
+    if file.suffix == ".safetensors":
+        try:
+            handle = safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{file} is no complete safetensors file ({error}): fetch or write it again") from None
+        return [(name, handle.get_tensor) for name in handle.keys()]  # noqa: SIM118 (not a mapping)
+    try:
+        try:
+            tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            tensors = torch.load(file, map_location="cpu", weights_only=True)  # torch's format before 1.6
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{file} is no file of tensors that torch can read without running code in it; nothing was run "
+            f"({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__})"
+        ) from None
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError(f"{file}: expected tensors by name, found {type(tensors).__name__}")
+    return [(name, tensors.__getitem__) for name in tensors]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a model's folder, by Hugging Face's names: safetensors or `.bin`, one or sharded.
+
+    Raises:
+        FileNotFoundError: there is no such folder, no weights in it, or a shard is missing.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            files = [folder / shard for shard in sorted(set(read_json(index)["weight_map"].values()))]
+            missing = [file.name for file in files if not file.is_file()]
+            if missing:
+                raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
+            return files
+        if (folder / name).is_file():
+            return [folder / name]
+    raise FileNotFoundError(f"{folder} holds no weights: expected model.safetensors or pytorch_model.bin, or an index")
+
+
+def parameter_shapes(config: LLaMAConfig) -> dict[str, torch.Size]:
+    """Name and shape of each parameter, in the model's order."""
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in LLaMA(config).named_parameters()}
+
+
+def write_base(
+    folder: Path,
+    config: LLaMAConfig,
+    read: Callable[[str], Tensor],
+    source: dict[str, Any],
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a base model's configuration and weights, one shard in memory at a time.
+
+    Args:
+        folder: where to write; see `lit_llama.files.atomic_folder`.
+        config: the model's configuration.
+        read: gives the tensor of a Lit-LLaMA parameter name.
+        source: where the model came from, kept in `lit_config.json`.
+        dtype: of the weights on disk; as `read` gives them if None.
+        shard_bytes: largest shard.
+
+    Raises:
+        ValueError: a tensor has another shape than the configuration says.
+    """
+    shapes = parameter_shapes(config)
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, shape in shapes.items():
+        tensor_bytes = shape.numel() * (torch.float32 if dtype is None else dtype).itemsize
+        if shards[-1] and size + tensor_bytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor_bytes
+
+    weight_map: dict[str, str] = {}
+    total_bytes = 0
+    with tqdm(total=len(shapes), desc="weights", unit="tensor", leave=False) as progress:
+        for i, names in enumerate(shards, start=1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            tensors: dict[str, Tensor] = {}
+            for name in names:
+                tensor = read(name)
+                _check_shape(name, tensor.shape, shapes[name], "the source")
+                tensors[name] = tensor.to(dtype=dtype).contiguous()
+                total_bytes += tensors[name].nbytes
+                progress.update()
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+    write_json(folder / CONFIG_FILE, {"config": config.to_dict(), "source": source})
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a model's tokenizer files as they are.
+
+    Raises:
+        FileNotFoundError: there is no tokenizer in `source`.
+    """
+    if not any((source / name).is_file() for name in TOKENIZER_FILES[:2]):
+        raise FileNotFoundError(
+            f"{source} holds no tokenizer: expected tokenizer.json or tokenizer.model beside the weights"
+        )
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def read_config(checkpoint_dir: Path) -> LLaMAConfig:
+    """The configuration of a base model's folder.
+
+    Raises:
+        FileNotFoundError: no such folder, or it is not a converted model.
+        ValueError: `lit_config.json` is malformed.
+    """
+    if not checkpoint_dir.is_dir():
+        raise FileNotFoundError(
+            f"{checkpoint_dir}: no such folder; expected a base model converted by one of scripts/convert_*_checkpoint.py"
+        )
+    file = checkpoint_dir / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{checkpoint_dir} holds no {CONFIG_FILE}: convert the model with one of scripts/convert_*_checkpoint.py"
+        )
+    content = read_json(file)
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+        raise ValueError(f"{file}: expected an object with a 'config' in it")
+    try:
+        return LLaMAConfig.from_dict(content["config"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def load_base(
+    path: Path | str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    config: LLaMAConfig | None = None,
+) -> LLaMA:
+    """Load a base model, frozen and in evaluation mode.
+
+    Args:
+        path: a folder written by one of the conversion scripts, or a plain Lit-LLaMA `.pth` file.
+        dtype: of the weights in memory; if None, bfloat16 on a GPU that has it and float32 elsewhere.
+        device: where to put the weights.
+        config: sizes of a `.pth` file that are no known preset's.
+
+    Returns:
+        The model; its `fingerprint` is the weights'.
+
+    Raises:
+        FileNotFoundError: something is missing.
+        ValueError: the files are damaged, or weights and configuration do not fit each other.
+    """
+    path, device = Path(path), torch.device(device)
+    if path.is_file():
+        tensors = TensorFiles([path])
+        config = config or _infer_config(path, tensors)
+    else:
+        config = config or read_config(path)
+        tensors = TensorFiles(weight_files(path))
+    with torch.device("meta"):
+        model = LLaMA(config)
+    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
+    if expected.keys() != tensors.keys():
+        _refuse_names(path, expected.keys() - tensors.keys(), tensors.keys() - expected.keys())
+    dtype = dtype or default_dtype(device)
+    weights: dict[str, Tensor] = {}
+    digest = hashlib.sha256()
+    for name, shape in sorted(expected.items()):
+        tensor = tensors[name]
+        _check_shape(name, tensor.shape, shape, str(path))
+        digest.update(f"{name} {tuple(shape)}".encode() + _sample(tensor))
+        weights[name] = tensor.to(device=device, dtype=dtype)
+    model.load_state_dict(weights, assign=True)
+    model.fingerprint = digest.hexdigest()
+    return model.requires_grad_(False).eval()
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU that has it, float32 elsewhere."""
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def _sample(tensor: Tensor) -> bytes:
+    """64 values spread over a tensor, rounded to bfloat16 so that float32 and bfloat16 copies agree."""
+    flat = tensor.flatten()
+    values = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16)
+    return values.contiguous().view(torch.int16).numpy().tobytes()
+
+
+def _check_shape(name: str, found: torch.Size, expected: torch.Size, where: str) -> None:
+    if found != expected:
+        raise ValueError(f"{where}: {name} has shape {tuple(found)}, the configuration expects {tuple(expected)}")
+
+
+def _refuse_names(path: Path, missing: set[str], unknown: set[str]) -> NoReturn:
+    def some(names: set[str]) -> str:
+        return f"{', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''} ({len(names)} in all)"
+
+    parts = [f"{word} {some(names)}" for word, names in (("lacks", missing), ("has unknown", unknown)) if names]
+    raise ValueError(f"{path}: the weights are not those of the configured model: it {' and '.join(parts)}")
+
+
+def _infer_config(path: Path, tensors: TensorFiles) -> LLaMAConfig:
+    """The preset with the sizes of a bare Lit-LLaMA file, which says nothing about itself."""
+    shapes = {name: tensors[name].shape for name in tensors}
+    for preset in PRESETS:
+        if shapes == parameter_shapes(preset):
+            # Lit-LLaMA computes with this epsilon and window whatever the generation.
+            return replace(preset, name=path.stem, norm_eps=1e-5, block_size=2048)
+    embedding = shapes.get("transformer.wte.weight")
+    found = f"its embedding is {tuple(embedding)}" if embedding else "it has no transformer.wte.weight"
+    raise ValueError(
+        f"{path} is not a Lit-LLaMA file of a known size ({found}): "
+        "pass config=LLaMAConfig(...), or convert the original model with one of scripts/convert_*_checkpoint.py"
+    )
+
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What an adapter file says about itself.
+
+    Args:
+        method: "aligner", ...
+        config: the sizes that the adapter was built with.
+        base_name: name of the base model it was trained on.
+        base_fingerprint: the base's `LLaMA.fingerprint`; empty if unknown.
+        prompt_style: the style of its training prompts.
+        step: optimizer steps done.
+        validation_loss: at that step.
+        hyperparameters: of the training run.
+        format_version: of the file.
+    """
+
+    method: str
+    config: dict[str, int]
+    base_name: str = ""
+    base_fingerprint: str = ""
+    prompt_style: str | None = None
+    step: int | None = None
+    validation_loss: float | None = None
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+
+def save_aligner(path: Path | str, aligner: Aligner, base: LLaMA | None = None, **training: Any) -> None:
+    """Write an Aligner to one safetensors file, atomically.
+
+    Args:
+        path: the file to write.
+        aligner: what to write.
+        base: the model it was trained on, to be recorded.
+        training: `prompt_style`, `step`, `validation_loss`, `hyperparameters` of `AdapterInfo`.
+    """
+    config = {
+        "n_layer": aligner.n_layer,
+        "n_head": aligner.gates.size(1),
+        "n_embd": aligner.tokens.size(1),
+        "length": aligner.tokens.size(0),
+        "start_layer": aligner.start_layer,
+    }
+    if base is not None:
+        training |= {"base_name": base.config.name, "base_fingerprint": base.fingerprint}
+    info = AdapterInfo("aligner", config, **training)
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in aligner.state_dict().items()}
+    metadata = {name: json.dumps(value) for name, value in asdict(info).items()}
+    with atomic_file(Path(path)) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def load_aligner(path: Path | str) -> Aligner:
+    """Load an Aligner, this project's file or the authors'.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or not an Aligner.
+    """
+    path = Path(path)
+    info = adapter_info(path)
+    if info.method != "aligner":
+        raise ValueError(f"{path} is not an Aligner but {info.method!r}: use generate/{info.method}.py")
+    sizes = info.config
+    config = LLaMAConfig(n_layer=sizes["n_layer"], n_head=sizes["n_head"], n_embd=sizes["n_embd"])
+    aligner = Aligner(config, sizes["length"], sizes["start_layer"])
+    tensors: Mapping[str, Tensor] = TensorFiles([path])
+    if path.suffix != ".safetensors":
+        tensors = _read_authors(path, tensors)
+    expected = aligner.state_dict()
+    if expected.keys() != tensors.keys():
+        _refuse_names(path, expected.keys() - tensors.keys(), tensors.keys() - expected.keys())
+    for name, tensor in expected.items():
+        _check_shape(name, tensors[name].shape, tensor.shape, str(path))
+    aligner.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    return aligner
+
+
+def adapter_info(path: Path | str) -> AdapterInfo:
+    """What an adapter file says about itself, or what its tensors tell if it is one of the authors'.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or not an adapter.
+    """
+    path = Path(path)
+    tensors = TensorFiles([path])
+    if path.suffix != ".safetensors":
+        aligner = _read_authors(path, tensors)
+        gates, start = aligner["gates"], _authors_layers(path, tensors)[0]
+        (length, n_embd), (layers, n_head) = aligner["tokens"].shape, gates.shape
+        sizes = {"n_layer": start + layers, "n_head": n_head, "n_embd": n_embd, "length": length, "start_layer": start}
+        return AdapterInfo("aligner", sizes)
+    with safe_open(path, framework="pt") as handle:
+        metadata = handle.metadata() or {}
+    if "format_version" not in metadata:
+        raise ValueError(f"{path} is a safetensors file but not an adapter: its metadata lack a format_version")
+    values = {name: json.loads(value) for name, value in metadata.items()}
+    if values["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {values['format_version']}, this code reads {FORMAT_VERSION}")
+    return AdapterInfo(**values)
+
+
+def check_adapter(path: Path, model: LLaMA, allow_other_base: bool = False) -> AdapterInfo:
+    """Make sure that an adapter file belongs to a base model.
+
+    Args:
+        path: the adapter file.
+        model: the base model.
+        allow_other_base: accept an adapter that was trained on other weights of the same sizes, with a warning.
+
+    Returns:
+        What the file says about itself.
+
+    Raises:
+        ValueError: sizes differ, or the weights do and `allow_other_base` is false.
+    """
+    info = adapter_info(path)
+    for name in ("n_layer", "n_head", "n_embd"):
+        found, expected = info.config.get(name), getattr(model.config, name)
+        if found != expected:
+            raise ValueError(
+                f"{path} was made for another base: its {name} is {found}, {model.config.name or 'this base'} has "
+                f"{expected}; use the base it was trained on ({info.base_name or 'not recorded'})"
+            )
+    if info.base_fingerprint and info.base_fingerprint != model.fingerprint:
+        message = f"{path} was trained on {info.base_name}, whose weights are not those of {model.config.name}"
+        if not allow_other_base:
+            raise ValueError(f"{message}; --allow_other_base true uses it all the same")
+        warnings.warn(message, stacklevel=2)
+    return info
+
+
+def _authors_layers(path: Path, tensors: Mapping[str, Tensor]) -> list[int]:
+    layers = sorted(int(m[1]) for name in tensors if (m := re.fullmatch(r"transformer\.h\.(\d+)\.attn\.gating_factor", name)))
+    if not layers or layers != list(range(layers[0], layers[-1] + 1)):
+        raise ValueError(f"{path} is not an Aligner: expected gating_factor tensors of consecutive layers, found {layers}")
+    return layers
+
+
+def _read_authors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the authors' format under this project's names; aliases of the shared tokens are checked."""
+    shared = "global_value_embedding.weight"
+    if shared not in tensors:
+        raise ValueError(f"{path} is not an Aligner: it has no {shared}")
+    layers = _authors_layers(path, tensors)
+    gates = [f"transformer.h.{i}.attn.gating_factor" for i in layers]
+    aliases = [f"transformer.h.{i}.attn.adapter_wte.weight" for i in layers]
+    unknown = set(tensors) - {shared, *gates, *aliases}
+    if unknown:
+        _refuse_names(path, set(), unknown)
+    tokens = tensors[shared]
+    for alias in aliases:
+        if alias in tensors and not torch.equal(tensors[alias], tokens):
+            raise ValueError(f"{path}: {alias} differs from {shared}, which an Aligner shares with every layer")
+    return {"tokens": tokens, "gates": torch.stack([tensors[gate].flatten() for gate in gates])}

@@ -1,0 +1,265 @@
+"""Tokenised data sets on disk, and the batches made of them.
+
+A data set is a folder: `dataset.json` says what it is, and each split is three raw little-endian arrays that are
+memory-mapped, never unpickled:
+
+    SPLIT.ids.bin      token ids of all examples, one after the other
+    SPLIT.scored.bin   one byte per token: 1 if the loss scores it
+    SPLIT.offsets.bin  int64, where each example begins, and the end
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_llama.files import read_json, write_json
+from lit_llama.prompts import PromptStyle
+from lit_llama.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+DATASET_FILE = "dataset.json"
+
+
+class Example(NamedTuple):
+    """One tokenised example.
+
+    Args:
+        ids: token ids (T).
+        scored: bool (T), the tokens that the loss scores.
+    """
+
+    ids: np.ndarray
+    scored: np.ndarray
+
+
+class TextExample(NamedTuple):
+    """One example before tokenisation."""
+
+    instruction: str
+    input: str
+    response: str
+
+
+def tokenize(tokenizer: Tokenizer, style: PromptStyle, examples: Sequence[TextExample]) -> list[Example]:
+    """Tokenise examples for supervised tuning: the response and the token that ends it are scored.
+
+    Prompt and response are tokenised apart and then joined, so that the mask is exact and generation, which
+    tokenises the prompt alone, meets the tokens of training.
+    """
+    prompts = tokenizer.encode_batch([style.render(e.instruction, e.input) for e in examples], bos=style.bos)
+    responses = tokenizer.encode_batch([e.response for e in examples])
+    tokenized = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        ids = np.array([*prompt, *response, style.end_id])
+        tokenized.append(Example(ids, np.arange(len(ids)) >= len(prompt)))
+    return tokenized
+
+
+@dataclass
+class Fit:
+    """How many examples fitted the window.
+
+    Args:
+        kept: examples written.
+        truncated: of those, cut at the window's end, and so without the token that ends the response.
+        skipped: left out because their prompt alone fills the window, or because they were too long and truncation
+            was not asked for.
+    """
+
+    kept: int = 0
+    truncated: int = 0
+    skipped: int = 0
+
+
+def fit_window(examples: Iterable[Example], max_seq_length: int, truncate: bool, fit: Fit) -> Iterator[Example]:
+    """Pass on the examples that fit `max_seq_length` tokens, cutting or skipping the others; count each in `fit`."""
+    for example in examples:
+        cut = Example(example.ids[:max_seq_length], example.scored[:max_seq_length])
+        too_long = len(example.ids) > max_seq_length
+        if too_long and (not truncate or not cut.scored.any()):
+            fit.skipped += 1
+            continue
+        fit.truncated += too_long
+        fit.kept += 1
+        yield cut
+
+
+class SplitSummary(NamedTuple):
+    """Sizes of a written split."""
+
+    examples: int
+    tokens: int
+    scored_tokens: int
+    lengths: np.ndarray
+
+
+def write_split(folder: Path, split: str, examples: Iterable[Example], vocab_size: int) -> SplitSummary:
+    """Write one split; `write_header` makes the folder complete."""
+    lengths: list[int] = []
+    scored_tokens = 0
+    with open(folder / f"{split}.ids.bin", "wb") as ids, open(folder / f"{split}.scored.bin", "wb") as scored:
+        for example in examples:
+            ids.write(example.ids.astype(_id_dtype(vocab_size)).tobytes())
+            scored.write(example.scored.astype(np.uint8).tobytes())
+            lengths.append(len(example.ids))
+            scored_tokens += int(example.scored.sum())
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8")
+    (folder / f"{split}.offsets.bin").write_bytes(offsets.tobytes())
+    return SplitSummary(len(lengths), int(offsets[-1]), scored_tokens, np.array(lengths))
+
+
+def write_header(
+    folder: Path,
+    tokenizer: Tokenizer,
+    style: PromptStyle,
+    max_seq_length: int,
+    splits: dict[str, SplitSummary],
+    source: str,
+) -> None:
+    """Write `dataset.json`: the tokenizer's fingerprint, the prompt style, lengths, and where the text came from.
+
+    Raises:
+        ValueError: a split is empty.
+    """
+    for split, summary in splits.items():
+        if not summary.examples:
+            raise ValueError(f"no {split} example is left of {source}: give more data or a larger --max_seq_length")
+    header = {
+        "format_version": FORMAT_VERSION,
+        "tokenizer": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "prompt_style": style.name,
+        "max_seq_length": max_seq_length,
+        "source": source,
+        "splits": {
+            split: {
+                "examples": summary.examples,
+                "tokens": summary.tokens,
+                "scored_tokens": summary.scored_tokens,
+                "longest": int(summary.lengths.max()),
+            }
+            for split, summary in splits.items()
+        },
+    }
+    write_json(folder / DATASET_FILE, header)
+
+
+def _id_dtype(vocab_size: int) -> str:
+    return "<u2" if vocab_size <= 2**16 else "<u4"
+
+
+class TokenDataset:
+    """One split of a tokenised data set, memory-mapped.
+
+    Args:
+        folder: the data set.
+        split: "train" or "validation".
+        tokenizer: the tokenizer of the model that will read it.
+
+    Attributes:
+        header: the content of `dataset.json`.
+        lengths: tokens in each example.
+
+    Raises:
+        FileNotFoundError: there is no such data set or split.
+        ValueError: it was made with another tokenizer, or is damaged.
+    """
+
+    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer) -> None:
+        file = folder / DATASET_FILE
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file; expected a data set made by one of scripts/prepare_*.py")
+        self.header: dict[str, Any] = read_json(file)
+        if not isinstance(self.header, dict) or self.header.get("format_version") != FORMAT_VERSION:
+            raise ValueError(f"{file} is not a data set of format version {FORMAT_VERSION}: prepare it again")
+        if self.header["tokenizer"] != tokenizer.fingerprint:
+            raise ValueError(f"{folder} was prepared with another tokenizer than the base model's: prepare it again")
+        if split not in self.header["splits"]:
+            raise FileNotFoundError(f"{folder} has no split named {split}; it has {', '.join(self.header['splits'])}")
+        sizes = self.header["splits"][split]
+        self._ids = self._map(folder / f"{split}.ids.bin", _id_dtype(self.header["vocab_size"]), sizes["tokens"])
+        self._scored = self._map(folder / f"{split}.scored.bin", "u1", sizes["tokens"])
+        self._offsets = self._map(folder / f"{split}.offsets.bin", "<i8", sizes["examples"] + 1)
+        self.lengths = np.diff(self._offsets)
+
+    @staticmethod
+    def _map(file: Path, dtype: str, count: int) -> np.ndarray:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file; prepare the data set again")
+        expected = count * np.dtype(dtype).itemsize
+        if file.stat().st_size != expected:
+            raise ValueError(f"{file} has {file.stat().st_size} bytes, expected {expected}: prepare the data set again")
+        return np.memmap(file, dtype=dtype, mode="r")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Example:
+        at = slice(self._offsets[index], self._offsets[index + 1])
+        return Example(self._ids[at], self._scored[at].astype(bool))
+
+
+class Batch(NamedTuple):
+    """Examples padded on the right to the longest.
+
+    Args:
+        ids: token ids (B, T).
+        scored: bool (B, T), tokens that the loss scores; never padding.
+    """
+
+    ids: Tensor
+    scored: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(self.ids.to(device), self.scored.to(device))
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Pad examples to one batch. Attention is causal, so what stands in the padding reaches no scored token."""
+    longest = max(len(example.ids) for example in examples)
+    ids = torch.zeros(len(examples), longest, dtype=torch.long)
+    scored = torch.zeros(len(examples), longest, dtype=torch.bool)
+    for row, example in enumerate(examples):
+        ids[row, : len(example.ids)] = torch.from_numpy(example.ids.astype(np.int64))
+        scored[row, : len(example.ids)] = torch.from_numpy(example.scored)
+    return Batch(ids, scored)
+
+
+def step_batches(
+    dataset: TokenDataset, step: int, batch_size: int, micro_batch_size: int, seed: int
+) -> list[list[int]]:
+    """Which examples optimizer step `step` reads: a function of its arguments alone, so a run can resume anywhere.
+
+    Each epoch is a new permutation, cut into steps of `batch_size`, the last of which may be smaller. Within a step
+    examples are sorted by length before they are cut into micro batches, so that padding is small.
+
+    Args:
+        dataset: what is read.
+        step: optimizer step, counted from 0.
+        batch_size: examples per step.
+        micro_batch_size: examples per forward.
+        seed: of the permutations.
+
+    Returns:
+        Micro batches of example indices.
+    """
+    epoch, place = divmod(step, steps_per_epoch(len(dataset), batch_size))
+    order = np.random.default_rng([seed, epoch]).permutation(len(dataset))
+    chosen = order[place * batch_size : (place + 1) * batch_size]
+    return by_length(dataset, chosen, micro_batch_size)
+
+
+def by_length(dataset: TokenDataset, indices: np.ndarray, micro_batch_size: int) -> list[list[int]]:
+    """Cut examples into micro batches of similar length."""
+    ordered = indices[np.argsort(dataset.lengths[indices], kind="stable")]
+    return [ordered[i : i + micro_batch_size].tolist() for i in range(0, len(ordered), micro_batch_size)]
+
+
+def steps_per_epoch(examples: int, batch_size: int) -> int:
+    """Optimizer steps that read every example once."""
+    return -(-examples // batch_size)

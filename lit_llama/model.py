@@ -1,0 +1,457 @@
+"""LLaMA in one file: configuration, rotary embedding, attention with its one seam for prefixes, KV cache.
+
+Names and layout of the parameters are Lit-LLaMA's: query, key and value projections stacked in `c_attn`, rotary
+pairs interleaved. Shape comments use B batch, T time, C embedding, nh query heads, nkv key/value heads, hs head size,
+N prefix tokens, S cache length, V vocabulary.
+"""
+
+import math
+import re
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Stretching of the rotary frequencies for contexts longer than the pretraining's.
+
+    Args:
+        type: "linear" divides every frequency by `factor`; "llama3" divides the low ones, keeps the high ones and
+            blends between (Llama 3.1, `rope_type: llama3` in Hugging Face configs).
+        factor: the divisor.
+        low_freq_factor: wavelengths above `original_block_size / low_freq_factor` are divided.
+        high_freq_factor: wavelengths below `original_block_size / high_freq_factor` are kept.
+        original_block_size: context length before stretching, in tokens.
+    """
+
+    type: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_block_size: int = 8192
+
+
+@dataclass(frozen=True)
+class LLaMAConfig:
+    """Sizes and constants of a LLaMA-family model.
+
+    Args:
+        name: what the model is called, for reports and adapter files.
+        block_size: longest context, in tokens.
+        vocab_size: rows of the embedding.
+        n_layer: transformer blocks.
+        n_head: query heads.
+        n_embd: embedding size C.
+        n_kv_head: key/value heads; as many as query heads if not given.
+        head_size: size of a head; `n_embd // n_head` if not given.
+        intermediate_size: width of the MLP; 2/3 of 4C rounded up to a multiple of 256 if not given.
+        norm_eps: epsilon of RMSNorm.
+        rope_base: base of the rotary frequencies.
+        rope_scaling: stretching of the rotary frequencies, if any.
+        tie_embeddings: the output projection is the embedding.
+    """
+
+    name: str = ""
+    block_size: int = 2048
+    vocab_size: int = 32000
+    n_layer: int = 32
+    n_head: int = 32
+    n_embd: int = 4096
+    n_kv_head: int = 0
+    head_size: int = 0
+    intermediate_size: int = 0
+    norm_eps: float = 1e-5
+    rope_base: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        fill = object.__setattr__  # the dataclass is frozen
+        fill(self, "n_kv_head", self.n_kv_head or self.n_head)
+        fill(self, "head_size", self.head_size or self.n_embd // self.n_head)
+        fill(self, "intermediate_size", self.intermediate_size or 256 * math.ceil(8 * self.n_embd / 3 / 256))
+
+    @classmethod
+    def from_name(cls, name: str) -> "LLaMAConfig":
+        """The preset of that name, whatever its case and punctuation; "7B" alone means LLaMA 7B.
+
+        Raises:
+            ValueError: no such preset.
+        """
+        wanted = _plain(name)
+        for preset in PRESETS:
+            if _plain(preset.name) in (wanted, "llama" + wanted):
+                return preset
+        raise ValueError(f"no preset named {name!r}; there are {', '.join(p.name for p in PRESETS)}")
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "LLaMAConfig":
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a field is missing or unknown, so that a file of another version is never half read.
+        """
+        expected, found = set(cls.__dataclass_fields__), set(fields)
+        if expected != found:
+            raise ValueError(
+                f"model configuration lacks {sorted(expected - found)} and has unknown {sorted(found - expected)}"
+            )
+        scaling = fields["rope_scaling"]
+        return cls(**{**fields, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, as JSON knows them."""
+        return asdict(self)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+_LLAMA_1: dict[str, Any] = {"norm_eps": 1e-6}
+_LLAMA_2: dict[str, Any] = {"block_size": 4096}
+_LLAMA_3: dict[str, Any] = {"block_size": 8192, "vocab_size": 128256, "rope_base": 500000.0, "n_kv_head": 8}
+_LLAMA_31 = _LLAMA_3 | {"block_size": 131072, "rope_scaling": RopeScaling("llama3", factor=8.0)}
+_LLAMA_32 = _LLAMA_31 | {"rope_scaling": RopeScaling("llama3", factor=32.0), "tie_embeddings": True}
+_SMOLLM2: dict[str, Any] = {"block_size": 8192, "vocab_size": 49152, "rope_base": 100000.0, "tie_embeddings": True}
+
+
+def _preset(family: dict[str, Any], name: str, n_layer: int, n_head: int, n_embd: int, **sizes: Any) -> LLaMAConfig:
+    return LLaMAConfig(name=name, n_layer=n_layer, n_head=n_head, n_embd=n_embd, **(family | sizes))
+
+
+PRESETS = [
+    _preset(_LLAMA_1, "LLaMA-7B", 32, 32, 4096),
+    _preset(_LLAMA_1, "LLaMA-13B", 40, 40, 5120),
+    _preset(_LLAMA_1, "LLaMA-30B", 60, 52, 6656),
+    _preset(_LLAMA_1, "LLaMA-65B", 80, 64, 8192),
+    _preset(_LLAMA_2, "Llama-2-7B", 32, 32, 4096),
+    _preset(_LLAMA_2, "Llama-2-13B", 40, 40, 5120),
+    _preset(_LLAMA_2, "Llama-2-70B", 80, 64, 8192, n_kv_head=8, intermediate_size=28672),
+    _preset(_LLAMA_3, "Llama-3-8B", 32, 32, 4096, intermediate_size=14336),
+    _preset(_LLAMA_3, "Llama-3-70B", 80, 64, 8192, intermediate_size=28672),
+    _preset(_LLAMA_31, "Llama-3.1-8B", 32, 32, 4096, intermediate_size=14336),
+    _preset(_LLAMA_31, "Llama-3.1-70B", 80, 64, 8192, intermediate_size=28672),
+    _preset(_LLAMA_32, "Llama-3.2-1B", 16, 32, 2048, intermediate_size=8192),
+    _preset(_LLAMA_32, "Llama-3.2-3B", 28, 24, 3072, intermediate_size=8192),
+    _preset({}, "TinyLlama-1.1B", 22, 32, 2048, n_kv_head=4, intermediate_size=5632),
+    _preset(_SMOLLM2, "SmolLM2-135M", 30, 9, 576, n_kv_head=3, intermediate_size=1536),
+    _preset(_SMOLLM2, "SmolLM2-360M", 32, 15, 960, n_kv_head=5, intermediate_size=2560),
+    _preset(_SMOLLM2, "SmolLM2-1.7B", 24, 32, 2048, intermediate_size=8192, rope_base=130000.0),
+]
+
+
+class LayerPrefix(NamedTuple):
+    """What one layer attends to beside its own sequence: one prefix for the whole batch, or one for each row.
+
+    Args:
+        tokens: (1 or B, N, C), in the place of the layer's input embeddings.
+        gates: (1 or B, nh), what each query head's contribution is multiplied by.
+    """
+
+    tokens: Tensor
+    gates: Tensor
+
+
+class Prefix(Protocol):
+    """Anything that hands out prefixes by layer, such as an Aligner."""
+
+    def layer(self, index: int) -> LayerPrefix | None:
+        """The prefix of layer `index`, counted from 0; None where the layer has none."""
+        ...
+
+
+class LayerCache:
+    """Keys and values that one layer has computed, its prefix's included.
+
+    Args:
+        batch_size: rows B.
+        n_kv_head: key/value heads nkv.
+        length: positions S kept for each row.
+        head_size: hs.
+        device: where the tensors live.
+        dtype: of keys and values.
+    """
+
+    def __init__(
+        self, batch_size: int, n_kv_head: int, length: int, head_size: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.k = torch.zeros(batch_size, n_kv_head, length, head_size, device=device, dtype=dtype)
+        self.v = torch.zeros_like(self.k)
+        self.prefix: tuple[Tensor, Tensor] | None = None
+
+    def prefill(self, k: Tensor, v: Tensor) -> None:
+        """Store (B, nkv, T, hs) at positions 0 to T - 1."""
+        self.k[:, :, : k.size(2)] = k
+        self.v[:, :, : v.size(2)] = v
+
+    def append(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, nkv, T, hs) at `positions` (B, T); return all keys and values, (B, nkv, S, hs) each."""
+        rows = torch.arange(positions.size(0), device=positions.device)[:, None]
+        self.k[rows, :, positions] = k.transpose(1, 2)
+        self.v[rows, :, positions] = v.transpose(1, 2)
+        return self.k, self.v
+
+
+class KVCache:
+    """The keys and values of one generation, with static shapes.
+
+    A row's cache index is its position, so rows of unequal length are padded on the right and need no offsets: what
+    the padding wrote lies beyond the row's position, where nothing attends until a token overwrites it.
+
+    Args:
+        config: the model's configuration.
+        batch_size: rows B.
+        length: positions S kept for each row, at most the model's `block_size`.
+        device: where the tensors live.
+        dtype: of keys and values, the model's.
+    """
+
+    def __init__(
+        self, config: LLaMAConfig, batch_size: int, length: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        if length > config.block_size:
+            raise ValueError(f"a KV cache of {length} positions exceeds the model's window of {config.block_size}")
+        self.length = length
+        self.layers = [
+            LayerCache(batch_size, config.n_kv_head, length, config.head_size, device, dtype)
+            for _ in range(config.n_layer)
+        ]
+
+
+class LLaMA(nn.Module):
+    """A LLaMA-family language model (arXiv 2302.13971, 2307.09288, 2407.21783).
+
+    Args:
+        config: sizes and constants.
+
+    Raises:
+        ValueError: the configuration contradicts itself.
+    """
+
+    def __init__(self, config: LLaMAConfig) -> None:
+        super().__init__()
+        if config.n_head % config.n_kv_head:
+            raise ValueError(f"n_head {config.n_head} is not a multiple of n_kv_head {config.n_kv_head}")
+        if config.head_size % 2:
+            raise ValueError(f"head_size {config.head_size} is odd; rotary embedding turns pairs")
+        self.config = config
+        self.fingerprint = ""  # of the weights; set by whoever loads them
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "ln_f": RMSNorm(config.n_embd, config.norm_eps),
+            }
+        )
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        # Not a buffer: casting the model to bfloat16 must not touch the frequencies.
+        self.rope_frequencies = rope_frequencies(config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer["wte"].weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transformer["wte"].weight.dtype
+
+    def forward(
+        self,
+        ids: Tensor,
+        prefix: Prefix | None = None,
+        *,
+        logits_at: Tensor | None = None,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Next-token logits.
+
+        Args:
+            ids: token ids (B, T). Rows of unequal length are padded on the right.
+            prefix: adapter that adds its gated contribution to the attention of the layers it chooses.
+            logits_at: bool (B, T); compute logits at these positions alone.
+            cache: filled as a side effect. Without `positions` the rows start at 0 (prefill).
+            positions: (B, T), where in the cached sequences `ids` stand (decode); needs `cache`.
+
+        Returns:
+            Logits (B, T, V), or (n, V) for the n positions chosen by `logits_at`, row by row.
+
+        Raises:
+            ValueError: more positions than the model's window.
+        """
+        T = ids.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"sequence of {T} tokens exceeds the model's window of {self.config.block_size}")
+        if positions is None:
+            mask = None  # plain causal attention
+            angles = torch.arange(T, device=ids.device)[None]  # (1, T)
+        else:
+            assert cache is not None, "positions without a cache"
+            mask = torch.arange(cache.length, device=ids.device) <= positions[:, None, :, None]  # (B, 1, T, S)
+            angles = positions
+        angles = angles[:, None, :, None] * self._frequencies_on(ids.device)  # (1 or B, 1, T, hs / 2)
+        rope = angles.cos(), angles.sin()
+
+        x = self.transformer["wte"](ids)  # (B, T, C)
+        for i, block in enumerate(self.transformer["h"]):
+            x = block(
+                x,
+                rope,
+                mask,
+                positions,
+                None if prefix is None else prefix.layer(i),
+                None if cache is None else cache.layers[i],
+            )
+        if logits_at is not None:
+            x = x[logits_at]  # (n, C)
+        x = self.transformer["ln_f"](x)
+        return F.linear(x, self.transformer["wte"].weight) if self.lm_head is None else self.lm_head(x)
+
+    def _frequencies_on(self, device: torch.device) -> Tensor:
+        if self.rope_frequencies.device != device:
+            with torch.inference_mode(False):  # an inference tensor kept here would break later training
+                self.rope_frequencies = self.rope_frequencies.to(device)
+        return self.rope_frequencies
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: LLaMAConfig) -> None:
+        super().__init__()
+        self.rms_1 = RMSNorm(config.n_embd, config.norm_eps)
+        self.attn = CausalSelfAttention(config)
+        self.rms_2 = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        positions: Tensor | None,
+        prefix: LayerPrefix | None,
+        cache: LayerCache | None,
+    ) -> Tensor:
+        x = x + self.attn(self.rms_1(x), rope, mask, positions, prefix, cache)
+        return x + self.mlp(self.rms_2(x))
+
+
+class CausalSelfAttention(nn.Module):
+    """Grouped-query causal self-attention, with a seam for a gated prefix."""
+
+    def __init__(self, config: LLaMAConfig) -> None:
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_size = config.n_head, config.n_kv_head, config.head_size
+        self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_size, bias=False)
+        self.c_proj = nn.Linear(self.n_head * self.head_size, config.n_embd, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        positions: Tensor | None,
+        prefix: LayerPrefix | None,
+        cache: LayerCache | None,
+    ) -> Tensor:
+        q, k, v = self.qkv(x)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if cache is not None:
+            if positions is None:
+                cache.prefill(k, v)
+            else:
+                k, v = cache.append(k, v, positions)  # (B, nkv, S, hs)
+        y = self.attend(q, k, v, mask, is_causal=mask is None)  # (B, nh, T, hs)
+        if prefix is not None:
+            y = y + self.prefix_contribution(q, prefix, cache)
+        return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Project (B, T, C) to queries (B, nh, T, hs), keys and values (B, nkv, T, hs)."""
+        heads = self.c_attn(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (B, nh + 2 nkv, T, hs)
+        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        grouped = self.n_head != self.n_kv_head
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
+
+    def prefix_contribution(self, q: Tensor, prefix: LayerPrefix, cache: LayerCache | None) -> Tensor:
+        """Gated attention of rotated queries (B, nh, T, hs) over the prefix, with a softmax of its own.
+
+        The prefix stands outside the sequence: its keys are not rotated, and every position sees all of it.
+
+        Returns:
+            (B, nh, T, hs), or (1 or B, nh, 1, hs) where one token makes it the same at every position.
+        """
+        if cache is not None and cache.prefix is not None:
+            k, v = cache.prefix
+        else:
+            _, k, v = self.qkv(prefix.tokens.to(q.dtype))  # (1 or B, nkv, N, hs)
+            if cache is not None:
+                cache.prefix = k, v
+        if prefix.tokens.size(1) == 1:  # the softmax over one token is 1, whatever the query
+            a = v.repeat_interleave(self.n_head // self.n_kv_head, dim=1)  # (1 or B, nh, 1, hs)
+        else:
+            B = q.size(0)
+            a = self.attend(q, k.expand(B, -1, -1, -1), v.expand(B, -1, -1, -1))  # (B, nh, T, hs)
+        return prefix.gates.to(q.dtype)[:, :, None, None] * a
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward network."""
+
+    def __init__(self, config: LLaMAConfig) -> None:
+        super().__init__()
+        self.c_fc1 = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
+        self.c_fc2 = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
+        self.c_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.silu(self.c_fc1(x)) * self.c_fc2(x))
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation (arXiv 1910.07467), computed in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.scale * wide.type_as(x)
+
+
+def rope_frequencies(config: LLaMAConfig) -> Tensor:
+    """Angle per position of each rotary pair, stretched as `config.rope_scaling` says.
+
+    Returns:
+        (hs / 2) float32, on the CPU.
+    """
+    exponents = torch.arange(0, config.head_size, 2, device="cpu", dtype=torch.float32) / config.head_size
+    frequencies = 1.0 / config.rope_base**exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    stretched = frequencies / scaling.factor
+    if scaling.type == "linear":
+        return stretched
+    turns = scaling.original_block_size * frequencies / (2 * math.pi)  # in the original context
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    return torch.lerp(stretched, frequencies, kept.clamp(0, 1))
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the interleaved pairs of (B, heads, T, hs) by angles (1 or B, 1, T, hs / 2), in float32 (arXiv 2104.09864)."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, heads, T, hs / 2)
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).type_as(x)

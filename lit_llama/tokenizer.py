@@ -1,0 +1,205 @@
+"""One face for the tokenizers of the LLaMA family: Hugging Face's `tokenizer.json` and SentencePiece's `tokenizer.model`.
+
+Both are read from the base model's folder as they came, with what `tokenizer_config.json`, `chat_template.jinja` and
+`generation_config.json` add to them.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import tokenizers
+
+from lit_llama.files import read_json, read_text
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Args:
+        folder: holds `tokenizer.json` or `tokenizer.model`; the first is preferred.
+
+    Attributes:
+        vocab_size: one more than the highest id.
+        bos_id: id of the beginning-of-sequence token, None if the model has none.
+        eos_id: id of the end-of-sequence token.
+        stop_ids: every id at which generation stops.
+        adds_bos: whether plain text is meant to start with `bos_id`.
+        chat_template: Jinja source of the model's chat format, None if it has none.
+        special_tokens: content of the special tokens, as the chat template wants to know them.
+        fingerprint: SHA-256 of the tokenizer file.
+
+    Raises:
+        FileNotFoundError: the folder holds neither file.
+        ValueError: the file is no tokenizer, or no end-of-sequence token can be found.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        folder = Path(folder)
+        settings = _read_settings(folder / "tokenizer_config.json")
+        file = next((folder / name for name in TOKENIZER_FILES[:2] if (folder / name).is_file()), None)
+        if file is None:
+            raise FileNotFoundError(f"{folder} holds no tokenizer: expected tokenizer.json or tokenizer.model")
+        try:
+            self._backend = _HuggingFace(file) if file.suffix == ".json" else _SentencePiece(file)
+        except Exception as error:  # both libraries raise bare exceptions
+            raise ValueError(f"{file} is not a tokenizer that can be read ({error})") from None
+        self.fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()
+        self.vocab_size = self._backend.vocab_size
+
+        self.special_tokens = {
+            name: token["content"] if isinstance(token, dict) else token
+            for name, token in settings.items()
+            if name.endswith("_token") and isinstance(token, str | dict)
+        }
+        generation = _read_settings(folder / "generation_config.json")
+        stop = generation.get("eos_token_id")
+        stop_ids = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
+        eos_id = self._special_id("eos_token")
+        if eos_id is None:
+            eos_id = stop_ids[0] if stop_ids else self._backend.eos_id
+        if eos_id is None:
+            raise ValueError(f"{folder}: no end-of-sequence token; name one as eos_token in tokenizer_config.json")
+        self.eos_id: int = eos_id
+        self.stop_ids = frozenset([eos_id, *stop_ids])
+        bos_id = self._special_id("bos_token")
+        self.bos_id: int | None = self._backend.bos_id if bos_id is None else bos_id
+        self.adds_bos: bool = self.bos_id is not None and bool(settings.get("add_bos_token", self._backend.adds_bos))
+        self.special_tokens.setdefault("eos_token", self._backend.token(eos_id))
+        if self.bos_id is not None:
+            self.special_tokens.setdefault("bos_token", self._backend.token(self.bos_id))
+
+        template = folder / "chat_template.jinja"
+        self.chat_template: str | None = read_text(template) if template.is_file() else _default_template(settings)
+
+    def encode(self, text: str, bos: bool = False) -> list[int]:
+        """Token ids of a text; special tokens written in it become their ids."""
+        return self.encode_batch([text], bos)[0]
+
+    def encode_batch(self, texts: Sequence[str], bos: bool = False) -> list[list[int]]:
+        """Token ids of many texts, in parallel where the tokenizer can."""
+        front = [self.bos_id] if bos and self.bos_id is not None else []
+        return [front + ids for ids in self._backend.encode_batch(texts)]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids."""
+        return self._backend.decode(list(ids), skip_special_tokens)
+
+    def is_special(self, id: int) -> bool:
+        """Whether an id is a marker rather than text."""
+        return id in self._backend.special_ids
+
+    def check_vocabulary(self, rows: int) -> None:
+        """Make sure that this tokenizer belongs to a model with that many embedding rows.
+
+        Models may have a few unused rows, padded to a round number; never more than 512.
+
+        Raises:
+            ValueError: it cannot be this model's.
+        """
+        if not 0 <= rows - self.vocab_size < 512:
+            raise ValueError(
+                f"the tokenizer has {self.vocab_size} tokens but the model embeds {rows}: "
+                "copy the tokenizer files that came with this model into its folder"
+            )
+
+    def _special_id(self, name: str) -> int | None:
+        token = self.special_tokens.get(name)
+        return None if token is None else self._backend.id(token)
+
+
+class _HuggingFace:
+    def __init__(self, file: Path) -> None:
+        self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_ids = frozenset(id for id, token in added.items() if token.special)
+        template = self._tokenizer.encode("", add_special_tokens=True).ids
+        self.adds_bos = bool(template)
+        self.bos_id = template[0] if template else None
+        self.eos_id = next((id for id, token in added.items() if token.content in ("</s>", "<|endoftext|>")), None)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def id(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+    def token(self, id: int) -> str:
+        return self._tokenizer.id_to_token(id)
+
+
+class _SentencePiece:
+    def __init__(self, file: Path) -> None:
+        self._processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        self.vocab_size = self._processor.get_piece_size()
+        self.adds_bos = True
+        self.bos_id = None if self._processor.bos_id() < 0 else self._processor.bos_id()
+        self.eos_id = None if self._processor.eos_id() < 0 else self._processor.eos_id()
+        self.special_ids = frozenset(i for i in range(self.vocab_size) if self._processor.is_control(i))
+        # SentencePiece never finds control tokens in text, but chat templates write them there.
+        markers = sorted((self.token(i) for i in self.special_ids), key=len, reverse=True)
+        self._markers = re.compile("(" + "|".join(map(re.escape, markers)) + ")") if markers else None
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self._encode(text) for text in texts]
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for i, part in enumerate(self._markers.split(text) if self._markers else [text]):
+            if i % 2:
+                ids.append(self._processor.piece_to_id(part))
+            elif part:
+                ids.extend(self._processor.encode(part))
+        return ids
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        if skip_special_tokens:
+            return self._processor.decode([id for id in ids if id not in self.special_ids])
+        text, run = "", []
+        for id in ids:
+            if id in self.special_ids:
+                text += self._processor.decode(run) + self.token(id)
+                run = []
+            else:
+                run.append(id)
+        return text + self._processor.decode(run)
+
+    def id(self, token: str) -> int | None:
+        id = self._processor.piece_to_id(token)
+        return None if id == self._processor.unk_id() and token != self.token(id) else id
+
+    def token(self, id: int) -> str:
+        return self._processor.id_to_piece(id)
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    settings = read_json(file) if file.is_file() else {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file}: expected an object, found {type(settings).__name__}")
+    return settings
+
+
+def _default_template(settings: dict[str, Any]) -> str | None:
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = next((t["template"] for t in template if t.get("name") == "default"), None)
+    return template
