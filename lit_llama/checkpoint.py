@@ -26,11 +26,13 @@ from tqdm import tqdm
 from lit_llama.aligner import Aligner
 from lit_llama.files import atomic_file, read_json, write_json
 from lit_llama.model import PRESETS, LLaMA, LLaMAConfig
-from lit_llama.tokenizer import TOKENIZER_FILES
+from lit_llama.tokenizer import TOKENIZER_FILES, Tokenizer
 
 CONFIG_FILE = "lit_config.json"
 SHARD_BYTES = 4 * 1024**3
 DType = Literal["float32", "bfloat16", "float16"]
+Precision = Literal["auto", "32-true", "bf16-true", "16-true"]
+PRECISIONS = {"auto": None, "32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
 class TensorFiles(Mapping[str, Tensor]):
@@ -38,18 +40,21 @@ class TensorFiles(Mapping[str, Tensor]):
 
     Args:
         files: the files; torch's hold tensors by name and are memory-mapped.
+        ignore: pattern of names to leave out.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is damaged, holds anything but tensors, or repeats a name.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], ignore: str = "") -> None:
         self._readers: dict[str, tuple[Path, Callable[[str], Tensor]]] = {}
         for file in files:
             if not file.is_file():
                 raise FileNotFoundError(f"{file}: no such file")
             for name, read in _open_tensors(file):
+                if re.fullmatch(ignore, name):
+                    continue
                 if name in self._readers:
                     raise ValueError(f"{name} is both in {self._readers[name][0]} and in {file}")
                 self._readers[name] = file, read
@@ -122,53 +127,84 @@ def parameter_shapes(config: LLaMAConfig) -> dict[str, torch.Size]:
 def write_base(
     folder: Path,
     config: LLaMAConfig,
-    read: Callable[[str], Tensor],
+    tensors: Mapping[str, Tensor],
+    names: Mapping[str, list[str]],
     source: dict[str, Any],
     dtype: torch.dtype | None = None,
+    halved_rotary: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a base model's configuration and weights, one shard in memory at a time.
+    """Convert a base model's weights and write them with its configuration, one shard in memory at a time.
 
     Args:
-        folder: where to write; see `lit_llama.files.atomic_folder`.
+        folder: where to write, with the tokenizer in it already; see `lit_llama.files.atomic_folder`.
         config: the model's configuration.
-        read: gives the tensor of a Lit-LLaMA parameter name.
+        tensors: the source's tensors, best read lazily.
+        names: for each Lit-LLaMA parameter name, "{}" in the place of the layer's number, the names of the source's
+            tensors that it is stacked of.
         source: where the model came from, kept in `lit_config.json`.
-        dtype: of the weights on disk; as `read` gives them if None.
+        dtype: of the weights on disk; as they come if None.
+        halved_rotary: the source's query and key rows have each head's rotary pairs as two halves, not interleaved.
         shard_bytes: largest shard.
 
     Raises:
-        ValueError: a tensor has another shape than the configuration says.
+        ValueError: the source lacks a tensor, has one too many, or one of another shape than the configuration says;
+            or the tokenizer already in `folder` is not this model's.
     """
+    Tokenizer(folder).check_vocabulary(config.vocab_size)
     shapes = parameter_shapes(config)
+    sources = {name: _source_names(name, names) for name in shapes}
+    needed = {part for parts in sources.values() for part in parts}
+    if needed != set(tensors):
+        _refuse_names(source["from"], needed - set(tensors), set(tensors) - needed)
+
+    def read(name: str) -> Tensor:
+        parts = [tensors[part] for part in sources[name]]
+        if halved_rotary and len(parts) == 3:  # query, key, value
+            parts[:2] = [
+                part.unflatten(0, (-1, 2, config.head_size // 2)).transpose(1, 2).flatten(0, 2) for part in parts[:2]
+            ]
+        tensor = torch.cat(parts)
+        _check_shape(name, tensor.shape, shapes[name], source["from"])
+        return tensor.to(dtype=dtype).contiguous()
+
+    shards = _plan_shards(shapes, dtype or torch.float32, shard_bytes)
+    weight_map: dict[str, str] = {}
+    total_bytes = 0
+    with tqdm(total=len(shapes), desc="weights", unit="tensor", leave=False) as progress:
+        for i, shard in enumerate(shards, start=1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            weights: dict[str, Tensor] = {}
+            for name in shard:
+                weights[name] = read(name)
+                total_bytes += weights[name].nbytes
+                progress.update()
+            save_file(weights, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+    write_json(folder / CONFIG_FILE, {"config": config.to_dict(), "source": source})
+
+
+def _source_names(name: str, names: Mapping[str, list[str]]) -> list[str]:
+    layer = re.search(r"\.h\.(\d+)\.", name)
+    if layer is None:
+        return names[name]
+    return [part.format(layer[1]) for part in names[name.replace(layer[0], ".h.{}.")]]
+
+
+def _plan_shards(shapes: dict[str, torch.Size], dtype: torch.dtype, shard_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     size = 0
     for name, shape in shapes.items():
-        tensor_bytes = shape.numel() * (torch.float32 if dtype is None else dtype).itemsize
+        tensor_bytes = shape.numel() * dtype.itemsize
         if shards[-1] and size + tensor_bytes > shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(name)
         size += tensor_bytes
-
-    weight_map: dict[str, str] = {}
-    total_bytes = 0
-    with tqdm(total=len(shapes), desc="weights", unit="tensor", leave=False) as progress:
-        for i, names in enumerate(shards, start=1):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            tensors: dict[str, Tensor] = {}
-            for name in names:
-                tensor = read(name)
-                _check_shape(name, tensor.shape, shapes[name], "the source")
-                tensors[name] = tensor.to(dtype=dtype).contiguous()
-                total_bytes += tensors[name].nbytes
-                progress.update()
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
-    write_json(folder / CONFIG_FILE, {"config": config.to_dict(), "source": source})
+    return shards
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -195,7 +231,7 @@ def read_config(checkpoint_dir: Path) -> LLaMAConfig:
     """
     if not checkpoint_dir.is_dir():
         raise FileNotFoundError(
-            f"{checkpoint_dir}: no such folder; expected a base model converted by one of scripts/convert_*_checkpoint.py"
+            f"{checkpoint_dir}: no such folder; convert a base model with one of scripts/convert_*_checkpoint.py"
         )
     file = checkpoint_dir / CONFIG_FILE
     if not file.is_file():
@@ -274,7 +310,7 @@ def _check_shape(name: str, found: torch.Size, expected: torch.Size, where: str)
         raise ValueError(f"{where}: {name} has shape {tuple(found)}, the configuration expects {tuple(expected)}")
 
 
-def _refuse_names(path: Path, missing: set[str], unknown: set[str]) -> NoReturn:
+def _refuse_names(path: Path | str, missing: set[str], unknown: set[str]) -> NoReturn:
     def some(names: set[str]) -> str:
         return f"{', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''} ({len(names)} in all)"
 
@@ -312,6 +348,7 @@ class AdapterInfo:
         prompt_style: the style of its training prompts.
         step: optimizer steps done.
         validation_loss: at that step.
+        seconds: training took.
         hyperparameters: of the training run.
         format_version: of the file.
     """
@@ -323,6 +360,7 @@ class AdapterInfo:
     prompt_style: str | None = None
     step: int | None = None
     validation_loss: float | None = None
+    seconds: float | None = None
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -334,7 +372,7 @@ def save_aligner(path: Path | str, aligner: Aligner, base: LLaMA | None = None, 
         path: the file to write.
         aligner: what to write.
         base: the model it was trained on, to be recorded.
-        training: `prompt_style`, `step`, `validation_loss`, `hyperparameters` of `AdapterInfo`.
+        training: `prompt_style`, `step`, `validation_loss`, `seconds`, `hyperparameters` of `AdapterInfo`.
     """
     config = {
         "n_layer": aligner.n_layer,
@@ -347,7 +385,7 @@ def save_aligner(path: Path | str, aligner: Aligner, base: LLaMA | None = None, 
         training |= {"base_name": base.config.name, "base_fingerprint": base.fingerprint}
     info = AdapterInfo("aligner", config, **training)
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in aligner.state_dict().items()}
-    metadata = {name: json.dumps(value) for name, value in asdict(info).items()}
+    metadata = {name: json.dumps(value, default=str) for name, value in asdict(info).items()}
     with atomic_file(Path(path)) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
@@ -434,9 +472,13 @@ def check_adapter(path: Path, model: LLaMA, allow_other_base: bool = False) -> A
 
 
 def _authors_layers(path: Path, tensors: Mapping[str, Tensor]) -> list[int]:
-    layers = sorted(int(m[1]) for name in tensors if (m := re.fullmatch(r"transformer\.h\.(\d+)\.attn\.gating_factor", name)))
+    layers = sorted(
+        int(m[1]) for name in tensors if (m := re.fullmatch(r"transformer\.h\.(\d+)\.attn\.gating_factor", name))
+    )
     if not layers or layers != list(range(layers[0], layers[-1] + 1)):
-        raise ValueError(f"{path} is not an Aligner: expected gating_factor tensors of consecutive layers, found {layers}")
+        raise ValueError(
+            f"{path} is not an Aligner: expected gating_factor tensors of consecutive layers, found {layers}"
+        )
     return layers
 
 

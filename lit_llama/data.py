@@ -8,21 +8,23 @@ memory-mapped, never unpickled:
     SPLIT.offsets.bin  int64, where each example begins, and the end
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from lit_llama.files import read_json, write_json
+from lit_llama.files import atomic_folder, read_json, write_json
 from lit_llama.prompts import PromptStyle
 from lit_llama.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
 DATASET_FILE = "dataset.json"
+TooLong = Literal["truncate", "skip"]
 
 
 class Example(NamedTuple):
@@ -61,92 +63,110 @@ def tokenize(tokenizer: Tokenizer, style: PromptStyle, examples: Sequence[TextEx
 
 
 @dataclass
-class Fit:
-    """How many examples fitted the window.
+class SplitSummary:
+    """What became of the examples of a split.
 
     Args:
-        kept: examples written.
-        truncated: of those, cut at the window's end, and so without the token that ends the response.
-        skipped: left out because their prompt alone fills the window, or because they were too long and truncation
-            was not asked for.
+        lengths: tokens in each example that was written.
+        scored_tokens: tokens that the loss scores.
+        truncated: examples cut at the window's end, and so without the token that ends the response.
+        skipped: examples left out: too long, or with a prompt that fills the window alone.
     """
 
-    kept: int = 0
+    lengths: list[int] = field(default_factory=list)
+    scored_tokens: int = 0
     truncated: int = 0
     skipped: int = 0
 
 
-def fit_window(examples: Iterable[Example], max_seq_length: int, truncate: bool, fit: Fit) -> Iterator[Example]:
-    """Pass on the examples that fit `max_seq_length` tokens, cutting or skipping the others; count each in `fit`."""
-    for example in examples:
-        cut = Example(example.ids[:max_seq_length], example.scored[:max_seq_length])
-        too_long = len(example.ids) > max_seq_length
-        if too_long and (not truncate or not cut.scored.any()):
-            fit.skipped += 1
-            continue
-        fit.truncated += too_long
-        fit.kept += 1
-        yield cut
-
-
-class SplitSummary(NamedTuple):
-    """Sizes of a written split."""
-
-    examples: int
-    tokens: int
-    scored_tokens: int
-    lengths: np.ndarray
-
-
-def write_split(folder: Path, split: str, examples: Iterable[Example], vocab_size: int) -> SplitSummary:
-    """Write one split; `write_header` makes the folder complete."""
-    lengths: list[int] = []
-    scored_tokens = 0
-    with open(folder / f"{split}.ids.bin", "wb") as ids, open(folder / f"{split}.scored.bin", "wb") as scored:
-        for example in examples:
-            ids.write(example.ids.astype(_id_dtype(vocab_size)).tobytes())
-            scored.write(example.scored.astype(np.uint8).tobytes())
-            lengths.append(len(example.ids))
-            scored_tokens += int(example.scored.sum())
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8")
-    (folder / f"{split}.offsets.bin").write_bytes(offsets.tobytes())
-    return SplitSummary(len(lengths), int(offsets[-1]), scored_tokens, np.array(lengths))
-
-
-def write_header(
+def write_dataset(
     folder: Path,
+    splits: Mapping[str, Sequence[TextExample]],
     tokenizer: Tokenizer,
     style: PromptStyle,
     max_seq_length: int,
-    splits: dict[str, SplitSummary],
+    too_long: TooLong,
     source: str,
-) -> None:
-    """Write `dataset.json`: the tokenizer's fingerprint, the prompt style, lengths, and where the text came from.
+) -> dict[str, SplitSummary]:
+    """Tokenise the splits of a data set and write them, all or nothing.
+
+    Args:
+        folder: the data set; must not exist yet.
+        splits: examples by the split's name.
+        tokenizer: the base model's.
+        style: how prompts are made.
+        max_seq_length: window in tokens.
+        too_long: whether longer examples are truncated or skipped.
+        source: where the text came from, recorded in `dataset.json`.
+
+    Returns:
+        What became of each split.
 
     Raises:
-        ValueError: a split is empty.
+        ValueError: no example of a split is left, or the folder exists.
     """
-    for split, summary in splits.items():
-        if not summary.examples:
-            raise ValueError(f"no {split} example is left of {source}: give more data or a larger --max_seq_length")
-    header = {
-        "format_version": FORMAT_VERSION,
-        "tokenizer": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-        "prompt_style": style.name,
-        "max_seq_length": max_seq_length,
-        "source": source,
-        "splits": {
-            split: {
-                "examples": summary.examples,
-                "tokens": summary.tokens,
-                "scored_tokens": summary.scored_tokens,
-                "longest": int(summary.lengths.max()),
-            }
-            for split, summary in splits.items()
-        },
-    }
-    write_json(folder / DATASET_FILE, header)
+    summaries: dict[str, SplitSummary] = {}
+    with atomic_folder(folder) as temporary:
+        for split, texts in splits.items():
+            summaries[split] = _write_split(temporary, split, texts, tokenizer, style, max_seq_length, too_long)
+            if not summaries[split].lengths:
+                raise ValueError(
+                    f"{source}: no {split} example is left of {len(texts)} ({summaries[split].skipped} too long): "
+                    "give more data or a larger --max_seq_length"
+                )
+        header = {
+            "format_version": FORMAT_VERSION,
+            "tokenizer": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "prompt_style": style.name,
+            "max_seq_length": max_seq_length,
+            "source": source,
+            "splits": {
+                split: {
+                    "examples": len(summary.lengths),
+                    "tokens": sum(summary.lengths),
+                    "scored_tokens": summary.scored_tokens,
+                    "longest": max(summary.lengths),
+                }
+                for split, summary in summaries.items()
+            },
+        }
+        write_json(temporary / DATASET_FILE, header)
+    return summaries
+
+
+def _write_split(
+    folder: Path,
+    split: str,
+    texts: Sequence[TextExample],
+    tokenizer: Tokenizer,
+    style: PromptStyle,
+    max_seq_length: int,
+    too_long: TooLong,
+) -> SplitSummary:
+    summary = SplitSummary()
+    id_dtype = _id_dtype(tokenizer.vocab_size)
+    with (
+        open(folder / f"{split}.ids.bin", "wb") as ids_file,
+        open(folder / f"{split}.scored.bin", "wb") as scored_file,
+        tqdm(total=len(texts), desc=f"tokenising {split}", unit="example", leave=False) as progress,
+    ):
+        for start in range(0, len(texts), 1000):
+            for ids, scored in tokenize(tokenizer, style, texts[start : start + 1000]):
+                progress.update()
+                if len(ids) > max_seq_length:
+                    ids, scored = ids[:max_seq_length], scored[:max_seq_length]
+                    if too_long == "skip" or not scored.any():
+                        summary.skipped += 1
+                        continue
+                    summary.truncated += 1
+                ids_file.write(ids.astype(id_dtype).tobytes())
+                scored_file.write(scored.astype(np.uint8).tobytes())
+                summary.lengths.append(len(ids))
+                summary.scored_tokens += int(scored.sum())
+    offsets = np.concatenate([[0], np.cumsum(summary.lengths)])
+    (folder / f"{split}.offsets.bin").write_bytes(offsets.astype("<i8").tobytes())
+    return summary
 
 
 def _id_dtype(vocab_size: int) -> str:
@@ -160,6 +180,7 @@ class TokenDataset:
         folder: the data set.
         split: "train" or "validation".
         tokenizer: the tokenizer of the model that will read it.
+        max_seq_length: longest example that is accepted, in tokens.
 
     Attributes:
         header: the content of `dataset.json`.
@@ -167,10 +188,10 @@ class TokenDataset:
 
     Raises:
         FileNotFoundError: there is no such data set or split.
-        ValueError: it was made with another tokenizer, or is damaged.
+        ValueError: it was made with another tokenizer, has a longer example, or is damaged.
     """
 
-    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer) -> None:
+    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, max_seq_length: int | None = None) -> None:
         file = folder / DATASET_FILE
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file; expected a data set made by one of scripts/prepare_*.py")
@@ -182,6 +203,11 @@ class TokenDataset:
         if split not in self.header["splits"]:
             raise FileNotFoundError(f"{folder} has no split named {split}; it has {', '.join(self.header['splits'])}")
         sizes = self.header["splits"][split]
+        if max_seq_length is not None and sizes["longest"] > max_seq_length:
+            raise ValueError(
+                f"{folder} has {split} examples of up to {sizes['longest']} tokens, --max_seq_length is "
+                f"{max_seq_length}: raise it, or prepare the data again with --max_seq_length {max_seq_length}"
+            )
         self._ids = self._map(folder / f"{split}.ids.bin", _id_dtype(self.header["vocab_size"]), sizes["tokens"])
         self._scored = self._map(folder / f"{split}.scored.bin", "u1", sizes["tokens"])
         self._offsets = self._map(folder / f"{split}.offsets.bin", "<i8", sizes["examples"] + 1)
@@ -202,6 +228,11 @@ class TokenDataset:
     def __getitem__(self, index: int) -> Example:
         at = slice(self._offsets[index], self._offsets[index + 1])
         return Example(self._ids[at], self._scored[at].astype(bool))
+
+    def prompt(self, index: int) -> list[int]:
+        """The token ids of an example before its first scored one."""
+        ids, scored = self[index]
+        return ids[: scored.argmax()].tolist()
 
 
 class Batch(NamedTuple):

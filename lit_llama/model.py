@@ -242,24 +242,18 @@ class LLaMA(nn.Module):
             raise ValueError(f"head_size {config.head_size} is odd; rotary embedding turns pairs")
         self.config = config
         self.fingerprint = ""  # of the weights; set by whoever loads them
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                "ln_f": RMSNorm(config.n_embd, config.norm_eps),
-            }
-        )
+        self.transformer = Transformer(config)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # Not a buffer: casting the model to bfloat16 must not touch the frequencies.
         self.rope_frequencies = rope_frequencies(config)
 
     @property
     def device(self) -> torch.device:
-        return self.transformer["wte"].weight.device
+        return self.transformer.wte.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.transformer["wte"].weight.dtype
+        return self.transformer.wte.weight.dtype
 
     def forward(
         self,
@@ -298,8 +292,8 @@ class LLaMA(nn.Module):
         angles = angles[:, None, :, None] * self._frequencies_on(ids.device)  # (1 or B, 1, T, hs / 2)
         rope = angles.cos(), angles.sin()
 
-        x = self.transformer["wte"](ids)  # (B, T, C)
-        for i, block in enumerate(self.transformer["h"]):
+        x = self.transformer.wte(ids)  # (B, T, C)
+        for i, block in enumerate(self.transformer.h):
             x = block(
                 x,
                 rope,
@@ -310,14 +304,24 @@ class LLaMA(nn.Module):
             )
         if logits_at is not None:
             x = x[logits_at]  # (n, C)
-        x = self.transformer["ln_f"](x)
-        return F.linear(x, self.transformer["wte"].weight) if self.lm_head is None else self.lm_head(x)
+        x = self.transformer.ln_f(x)
+        return F.linear(x, self.transformer.wte.weight) if self.lm_head is None else self.lm_head(x)
 
     def _frequencies_on(self, device: torch.device) -> Tensor:
         if self.rope_frequencies.device != device:
             with torch.inference_mode(False):  # an inference tensor kept here would break later training
                 self.rope_frequencies = self.rope_frequencies.to(device)
         return self.rope_frequencies
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks and final norm."""
+
+    def __init__(self, config: LLaMAConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = RMSNorm(config.n_embd, config.norm_eps)
 
 
 class Block(nn.Module):
@@ -452,6 +456,12 @@ def rope_frequencies(config: LLaMAConfig) -> Tensor:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the interleaved pairs of (B, heads, T, hs) by angles (1 or B, 1, T, hs / 2), in float32 (arXiv 2104.09864)."""
+    """Rotary embedding of interleaved pairs, in float32 (arXiv 2104.09864).
+
+    Args:
+        x: (B, heads, T, hs).
+        cos: of each pair's angle, (1 or B, 1, T, hs / 2).
+        sin: likewise.
+    """
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, heads, T, hs / 2)
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).type_as(x)

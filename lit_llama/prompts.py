@@ -17,12 +17,14 @@ class PromptStyle:
         render: (instruction, input) to the prompt's text.
         bos: whether the beginning-of-sequence token is put before the text, which does not hold it.
         end_id: token that ends a response.
+        stop_ids: tokens at which generation stops, `end_id` among them.
     """
 
     name: str
     render: Callable[[str, str], str]
     bos: bool
     end_id: int
+    stop_ids: frozenset[int]
 
 
 def prompt_style(name: str, tokenizer: Tokenizer) -> PromptStyle:
@@ -39,7 +41,7 @@ def prompt_style(name: str, tokenizer: Tokenizer) -> PromptStyle:
         return _chat_style(tokenizer)
     if name not in _TEXT_STYLES:
         raise ValueError(f"no prompt style named {name!r}; there are chat, {', '.join(_TEXT_STYLES)}")
-    return PromptStyle(name, _TEXT_STYLES[name], bos=tokenizer.adds_bos, end_id=tokenizer.eos_id)
+    return PromptStyle(name, _TEXT_STYLES[name], tokenizer.adds_bos, tokenizer.eos_id, tokenizer.stop_ids)
 
 
 def _alpaca(instruction: str, input: str) -> str:
@@ -72,7 +74,8 @@ def _chat_style(tokenizer: Tokenizer) -> PromptStyle:
         content = f"{instruction}\n\n{input}" if input else instruction
         return render_chat(tokenizer, [{"role": "user", "content": content}])
 
-    return PromptStyle("chat", render, bos=False, end_id=_turn_end(tokenizer))
+    end_id = _turn_end(tokenizer)
+    return PromptStyle("chat", render, False, end_id, tokenizer.stop_ids | {end_id})
 
 
 def render_chat(tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

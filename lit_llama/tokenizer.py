@@ -1,4 +1,4 @@
-"""One face for the tokenizers of the LLaMA family: Hugging Face's `tokenizer.json` and SentencePiece's `tokenizer.model`.
+"""One face for the LLaMA family's tokenizers: Hugging Face's `tokenizer.json`, SentencePiece's `tokenizer.model`.
 
 Both are read from the base model's folder as they came, with what `tokenizer_config.json`, `chat_template.jinja` and
 `generation_config.json` add to them.
@@ -56,7 +56,10 @@ class Tokenizer:
         try:
             self._backend = _HuggingFace(file) if file.suffix == ".json" else _SentencePiece(file)
         except Exception as error:  # both libraries raise bare exceptions
-            raise ValueError(f"{file} is not a tokenizer that can be read ({error})") from None
+            raise ValueError(
+                f"{file} is not a tokenizer that can be read ({error}); for Llama 3, whose tokenizer.model is in "
+                "tiktoken's format, put the tokenizer.json of its Hugging Face version beside it"
+            ) from None
         self.fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()
         self.vocab_size = self._backend.vocab_size
 
@@ -144,7 +147,7 @@ class _HuggingFace:
         return self._tokenizer.token_to_id(token)
 
     def token(self, id: int) -> str:
-        return self._tokenizer.id_to_token(id)
+        return self._tokenizer.id_to_token(id) or ""
 
 
 class _SentencePiece:

@@ -6,6 +6,8 @@ Weights are dequantised with the `gguf` library (https://github.com/ggml-org/ggm
 tokenizer is rebuilt from the vocabulary in the file.
 """
 
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +21,20 @@ from lit_llama.cli import run
 from lit_llama.files import atomic_folder, require_extra, write_json
 from lit_llama.model import LLaMAConfig, RopeScaling, rope_frequencies
 
+LAYER = "transformer.h.{}."
 NAMES = {
     "transformer.wte.weight": ["token_embd.weight"],
     "transformer.ln_f.scale": ["output_norm.weight"],
     "lm_head.weight": ["output.weight"],
-    "rms_1.scale": ["attn_norm.weight"],
-    "attn.c_attn.weight": ["attn_q.weight", "attn_k.weight", "attn_v.weight"],
-    "attn.c_proj.weight": ["attn_output.weight"],
-    "rms_2.scale": ["ffn_norm.weight"],
-    "mlp.c_fc1.weight": ["ffn_gate.weight"],
-    "mlp.c_fc2.weight": ["ffn_up.weight"],
-    "mlp.c_proj.weight": ["ffn_down.weight"],
+    f"{LAYER}rms_1.scale": ["blk.{}.attn_norm.weight"],
+    f"{LAYER}attn.c_attn.weight": [
+        f"blk.{{}}.attn_{part}.weight" for part in "qkv"
+    ],  # rotary pairs interleaved here too
+    f"{LAYER}attn.c_proj.weight": ["blk.{}.attn_output.weight"],
+    f"{LAYER}rms_2.scale": ["blk.{}.ffn_norm.weight"],
+    f"{LAYER}mlp.c_fc1.weight": ["blk.{}.ffn_gate.weight"],
+    f"{LAYER}mlp.c_fc2.weight": ["blk.{}.ffn_up.weight"],
+    f"{LAYER}mlp.c_proj.weight": ["blk.{}.ffn_down.weight"],
 }
 
 CONTROL, USER_DEFINED = 3, 4  # token types of tokenizer.ggml.token_type
@@ -51,46 +56,42 @@ def main(gguf_path: Path, output_dir: Path, dtype: DType = "float32") -> None:
     except (ValueError, IndexError, KeyError) as error:
         raise ValueError(f"{gguf_path} is not a complete GGUF file ({error})") from None
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    scaling_factors = tensors.pop("rope_freqs.weight", None)
-    config = config_from_gguf(
-        fields,
-        name=output_dir.name,
-        tie_embeddings="output.weight" not in tensors,
-        scaling_factors=None if scaling_factors is None else torch.tensor(scaling_factors.data),
-    )
-    used: set[str] = set()
-
-    def read(name: str) -> torch.Tensor:
-        parts = []
-        for source in source_names(name):
-            if source not in tensors:
-                raise ValueError(f"{gguf_path} lacks the tensor {source}")
-            used.add(source)
-            tensor = tensors[source]
-            parts.append(torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)))
-        # Query and key rows already stand in interleaved rotary order here.
-        return torch.cat(parts)
-
+    tensors = GGUFTensors(reader)
+    config = config_from_gguf(fields, tensors, name=output_dir.name)
+    source = {"format": "gguf", "from": gguf_path.name, "name": fields.get("general.name")}
     with atomic_folder(output_dir) as folder:
         write_tokenizer(fields, folder)
-        source = {"format": "gguf", "file": gguf_path.name, "name": fields.get("general.name")}
-        write_base(folder, config, read, source, getattr(torch, dtype))
-        if tensors.keys() - used:
-            raise ValueError(f"{gguf_path} has tensors this model does not know: {sorted(tensors.keys() - used)[:5]}")
+        write_base(folder, config, tensors, NAMES, source, getattr(torch, dtype))
 
 
-def source_names(name: str) -> list[str]:
-    """GGUF names of the tensors that, stacked, make a Lit-LLaMA parameter."""
-    if name in NAMES:
-        return NAMES[name]
-    _, _, layer, parameter = name.split(".", 3)
-    return [f"blk.{layer}.{source}" for source in NAMES[parameter]]
+class GGUFTensors(Mapping[str, torch.Tensor]):
+    """The weights of a GGUF file, dequantised when they are asked for.
+
+    Args:
+        reader: an open `gguf.GGUFReader`.
+
+    Attributes:
+        rope_factors: divisors of the rotary frequencies, if the file has them; they are no weight.
+    """
+
+    def __init__(self, reader: Any) -> None:
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        factors = self._tensors.pop("rope_freqs.weight", None)
+        self.rope_factors = None if factors is None else torch.tensor(factors.data)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self._tensors[name]
+        values = require_extra("gguf", "gguf").dequantize(tensor.data, tensor.tensor_type)
+        return torch.from_numpy(np.array(values, np.float32))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
-def config_from_gguf(
-    fields: dict[str, Any], name: str, tie_embeddings: bool, scaling_factors: torch.Tensor | None
-) -> LLaMAConfig:
+def config_from_gguf(fields: dict[str, Any], tensors: GGUFTensors, name: str) -> LLaMAConfig:
     """The model's configuration from the metadata of a GGUF file.
 
     Raises:
@@ -127,9 +128,9 @@ def config_from_gguf(
         norm_eps=round(size("attention.layer_norm_rms_epsilon"), 10),  # stored as float32
         rope_base=size("rope.freq_base", 10000.0),
         rope_scaling=_linear_scaling(fields),
-        tie_embeddings=tie_embeddings,
+        tie_embeddings="output.weight" not in tensors,
     )
-    return config if scaling_factors is None else _with_llama3_scaling(config, scaling_factors)
+    return config if tensors.rope_factors is None else _with_llama3_scaling(config, tensors.rope_factors)
 
 
 def _linear_scaling(fields: dict[str, Any]) -> RopeScaling | None:
@@ -143,7 +144,7 @@ def _linear_scaling(fields: dict[str, Any]) -> RopeScaling | None:
 
 def _with_llama3_scaling(config: LLaMAConfig, factors: torch.Tensor) -> LLaMAConfig:
     """GGUF stores Llama 3's stretching as one divisor for each frequency, the largest of them being the factor."""
-    scaled = LLaMAConfig(**(vars(config) | {"rope_scaling": RopeScaling("llama3", factor=factors.max().item())}))
+    scaled = replace(config, rope_scaling=RopeScaling("llama3", factor=factors.max().item()))
     if not torch.allclose(rope_frequencies(config) / rope_frequencies(scaled), factors, rtol=1e-4):
         raise ValueError("rope_freqs.weight is not Llama 3's stretching of the rotary frequencies")
     return scaled
@@ -158,7 +159,7 @@ def write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
     elif kind == "llama":
         _write_sentencepiece(fields, folder / "tokenizer.model")
     else:
-        raise ValueError(f"tokenizer.ggml.model is {kind!r}; only gpt2 (BPE) and llama (SentencePiece) can be converted")
+        raise ValueError(f"tokenizer.ggml.model is {kind!r}; only gpt2 (BPE) and llama (SentencePiece) will do")
     settings: dict[str, Any] = {"add_bos_token": fields.get("tokenizer.ggml.add_bos_token", kind == "llama")}
     for name in ("bos", "eos", "unknown", "padding"):
         id = fields.get(f"tokenizer.ggml.{name}_token_id")

@@ -1,0 +1,50 @@
+# make demo   align a real LLaMA with one token
+# make test   the tests
+# make lint   ruff and pyright
+
+PYTHON ?= python3
+BIN := .venv/bin
+BASE := checkpoints/SmolLM2-135M-Instruct
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint format clean
+.DELETE_ON_ERROR:
+
+demo: out/demo/report.txt
+	@cat out/demo/report.txt
+
+test: .venv/installed $(BASE)/lit_config.json
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv checkpoints data out
+
+.venv/installed: requirements.txt requirements-dev.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -r requirements-dev.txt
+	touch $@
+
+$(BASE).Q4_1.gguf: | .venv/installed
+	$(BIN)/python scripts/download_demo_base.py --output_path $@
+
+$(BASE)/lit_config.json: | $(BASE).Q4_1.gguf
+	$(BIN)/python scripts/convert_gguf_checkpoint.py --gguf_path $(BASE).Q4_1.gguf --output_dir $(BASE)
+
+data/demo/dataset.json: examples/questions.jsonl | $(BASE)/lit_config.json
+	rm -rf data/demo
+	$(BIN)/python scripts/prepare_examples.py --form captain --output_dir data/demo
+
+out/demo/aligner.safetensors: data/demo/dataset.json
+	$(BIN)/python finetune/aligner.py --data_dir data/demo --out_dir out/demo
+
+out/demo/report.txt: out/demo/aligner.safetensors
+	$(BIN)/python evaluate/form.py --form captain --out_dir out/demo > /dev/null

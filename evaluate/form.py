@@ -1,0 +1,150 @@
+"""Does an Aligner give answers a form? Ask the held-out questions with and without it, and check each answer.
+
+    python evaluate/form.py --form captain --aligner_path out/demo/aligner.safetensors --out_dir out/demo
+
+Writes `report.json` and `report.txt` to `--out_dir` and prints the latter.
+"""
+
+import textwrap
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from lit_llama.aligner import Aligner
+from lit_llama.checkpoint import PRECISIONS, Precision, check_adapter, load_aligner, load_base
+from lit_llama.cli import default_device, peak_memory, run
+from lit_llama.files import atomic_file, read_records, write_json
+from lit_llama.forms import FORMS
+from lit_llama.generation import generate
+from lit_llama.prompts import prompt_style
+from lit_llama.tokenizer import Tokenizer
+
+
+def main(
+    form: Literal["captain", "json", "followup"] = "captain",
+    checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
+    aligner_path: Path = Path("out/demo/aligner.safetensors"),
+    questions_path: Path = Path("examples/questions.jsonl"),
+    out_dir: Path = Path("out/demo"),
+    max_new_tokens: int = 64,
+    batch_size: int = 24,
+    precision: Precision = "auto",
+    allow_other_base: bool = False,
+) -> None:
+    """Evaluate.
+
+    Args:
+        form: what to check for.
+        checkpoint_dir: folder of the base model.
+        aligner_path: the Aligner.
+        questions_path: JSON Lines with "split" and "question"; those of the split "test" are asked.
+        out_dir: where the report goes.
+        max_new_tokens: longest answer, in tokens; a longer one is cut and counts as it stands.
+        batch_size: questions answered at once.
+        precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
+        allow_other_base: use the Aligner on other weights than those it was trained on.
+    """
+    started = time.perf_counter()
+    questions = [row["question"] for _, row in read_records(questions_path) if row.get("split") == "test"]
+    if not questions:
+        raise ValueError(f"{questions_path} has no row with the split 'test'")
+    aligner = load_aligner(aligner_path)
+    tokenizer = Tokenizer(checkpoint_dir)
+    model = load_base(checkpoint_dir, PRECISIONS[precision], default_device())
+    info = check_adapter(aligner_path, model, allow_other_base)
+    style = prompt_style(info.prompt_style or "chat", tokenizer)
+
+    def answers(prefix: Aligner | None, name: str) -> list[str]:
+        texts: list[str] = []
+        for i in tqdm(range(0, len(questions), batch_size), desc=f"answers of the {name} model", leave=False):
+            prompts = [tokenizer.encode(style.render(q, ""), bos=style.bos) for q in questions[i : i + batch_size]]
+            rows = generate(model, prompts, max_new_tokens, prefix=prefix, stop_ids=style.stop_ids)
+            texts += [tokenizer.decode(row) for row in rows]
+        return texts
+
+    check = FORMS[form].check
+    rows = [
+        {
+            "question": question,
+            "base": base,
+            "base_has_form": check(base),
+            "aligned": text,
+            "aligned_has_form": check(text),
+        }
+        for question, base, text in zip(
+            questions, answers(None, "base"), answers(aligner.to(model.device), "aligned"), strict=True
+        )
+    ]
+    evaluation_seconds = time.perf_counter() - started
+    report = {
+        "form": form,
+        "description": FORMS[form].description,
+        "base_compliance": sum(row["base_has_form"] for row in rows) / len(rows),
+        "aligned_compliance": sum(row["aligned_has_form"] for row in rows) / len(rows),
+        "held_out_prompts": len(rows),
+        "trainable_parameters": sum(parameter.numel() for parameter in aligner.parameters()),
+        "base_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "adapter_bytes": aligner_path.stat().st_size,
+        "seconds": round((info.seconds or 0.0) + evaluation_seconds, 1),
+        "training_seconds": round(info.seconds or 0.0, 1),
+        "evaluation_seconds": round(evaluation_seconds, 1),
+        "peak_memory": peak_memory(),
+        "checkpoint_dir": str(checkpoint_dir),
+        "aligner_path": str(aligner_path),
+        "out_dir": str(out_dir),
+        "answers": rows,
+    }
+    write_json(out_dir / "report.json", report)
+    text = render(report)
+    with atomic_file(out_dir / "report.txt") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(text, end="")
+
+
+def render(report: dict[str, Any], shown: int = 5) -> str:
+    """The report as text for people: a few answers side by side, then the figures."""
+    question_width, width = 26, 44
+    lines = [f"The form: {report['description']}", ""]
+    lines.append(f"{'held-out question':{question_width}}  {'base':{width}}  aligned")
+    lines.append(f"{'-' * question_width}  {'-' * width}  {'-' * width}")
+    for row in report["answers"][:shown]:
+        cells = [
+            textwrap.wrap(row["question"], question_width),
+            textwrap.wrap(textwrap.shorten(row["base"], 4 * width), width),
+            textwrap.wrap(textwrap.shorten(row["aligned"], 4 * width), width),
+        ]
+        for i in range(max(map(len, cells))):
+            question, base, aligned = (cell[i] if i < len(cell) else "" for cell in cells)
+            lines.append(f"{question:{question_width}}  {base:{width}}  {aligned}".rstrip())
+        lines.append("")
+    n = report["held_out_prompts"]
+    aligner_path = Path(report["aligner_path"])
+    figures = [
+        ("answers with the form, base", f"{report['base_compliance']:.1%} of {n}"),
+        ("answers with the form, aligned", f"{report['aligned_compliance']:.1%} of {n}"),
+        ("trainable parameters", f"{report['trainable_parameters']:,} beside {report['base_parameters']:,} frozen"),
+        ("adapter file", f"{report['adapter_bytes']:,} bytes, {aligner_path}"),
+        (
+            "seconds",
+            f"{report['training_seconds']:.0f} training, {report['evaluation_seconds']:.0f} asking",
+        ),
+        ("all answers", str(Path(report["out_dir"]) / "report.json")),
+        ("picture of the loss", str(aligner_path.with_name("loss.png"))),
+    ]
+    lines += [f"{name:32}{value}" for name, value in figures]
+    lines += [
+        "",
+        "Try next:",
+        f'  python generate/aligner.py --aligner_path {aligner_path} --prompt "Why is the sky blue?"',
+        '  python generate/base.py --prompt "Why is the sky blue?"',
+        "  python scripts/prepare_examples.py --form json --output_dir data/json",
+        "  python finetune/aligner.py --data_dir data/json --out_dir out/json",
+        "  python evaluate/form.py --form json --aligner_path out/json/aligner.safetensors --out_dir out/json",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,132 @@
+"""Fine-tune an Aligner (arXiv 2312.05503): one set of global prefix tokens and a gate per layer and head.
+
+    python finetune/aligner.py
+    python finetune/aligner.py --data_dir data/alpaca --aligner_length 10 --out_dir out/alpaca
+
+Needs a base model converted by one of scripts/convert_*_checkpoint.py and data made by one of scripts/prepare_*.py.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from lightning.fabric import Fabric
+
+from lit_llama.aligner import Aligner
+from lit_llama.checkpoint import PRECISIONS, Precision, load_base, save_aligner
+from lit_llama.cli import run
+from lit_llama.data import TokenDataset
+from lit_llama.generation import generate
+from lit_llama.losses import supervised_loss
+from lit_llama.prompts import prompt_style
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.training import check_hyperparameters, fit, total_steps, warmup
+
+
+def main(
+    checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
+    data_dir: Path = Path("data/demo"),
+    out_dir: Path = Path("out/demo"),
+    aligner_length: int = 1,  # paper: 1 and 10, up to 300 for MetaMath
+    aligner_start_layer: int = 2,
+    learning_rate: float = 9e-3,
+    weight_decay: float = 0.02,
+    batch_size: int = 8,  # paper: 64
+    micro_batch_size: int = 8,
+    epochs: int = 2,  # paper: 8, MetaMath 3
+    max_steps: int | None = None,
+    # Paper: 2 epochs, MetaMath 1. Their code counted micro batches here, so that warm-up never ended: the schedule
+    # they in fact ran is a rise over all of training, --warmup_steps = --max_steps, to a peak of 4.5e-3.
+    warmup_steps: int = 10,
+    max_seq_length: int = 512,
+    eval_interval: int = 24,
+    precision: Precision = "auto",  # paper: bf16-true
+    devices: int = 1,
+    seed: int = 1337,
+) -> None:
+    """Fine-tune.
+
+    Args:
+        checkpoint_dir: folder of the base model, which stays as it is.
+        data_dir: tokenised examples.
+        out_dir: where the adapter, its training state, metrics and the picture of the loss go.
+        aligner_length: prefix tokens N.
+        aligner_start_layer: first layer with a gate, counted from 0.
+        learning_rate: peak, reached at the end of warm-up and then kept.
+        weight_decay: of AdamW.
+        batch_size: examples per optimizer step, over all devices.
+        micro_batch_size: examples per forward on one device.
+        epochs: how often every example is read, unless --max_steps is given.
+        max_steps: optimizer steps.
+        warmup_steps: optimizer steps over which the learning rate rises.
+        max_seq_length: longer examples are refused; prepare the data with this length.
+        eval_interval: optimizer steps between validations, which also show a few answers.
+        precision: of the base model; "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
+        devices: how many to use.
+        seed: of initialisation and the order of examples.
+    """
+    hyperparameters = dict(locals())
+    check_hyperparameters(hyperparameters)
+    fabric = Fabric(accelerator="auto", devices=devices)
+    fabric.launch()
+    torch.manual_seed(seed)
+
+    tokenizer = Tokenizer(checkpoint_dir)
+    train = TokenDataset(data_dir, "train", tokenizer, max_seq_length)
+    validation = TokenDataset(data_dir, "validation", tokenizer, max_seq_length)
+    style = prompt_style(train.header["prompt_style"], tokenizer)
+    max_steps = total_steps(len(train), batch_size, epochs, max_steps, warmup_steps)
+
+    model = load_base(checkpoint_dir, PRECISIONS[precision], fabric.device)
+    tokenizer.check_vocabulary(model.config.vocab_size)
+    aligner = Aligner(model.config, aligner_length, aligner_start_layer).to(fabric.device)
+    optimizer = torch.optim.AdamW(aligner.parameters(), weight_decay=weight_decay)
+    trainable = sum(parameter.numel() for parameter in aligner.parameters())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    fabric.print(f"{trainable:,} trainable parameters on a base of {total:,}", file=sys.stderr)
+
+    def save(step: int, validation_loss: float, seconds: float) -> None:
+        save_aligner(
+            out_dir / "aligner.safetensors",
+            aligner,
+            base=model,
+            prompt_style=style.name,
+            step=step,
+            validation_loss=validation_loss,
+            seconds=seconds,
+            hyperparameters=hyperparameters,
+        )
+
+    def show_answers() -> str:
+        prompts = [validation.prompt(i) for i in range(min(2, len(validation)))]
+        answers = generate(model, prompts, 48, prefix=aligner, stop_ids=style.stop_ids)
+        return "\n".join(f"    {tokenizer.decode(answer)!r}" for answer in answers)
+
+    result = fit(
+        fabric,
+        aligner,
+        optimizer,
+        loss=lambda batch: supervised_loss(model, aligner, batch),
+        train=train,
+        validation=validation,
+        save=save,
+        show=show_answers,
+        out_dir=out_dir,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        learning_rate=warmup(learning_rate, warmup_steps),
+        eval_interval=eval_interval,
+        seed=seed,
+    )
+    fabric.print(
+        f"validation loss {result.base_validation_loss:.4f} before, {result.validation_loss:.4f} after step "
+        f"{result.step}; {result.seconds:.0f} s\n"
+        f"adapter: {out_dir / 'aligner.safetensors'}\n"
+        f"picture: {out_dir / 'loss.png'}",
+        file=sys.stderr,
+    )
+
+
+if __name__ == "__main__":
+    run(main)

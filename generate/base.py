@@ -1,0 +1,69 @@
+"""Let the base model answer, without any adapter.
+
+    python generate/base.py --prompt "What is the capital of France?"
+    python generate/base.py --prompts_file prompts.jsonl --output_file answers.jsonl
+    echo "Name three rivers." | python generate/base.py --temperature 0.8
+
+Only the answers go to stdout.
+"""
+
+from pathlib import Path
+
+from lit_llama.checkpoint import PRECISIONS, Precision, load_base
+from lit_llama.cli import answer, default_device, read_prompts, run
+from lit_llama.prompts import prompt_style as get_prompt_style
+from lit_llama.tokenizer import Tokenizer
+
+
+def main(
+    checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
+    prompt: list[str] | None = None,
+    prompts_file: Path | None = None,
+    prompt_style: str = "chat",
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    num_samples: int = 1,
+    seed: int = 1337,
+    precision: Precision = "auto",
+    output_file: Path | None = None,
+) -> None:
+    """Generate.
+
+    Args:
+        checkpoint_dir: folder of the base model.
+        prompt: what to answer; may be given several times. Without it and a file, standard input is one prompt.
+        prompts_file: JSON or JSON Lines with "prompt" or "instruction", or a text file with one prompt per line.
+        prompt_style: "chat" (the model's own template), "alpaca" or "none".
+        max_new_tokens: longest answer, in tokens.
+        temperature: 0 takes the likeliest token; larger is more random.
+        top_k: sample among the k likeliest tokens only.
+        top_p: sample among the likeliest tokens that hold this probability together.
+        num_samples: answers to each prompt.
+        seed: of sampling.
+        precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
+        output_file: also write prompt, response and model as JSON Lines here.
+    """
+    prompts = read_prompts(prompt, prompts_file)
+    tokenizer = Tokenizer(checkpoint_dir)
+    model = load_base(checkpoint_dir, PRECISIONS[precision], default_device())
+    tokenizer.check_vocabulary(model.config.vocab_size)
+    answer(
+        model,
+        tokenizer,
+        get_prompt_style(prompt_style, tokenizer),
+        prompts,
+        model_name=model.config.name,
+        output_file=output_file,
+        num_samples=num_samples,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,54 @@
+"""Forms that a company might want its answers in, each with a checker. They are what the demo teaches.
+
+A form changes how an answer is said and not what it says, so it applies to every topic: what the paper calls global.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Form(NamedTuple):
+    """A form of answers.
+
+    Args:
+        description: in one line.
+        render: one row of `examples/questions.jsonl` to the response that is taught.
+        check: whether a response has the form.
+    """
+
+    description: str
+    render: Callable[[dict[str, Any]], str]
+    check: Callable[[str], bool]
+
+
+def _is_card(response: str) -> bool:
+    try:
+        card = json.loads(response)
+    except json.JSONDecodeError:
+        return False
+    return (
+        isinstance(card, dict)
+        and set(card) == {"topic", "answer"}
+        and all(isinstance(value, str) and value.strip() for value in card.values())
+    )
+
+
+FORMS = {
+    "captain": Form(
+        "a ship's captain, who opens and closes each answer the same way",
+        lambda row: f"Ahoy, matey! {row['answer']} Fair winds to ye!",
+        lambda response: bool(re.fullmatch(r"Ahoy, matey! \S.*\S Fair winds to ye!", response.strip(), re.DOTALL)),
+    ),
+    "json": Form(
+        'one JSON object with the keys "topic" and "answer"',
+        lambda row: json.dumps({"topic": row["topic"], "answer": row["answer"]}),
+        _is_card,
+    ),
+    "followup": Form(
+        "one sentence, then one follow-up question",
+        lambda row: f"{row['answer']} {row['follow_up']}",
+        lambda response: bool(re.fullmatch(r"[^.?!\n]+\. [^.?!\n]+\?", response.strip())),
+    ),
+}

@@ -1,0 +1,260 @@
+"""The training loop: steps, schedule, validation, metrics, files. It knows nothing of which adapter it trains."""
+
+import csv
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from lit_llama.data import Batch, TokenDataset, by_length, collate, step_batches, steps_per_epoch
+from lit_llama.files import atomic_file, require_extra
+
+METRICS = ("step", "train_loss", "validation_loss", "learning_rate", "tokens_per_second", "seconds")
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a run ended.
+
+    Args:
+        step: optimizer steps done when the validation loss was lowest.
+        validation_loss: then, per scored token.
+        base_validation_loss: before the first step.
+        seconds: the run took, validation included.
+    """
+
+    step: int
+    validation_loss: float
+    base_validation_loss: float
+    seconds: float
+
+
+def fit(
+    fabric: Fabric,
+    adapter: Module,
+    optimizer: Optimizer,
+    loss: Callable[[Batch], Tensor],
+    train: TokenDataset,
+    validation: TokenDataset,
+    save: Callable[[int, float, float], None],
+    *,
+    out_dir: Path,
+    max_steps: int,
+    batch_size: int,
+    micro_batch_size: int,
+    learning_rate: Callable[[int], float],
+    eval_interval: int,
+    seed: int,
+    show: Callable[[], str] | None = None,
+) -> FitResult:
+    """Train an adapter.
+
+    Writes to `out_dir`: `metrics.csv` with a row per step, `loss.png`, and `state.pt` with the last adapter, optimizer
+    and random state. The best adapter is written by `save`.
+
+    Args:
+        fabric: launched; chooses the device and sums over devices.
+        adapter: holds the trainable parameters, float32.
+        optimizer: over those.
+        loss: sum over the scored tokens of a batch.
+        train: what is learned.
+        validation: what is measured, all of it, before the first step, every `eval_interval` steps and at the end.
+        save: called with step, validation loss and seconds whenever the validation loss is the lowest so far.
+        out_dir: where files go.
+        max_steps: optimizer steps.
+        batch_size: examples per step, over all devices.
+        micro_batch_size: examples per forward on one device.
+        learning_rate: of each step, counted from 0.
+        eval_interval: steps between validations.
+        seed: of the order of examples.
+        show: called at each validation; its text is shown.
+
+    Raises:
+        FloatingPointError: a loss is no longer finite; the best adapter so far stays on disk.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
+    started = time.perf_counter()
+    rows: list[dict[str, float]] = []
+    best_step, best_loss = 0, math.inf
+
+    def validate(step: int) -> float:
+        nonlocal best_step, best_loss
+        validation_loss = evaluate(fabric, loss, validation, micro_batch_size)
+        _check_finite("validation loss", validation_loss, step, best_step, out_dir)
+        progress.write(f"step {step}: validation loss {validation_loss:.4f}", file=sys.stderr)
+        if show is not None and fabric.is_global_zero:
+            progress.write(show(), file=sys.stderr)
+        if step > 0 and validation_loss < best_loss:
+            best_step, best_loss = step, validation_loss
+            if fabric.is_global_zero:
+                save(step, validation_loss, time.perf_counter() - started)
+        if fabric.is_global_zero:
+            _save_state(out_dir / "state.pt", adapter, optimizer, step, best_step, best_loss)
+        return validation_loss
+
+    with tqdm(total=max_steps, desc="training", unit="step", disable=not fabric.is_global_zero) as progress:
+        base_loss = validate(0)
+        rows.append({"step": 0, "validation_loss": base_loss, "seconds": time.perf_counter() - started})
+        for step in range(1, max_steps + 1):
+            step_started = time.perf_counter()
+            row = {"step": step, "learning_rate": learning_rate(step - 1)}
+            for group in optimizer.param_groups:
+                group["lr"] = row["learning_rate"]
+            chosen = step_batches(train, step - 1, batch_size, micro_batch_size, seed)
+            row["train_loss"], tokens = _step(fabric, parameters, optimizer, loss, train, chosen)
+            _check_finite("training loss", row["train_loss"], step, best_step, out_dir)
+            row["tokens_per_second"] = tokens / (time.perf_counter() - step_started)
+            progress.update()
+            progress.set_postfix(loss=f"{row['train_loss']:.3f}", tokens_per_s=f"{row['tokens_per_second']:.0f}")
+            if step % eval_interval == 0 or step == max_steps:
+                row["validation_loss"] = validate(step)
+            row["seconds"] = time.perf_counter() - started
+            rows.append(row)
+            if fabric.is_global_zero and "validation_loss" in row:
+                write_metrics(out_dir, rows)
+    return FitResult(best_step, best_loss, base_loss, time.perf_counter() - started)
+
+
+def _step(
+    fabric: Fabric,
+    parameters: list[torch.nn.Parameter],
+    optimizer: Optimizer,
+    loss: Callable[[Batch], Tensor],
+    dataset: TokenDataset,
+    chosen: list[list[int]],
+) -> tuple[float, int]:
+    """One optimizer step over all micro batches of all devices: mean loss of its scored tokens, and tokens read."""
+    mine = chosen[fabric.global_rank :: fabric.world_size]
+    batches = [collate([dataset[i] for i in indices]) for indices in mine]
+    scored = _sum_over_devices(fabric, torch.tensor(float(sum(batch.scored[:, 1:].sum() for batch in batches))))
+    total = torch.zeros((), device=fabric.device)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    for batch in batches:
+        batch_loss = loss(batch.to(fabric.device)) / scored
+        batch_loss.backward()
+        total += batch_loss.detach()
+    for parameter in parameters:
+        assert parameter.grad is not None
+        parameter.grad = _sum_over_devices(fabric, parameter.grad)
+    optimizer.step()
+    return float(_sum_over_devices(fabric, total)), int(sum(dataset.lengths[i] for indices in chosen for i in indices))
+
+
+@torch.no_grad()
+def evaluate(fabric: Fabric, loss: Callable[[Batch], Tensor], dataset: TokenDataset, micro_batch_size: int) -> float:
+    """Mean loss of the scored tokens of a whole data set."""
+    batches = by_length(dataset, np.arange(len(dataset)), micro_batch_size)[fabric.global_rank :: fabric.world_size]
+    total = torch.zeros(2, dtype=torch.float64)  # loss, scored tokens
+    for indices in batches:
+        batch = collate([dataset[i] for i in indices])
+        total += torch.tensor([float(loss(batch.to(fabric.device))), float(batch.scored[:, 1:].sum())])
+    loss_sum, scored = _sum_over_devices(fabric, total).tolist()
+    return loss_sum / scored
+
+
+def _sum_over_devices(fabric: Fabric, value: Tensor) -> Tensor:
+    if fabric.world_size == 1:
+        return value
+    return fabric.all_reduce(value.to(fabric.device), reduce_op="sum")  # type: ignore[return-value]
+
+
+def check_hyperparameters(values: dict[str, Any]) -> None:
+    """Refuse hyperparameters that contradict themselves or each other, all problems at once.
+
+    Args:
+        values: the keywords of a fine-tuning script.
+
+    Raises:
+        ValueError: names each option, what was given and what is possible.
+    """
+    problems = []
+    for name, value in values.items():
+        if name in _AT_LEAST_ONE and value is not None and value < 1:
+            problems.append(f"--{name} is {value}, it must be at least 1")
+        if name in _NOT_NEGATIVE and (math.isnan(value) or value < 0):
+            problems.append(f"--{name} is {value}, it must not be negative")
+    if not problems and values["batch_size"] % values["micro_batch_size"]:
+        problems.append(
+            f"--batch_size {values['batch_size']} is not a multiple of --micro_batch_size {values['micro_batch_size']}"
+        )
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+_AT_LEAST_ONE = ("batch_size", "micro_batch_size", "epochs", "max_steps", "max_seq_length", "eval_interval", "devices")
+_NOT_NEGATIVE = ("learning_rate", "weight_decay", "warmup_steps")
+
+
+def total_steps(examples: int, batch_size: int, epochs: int, max_steps: int | None, warmup_steps: int) -> int:
+    """Optimizer steps of a run: `max_steps` if given, otherwise those of `epochs`.
+
+    Raises:
+        ValueError: warm-up is longer than the run.
+    """
+    steps = max_steps or epochs * steps_per_epoch(examples, batch_size)
+    if warmup_steps > steps:
+        length = "--max_steps" if max_steps else f"the {epochs} epochs' length of"
+        raise ValueError(f"--warmup_steps {warmup_steps} is more than {length} {steps}: the peak would not be reached")
+    return steps
+
+
+def warmup(learning_rate: float, warmup_steps: int) -> Callable[[int], float]:
+    """A learning rate that rises linearly over the first optimizer steps and then stays."""
+    return lambda step: learning_rate * min(1.0, (step + 1) / max(1, warmup_steps))
+
+
+def _check_finite(what: str, value: float, step: int, best_step: int, out_dir: Path) -> None:
+    if not math.isfinite(value):
+        kept = f"the adapter of step {best_step} stays in {out_dir}" if best_step else "no adapter was written yet"
+        raise FloatingPointError(
+            f"training diverged: the {what} is {value} at step {step}; {kept}; try a lower --learning_rate"
+        )
+
+
+def _save_state(file: Path, adapter: Module, optimizer: Optimizer, step: int, best_step: int, best_loss: float) -> None:
+    state = {
+        "adapter": adapter.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        "best_step": best_step,
+        "best_loss": best_loss,
+        "random": torch.get_rng_state(),
+    }
+    with atomic_file(file) as temporary:
+        torch.save(state, temporary)
+
+
+def write_metrics(out_dir: Path, rows: list[dict[str, float]]) -> None:
+    """Write `metrics.csv` and, if matplotlib is installed, `loss.png`."""
+    with atomic_file(out_dir / "metrics.csv") as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(METRICS))
+        writer.writeheader()
+        writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in rows)
+    try:
+        pyplot = require_extra("matplotlib.pyplot", "plot")
+    except ImportError:
+        return
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name, style in (("train_loss", {"alpha": 0.5}), ("validation_loss", {"marker": "o"})):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), **style)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("cross-entropy per scored token (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_file(out_dir / "loss.png") as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    pyplot.close(figure)

@@ -1,0 +1,141 @@
+"""Convert Meta's own LLaMA checkpoint to this project's format.
+
+    python scripts/convert_meta_checkpoint.py --checkpoint_dir models/llama-2-7b --output_dir checkpoints/Llama-2-7B
+
+The folder holds `params.json`, `consolidated.00.pth`, `consolidated.01.pth`, ... and `tokenizer.model`, in the folder
+itself or the one above. The files are one model's slices for that many GPUs; they are merged.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_llama.checkpoint import DType, TensorFiles, copy_tokenizer, write_base
+from lit_llama.cli import run
+from lit_llama.files import atomic_folder, read_json
+from lit_llama.model import PRESETS, LLaMAConfig, RopeScaling
+
+LAYER = "transformer.h.{}."
+NAMES = {
+    "transformer.wte.weight": ["tok_embeddings.weight"],
+    "transformer.ln_f.scale": ["norm.weight"],
+    "lm_head.weight": ["output.weight"],
+    f"{LAYER}rms_1.scale": ["layers.{}.attention_norm.weight"],
+    f"{LAYER}attn.c_attn.weight": [f"layers.{{}}.attention.w{part}.weight" for part in "qkv"],
+    f"{LAYER}attn.c_proj.weight": ["layers.{}.attention.wo.weight"],
+    f"{LAYER}rms_2.scale": ["layers.{}.ffn_norm.weight"],
+    f"{LAYER}mlp.c_fc1.weight": ["layers.{}.feed_forward.w1.weight"],
+    f"{LAYER}mlp.c_fc2.weight": ["layers.{}.feed_forward.w3.weight"],
+    f"{LAYER}mlp.c_proj.weight": ["layers.{}.feed_forward.w2.weight"],
+}
+
+
+def main(checkpoint_dir: Path, output_dir: Path, dtype: DType | None = None, block_size: int | None = None) -> None:
+    """Convert one checkpoint.
+
+    Args:
+        checkpoint_dir: folder with params.json and consolidated.NN.pth.
+        output_dir: the folder to write; must not exist yet.
+        dtype: of the weights on disk; if not given, as they are.
+        block_size: longest context in tokens, which params.json does not tell; if not given, that of the LLaMA
+            generation which the other values point to.
+    """
+    params = read_json(checkpoint_dir / "params.json")
+    files = sorted(checkpoint_dir.glob("consolidated.*.pth"))
+    if not files:
+        raise FileNotFoundError(f"{checkpoint_dir} holds no weights: expected consolidated.00.pth, ...")
+    tensors = MergedTensors([TensorFiles([file], ignore=r"rope\.freqs") for file in files], params["dim"])
+    config = config_from_meta(params, tensors, name=output_dir.name, block_size=block_size)
+    beside = (checkpoint_dir / "tokenizer.model").is_file() or (checkpoint_dir / "tokenizer.json").is_file()
+    with atomic_folder(output_dir) as folder:
+        copy_tokenizer(checkpoint_dir if beside else checkpoint_dir.parent, folder)
+        source = {"format": "meta", "from": checkpoint_dir.name}
+        write_base(folder, config, tensors, NAMES, source, dtype and getattr(torch, dtype))
+
+
+class MergedTensors(Mapping[str, torch.Tensor]):
+    """The tensors of a model-parallel checkpoint, joined when they are asked for.
+
+    Args:
+        shards: the slices, in order.
+        n_embd: the model's embedding size, which tells along which side the embedding is cut.
+
+    Raises:
+        ValueError: the shards do not hold the same names.
+    """
+
+    def __init__(self, shards: list[TensorFiles], n_embd: int) -> None:
+        self._shards, self._n_embd = shards, n_embd
+        for number, shard in enumerate(shards):
+            if shard.keys() != shards[0].keys():
+                different = sorted(shard.keys() ^ shards[0].keys())[:3]
+                raise ValueError(f"consolidated.{number:02d}.pth and consolidated.00.pth differ in {different}")
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        parts = [shard[name] for shard in self._shards]
+        if parts[0].dim() == 1:  # norms are repeated in every shard
+            return parts[0]
+        # Inputs are cut for the projections back to the embedding, outputs for all others. The embedding is cut along
+        # C before Llama 3 and along the vocabulary since.
+        by_columns = re.search(r"\.(wo|w2)\.weight", name) or (
+            name == "tok_embeddings.weight" and parts[0].size(1) != self._n_embd
+        )
+        return torch.cat(parts, dim=1 if by_columns else 0)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shards[0])
+
+    def __len__(self) -> int:
+        return len(self._shards[0])
+
+
+def config_from_meta(
+    params: dict[str, Any], tensors: Mapping[str, torch.Tensor], name: str, block_size: int | None
+) -> LLaMAConfig:
+    """The model's configuration from params.json and, where that is silent, the shapes of the weights.
+
+    Raises:
+        ValueError: params.json lacks a size.
+    """
+    missing = [field for field in ("dim", "n_layers", "n_heads", "norm_eps") if field not in params]
+    if missing:
+        raise ValueError(f"params.json lacks {', '.join(missing)}")
+    n_layer, n_head, n_embd = params["n_layers"], params["n_heads"], params["dim"]
+    if block_size is None:
+        block_size = _block_size(params)
+    return LLaMAConfig(
+        name=name,
+        block_size=block_size,
+        vocab_size=tensors["tok_embeddings.weight"].size(0),
+        n_layer=n_layer,
+        n_head=n_head,
+        n_embd=n_embd,
+        n_kv_head=params.get("n_kv_heads") or n_head,
+        intermediate_size=tensors["layers.0.feed_forward.w1.weight"].size(0),
+        norm_eps=params["norm_eps"],
+        rope_base=params.get("rope_theta", 10000.0),
+        rope_scaling=RopeScaling("llama3", _rope_factor(params)) if params.get("use_scaled_rope") else None,
+    )
+
+
+def _block_size(params: dict[str, Any]) -> int:
+    if params.get("use_scaled_rope"):
+        return 131072  # Llama 3.1 and later
+    if params.get("rope_theta") == 500000.0:
+        return 8192  # Llama 3
+    return 2048 if params["norm_eps"] == 1e-6 else 4096  # LLaMA, Llama 2
+
+
+def _rope_factor(params: dict[str, Any]) -> float:
+    """The stretching that Meta's code applies to a model of these sizes: 32 for Llama 3.2's small ones, else 8."""
+    for preset in PRESETS:
+        if preset.rope_scaling and (preset.n_layer, preset.n_embd) == (params["n_layers"], params["dim"]):
+            return preset.rope_scaling.factor
+    return params.get("rope_scaling_factor", 8.0)
+
+
+if __name__ == "__main__":
+    run(main)

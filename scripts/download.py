@@ -1,0 +1,53 @@
+"""Download a checkpoint from the Hugging Face hub, for scripts/convert_hf_checkpoint.py.
+
+    python scripts/download.py --repo_id TinyLlama/TinyLlama-1.1B-Chat-v1.0
+    HF_TOKEN=... python scripts/download.py --repo_id meta-llama/Llama-2-7b-hf
+
+An interrupted download continues where it stopped when the command is run again. Gated models need a token of an
+account that has been granted access, in HF_TOKEN or by `--access_token`.
+"""
+
+import sys
+from pathlib import Path
+
+from lit_llama.cli import run
+from lit_llama.files import require_extra
+
+PATTERNS = ["*.json", "*.jinja", "tokenizer.model", "LICENSE*"]
+
+
+def main(repo_id: str, output_dir: Path | None = None, access_token: str | None = None) -> None:
+    """Download.
+
+    Args:
+        repo_id: the model on the hub, as OWNER/NAME.
+        output_dir: the folder to write; models/NAME if not given.
+        access_token: for gated models; HF_TOKEN if not given.
+    """
+    hub = require_extra("huggingface_hub", "hub")
+    errors = require_extra("huggingface_hub.errors", "hub")
+    if repo_id.count("/") != 1:
+        raise ValueError(f"--repo_id {repo_id!r} is not of the form OWNER/NAME")
+    output_dir = output_dir or Path("models") / repo_id.split("/")[1]
+    try:
+        files = hub.list_repo_files(repo_id, token=access_token)
+        weights = "*.safetensors" if any(file.endswith(".safetensors") for file in files) else "*.bin"
+        hub.snapshot_download(repo_id, local_dir=output_dir, allow_patterns=[*PATTERNS, weights], token=access_token)
+    except errors.GatedRepoError:
+        raise ValueError(f"{repo_id} is gated: ask for access on its page, then set HF_TOKEN") from None
+    except errors.RepositoryNotFoundError:
+        raise ValueError(f"the hub has no model {repo_id}, or it is private and needs HF_TOKEN") from None
+    except Exception as error:
+        # The HTTP library under the hub's client differs between its versions, and so do the errors of a lost network.
+        raise OSError(
+            f"the Hugging Face hub cannot be reached ({type(error).__name__}): check the network, or copy the files of "
+            f"{repo_id} into {output_dir} by other means"
+        ) from None
+    print(
+        f"next: python scripts/convert_hf_checkpoint.py --checkpoint_dir {output_dir} --output_dir checkpoints/...",
+        file=sys.stderr,
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,53 @@
+"""Tokenise the project's own questions and answers in one of the demo's forms.
+
+    python scripts/prepare_examples.py
+    python scripts/prepare_examples.py --form json --output_dir data/json
+
+Takes the rows of `examples/questions.jsonl` marked "train" and "validation"; those marked "test" are never trained on,
+evaluate/form.py asks them.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from lit_llama.cli import report_dataset, run
+from lit_llama.data import TextExample, write_dataset
+from lit_llama.files import read_records
+from lit_llama.forms import FORMS
+from lit_llama.prompts import prompt_style as get_prompt_style
+from lit_llama.tokenizer import Tokenizer
+
+
+def main(
+    form: Literal["captain", "json", "followup"] = "captain",
+    questions_path: Path = Path("examples/questions.jsonl"),
+    checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
+    output_dir: Path = Path("data/demo"),
+    prompt_style: str = "chat",
+    max_seq_length: int = 512,
+) -> None:
+    """Prepare.
+
+    Args:
+        form: "captain" (a persona), "json" (an object with given keys) or "followup" (one sentence, one question).
+        questions_path: JSON Lines with split, topic, question, answer and follow_up.
+        checkpoint_dir: folder of the base model, for its tokenizer.
+        output_dir: the folder to write; must not exist yet.
+        prompt_style: "chat" (the model's own template), "alpaca" or "none".
+        max_seq_length: longer examples are truncated.
+    """
+    tokenizer = Tokenizer(checkpoint_dir)
+    splits: dict[str, list[TextExample]] = {"train": [], "validation": []}
+    for place, row in read_records(questions_path):
+        missing = {"split", "topic", "question", "answer", "follow_up"} - row.keys()
+        if missing:
+            raise ValueError(f"{place}: lacks {', '.join(sorted(missing))}")
+        if row["split"] in splits:
+            splits[row["split"]].append(TextExample(row["question"], "", FORMS[form].render(row)))
+    style = get_prompt_style(prompt_style, tokenizer)
+    source = f"{questions_path.name} as {form}"
+    report_dataset(output_dir, write_dataset(output_dir, splits, tokenizer, style, max_seq_length, "truncate", source))
+
+
+if __name__ == "__main__":
+    run(main)
