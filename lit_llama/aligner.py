@@ -34,7 +34,7 @@ class Aligner(nn.Module):
             raise ValueError(f"an Aligner needs at least one prefix token, got {length}")
         if not 0 <= start_layer < config.n_layer:
             raise ValueError(
-                f"start layer {start_layer} is not one of the base model's layers 0 to {config.n_layer - 1}"
+                f"start layer {start_layer} is not one of the base's layers 0 to {config.n_layer - 1}"
             )
         self.n_layer, self.start_layer = config.n_layer, start_layer
         self.tokens = nn.Parameter(torch.randn(length, config.n_embd, dtype=torch.float32))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from lit_llama.data import Batch, TokenDataset, by_length, collate, step_batches, steps_per_epoch
 from lit_llama.files import atomic_file, require_extra
 
-METRICS = ("step", "train_loss", "validation_loss", "learning_rate", "tokens_per_second", "seconds")
+METRICS = ["step", "train_loss", "validation_loss", "learning_rate", "tokens_per_second", "seconds"]
 
 
 @dataclass(frozen=True)
@@ -180,12 +180,11 @@ def check_hyperparameters(values: dict[str, Any]) -> None:
     Raises:
         ValueError: names each option, what was given and what is possible.
     """
-    problems = []
-    for name, value in values.items():
-        if name in _AT_LEAST_ONE and value is not None and value < 1:
-            problems.append(f"--{name} is {value}, it must be at least 1")
-        if name in _NOT_NEGATIVE and (math.isnan(value) or value < 0):
-            problems.append(f"--{name} is {value}, it must not be negative")
+    problems = [
+        f"--{name} is {values[name]}, it must be at least {least}"
+        for name, least in _LEAST.items()
+        if values.get(name) is not None and not values[name] >= least
+    ]
     if not problems and values["batch_size"] % values["micro_batch_size"]:
         problems.append(
             f"--batch_size {values['batch_size']} is not a multiple of --micro_batch_size {values['micro_batch_size']}"
@@ -194,8 +193,18 @@ def check_hyperparameters(values: dict[str, Any]) -> None:
         raise ValueError("; ".join(problems))
 
 
-_AT_LEAST_ONE = ("batch_size", "micro_batch_size", "epochs", "max_steps", "max_seq_length", "eval_interval", "devices")
-_NOT_NEGATIVE = ("learning_rate", "weight_decay", "warmup_steps")
+_LEAST = {
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "warmup_steps": 0,
+    "batch_size": 1,
+    "micro_batch_size": 1,
+    "epochs": 1,
+    "max_steps": 1,
+    "max_seq_length": 2,
+    "eval_interval": 1,
+    "devices": 1,
+}
 
 
 def total_steps(examples: int, batch_size: int, epochs: int, max_steps: int | None, warmup_steps: int) -> int:
@@ -240,7 +249,7 @@ def _save_state(file: Path, adapter: Module, optimizer: Optimizer, step: int, be
 def write_metrics(out_dir: Path, rows: list[dict[str, float]]) -> None:
     """Write `metrics.csv` and, if matplotlib is installed, `loss.png`."""
     with atomic_file(out_dir / "metrics.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(METRICS))
+        writer = csv.DictWriter(file, METRICS)
         writer.writeheader()
         writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in rows)
     try:

@@ -1,0 +1,100 @@
+"""Decoding: batches give what rows get alone; sampling against its definition."""
+
+import pytest
+import torch
+
+from lit_llama.aligner import Aligner
+from lit_llama.generation import generate, sample
+
+
+@pytest.fixture
+def aligner(tiny_model):
+    aligner = Aligner(tiny_model.config, 3)
+    torch.nn.init.normal_(aligner.gates)
+    return aligner
+
+
+def naive_greedy(model, prompt, n, prefix, stop_ids=frozenset()):
+    """Greedy decoding by its definition, without a cache."""
+    ids = list(prompt)
+    for _ in range(n):
+        if len(ids) > model.config.block_size:
+            break
+        token = model(torch.tensor([ids[-model.config.block_size :]]), prefix)[0, -1].argmax().item()
+        if token in stop_ids:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_batch_is_what_each_row_gets_alone(tiny_model, aligner, adapted):
+    prefix = aligner if adapted else None
+    prompts = [[5, 6], [7, 8, 9, 10, 11, 12], [13]]
+    expected = [naive_greedy(tiny_model, prompt, 10, prefix) for prompt in prompts]
+    assert generate(tiny_model, prompts, 10, prefix=prefix) == expected
+    assert min(len(set(row)) for row in expected) > 3  # rows that repeat themselves would prove little
+
+
+def test_rows_end_at_their_stop_token(tiny_model, aligner):
+    prompts = [[5, 6], [7, 8, 9, 10], [13]]
+    free = [naive_greedy(tiny_model, prompt, 12, aligner) for prompt in prompts]
+    stop = frozenset([free[0][4]])
+    expected = [naive_greedy(tiny_model, prompt, 12, aligner, stop) for prompt in prompts]
+    assert generate(tiny_model, prompts, 12, prefix=aligner, stop_ids=stop) == expected
+    assert len(expected[0]) < 12
+
+
+def test_rows_end_where_the_window_does(tiny_model):
+    """A row gets as many tokens as the window has room for, whatever the length of the others."""
+    long, short = list(range(60)), [1, 2, 3]
+    rows = generate(tiny_model, [long, short], 20)
+    assert rows == [naive_greedy(tiny_model, long, 20, None)[:4], naive_greedy(tiny_model, short, 20, None)]
+
+
+def test_impossible_requests_are_refused(tiny_model):
+    with pytest.raises(ValueError, match="the prompt has 64 tokens, the model's window is 64"):
+        generate(tiny_model, [[1] * 64], 5)
+    with pytest.raises(ValueError, match="prompt is empty"):
+        generate(tiny_model, [[1], []], 5)
+    for options, name in (
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            generate(tiny_model, [[1]], 5, **options)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        generate(tiny_model, [[1]], 0)
+
+
+# Probabilities 0.5, 0.25, 0.15, 0.1 in scrambled order.
+PROBABILITIES = torch.tensor([0.15, 0.5, 0.1, 0.25])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0.15, 0.5, 0.1, 0.25]),
+        ({"top_k": 2}, [0, 2 / 3, 0, 1 / 3]),
+        ({"top_k": 9}, [0.15, 0.5, 0.1, 0.25]),
+        ({"top_p": 0.6}, [0, 2 / 3, 0, 1 / 3]),  # 0.5 alone holds too little
+        ({"top_p": 0.4}, [0, 1, 0, 0]),
+        ({"temperature": 0.5}, (PROBABILITIES**2 / (PROBABILITIES**2).sum()).tolist()),
+        ({"temperature": 0.0}, [0, 1, 0, 0]),
+    ],
+)
+def test_sampling_follows_its_distribution(options, expected):
+    draws = 20_000
+    logits = PROBABILITIES.log().expand(draws, -1)
+    tokens = sample(logits, generator=torch.Generator().manual_seed(0), **options)
+    shares = torch.bincount(tokens, minlength=4) / draws
+    torch.testing.assert_close(shares, torch.tensor(expected).float(), atol=0.015, rtol=0)
+
+
+def test_seed_decides_the_sample(tiny_model):
+    def once(seed):
+        return generate(tiny_model, [[1, 2]], 20, temperature=1.0, generator=torch.Generator().manual_seed(seed))
+
+    assert once(1) == once(1) != once(2)
