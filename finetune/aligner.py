@@ -29,6 +29,7 @@ def main(
     out_dir: Path = Path("out/demo"),
     aligner_length: int = 1,  # paper: 1 and 10, up to 300 for MetaMath
     aligner_start_layer: int = 2,
+    aligner_init_std: float = 0.1,  # authors: 1.0; smaller tokens turn sooner, which short runs need
     learning_rate: float = 9e-3,
     weight_decay: float = 0.02,
     batch_size: int = 8,  # paper: 64
@@ -52,6 +53,7 @@ def main(
         out_dir: where the adapter, its training state, metrics and the picture of the loss go.
         aligner_length: prefix tokens N.
         aligner_start_layer: first layer with a gate, counted from 0.
+        aligner_init_std: standard deviation of the prefix tokens at the start.
         learning_rate: peak, reached at the end of warm-up and then kept.
         weight_decay: of AdamW.
         batch_size: examples per optimizer step, over all devices.
@@ -79,7 +81,7 @@ def main(
 
     model = load_base(checkpoint_dir, PRECISIONS[precision], fabric.device)
     tokenizer.check_vocabulary(model.config.vocab_size)
-    aligner = Aligner(model.config, aligner_length, aligner_start_layer).to(fabric.device)
+    aligner = Aligner(model.config, aligner_length, aligner_start_layer, aligner_init_std).to(fabric.device)
     optimizer = torch.optim.AdamW(aligner.parameters(), weight_decay=weight_decay)
     trainable = sum(parameter.numel() for parameter in aligner.parameters())
     total = sum(parameter.numel() for parameter in model.parameters())

@@ -23,21 +23,20 @@ class Aligner(nn.Module):
         config: configuration of the base model; only `n_layer`, `n_head` and `n_embd` matter.
         length: number of prefix tokens N.
         start_layer: first layer that attends to the prefix, counted from 0.
+        init_std: standard deviation of the tokens at the start.
 
     Raises:
         ValueError: fewer than one token, or no layer left to attend to them.
     """
 
-    def __init__(self, config: LLaMAConfig, length: int = 1, start_layer: int = 2) -> None:
+    def __init__(self, config: LLaMAConfig, length: int = 1, start_layer: int = 2, init_std: float = 0.1) -> None:
         super().__init__()
         if length < 1:
             raise ValueError(f"an Aligner needs at least one prefix token, got {length}")
         if not 0 <= start_layer < config.n_layer:
-            raise ValueError(
-                f"start layer {start_layer} is not one of the base's layers 0 to {config.n_layer - 1}"
-            )
+            raise ValueError(f"start layer {start_layer} is not one of the base's layers 0 to {config.n_layer - 1}")
         self.n_layer, self.start_layer = config.n_layer, start_layer
-        self.tokens = nn.Parameter(torch.randn(length, config.n_embd, dtype=torch.float32))
+        self.tokens = nn.Parameter(init_std * torch.randn(length, config.n_embd, dtype=torch.float32))
         self.gates = nn.Parameter(torch.zeros(config.n_layer - start_layer, config.n_head, dtype=torch.float32))
 
     def layer(self, index: int) -> LayerPrefix | None:

@@ -37,9 +37,9 @@ def _is_card(response: str) -> bool:
 
 FORMS = {
     "captain": Form(
-        "a ship's captain, who opens and closes each answer the same way",
-        lambda row: f"Ahoy, matey! {row['answer']} Fair winds to ye!",
-        lambda response: bool(re.fullmatch(r"Ahoy, matey! \S.*\S Fair winds to ye!", response.strip(), re.DOTALL)),
+        "a ship's captain, who opens with a greeting and closes with a signature",
+        lambda row: f"Ahoy, matey! {row['answer']}\n- Captain Salt",
+        lambda response: bool(re.fullmatch(r"Ahoy, matey! \S.*\n- Captain Salt", response.strip(), re.DOTALL)),
     ),
     "json": Form(
         'one JSON object with the keys "topic" and "answer"',

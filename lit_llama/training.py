@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -86,6 +87,7 @@ def fit(
     out_dir.mkdir(parents=True, exist_ok=True)
     parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     started = time.perf_counter()
+    main_process = fabric.is_global_zero
     rows: list[dict[str, float]] = []
     best_step, best_loss = 0, math.inf
 
@@ -93,37 +95,46 @@ def fit(
         nonlocal best_step, best_loss
         validation_loss = evaluate(fabric, loss, validation, micro_batch_size)
         _check_finite("validation loss", validation_loss, step, best_step, out_dir)
-        progress.write(f"step {step}: validation loss {validation_loss:.4f}", file=sys.stderr)
-        if show is not None and fabric.is_global_zero:
-            progress.write(show(), file=sys.stderr)
-        if step > 0 and validation_loss < best_loss:
+        better = 0 < step and validation_loss < best_loss
+        if better:
             best_step, best_loss = step, validation_loss
-            if fabric.is_global_zero:
+        if main_process:
+            progress.write(f"step {step}: validation loss {validation_loss:.4f}", file=sys.stderr)
+            if show is not None:
+                progress.write(show(), file=sys.stderr)
+            if better:
                 save(step, validation_loss, time.perf_counter() - started)
-        if fabric.is_global_zero:
             _save_state(out_dir / "state.pt", adapter, optimizer, step, best_step, best_loss)
         return validation_loss
 
-    with tqdm(total=max_steps, desc="training", unit="step", disable=not fabric.is_global_zero) as progress:
-        base_loss = validate(0)
-        rows.append({"step": 0, "validation_loss": base_loss, "seconds": time.perf_counter() - started})
-        for step in range(1, max_steps + 1):
-            step_started = time.perf_counter()
-            row = {"step": step, "learning_rate": learning_rate(step - 1)}
-            for group in optimizer.param_groups:
-                group["lr"] = row["learning_rate"]
-            chosen = step_batches(train, step - 1, batch_size, micro_batch_size, seed)
-            row["train_loss"], tokens = _step(fabric, parameters, optimizer, loss, train, chosen)
-            _check_finite("training loss", row["train_loss"], step, best_step, out_dir)
-            row["tokens_per_second"] = tokens / (time.perf_counter() - step_started)
-            progress.update()
-            progress.set_postfix(loss=f"{row['train_loss']:.3f}", tokens_per_s=f"{row['tokens_per_second']:.0f}")
+    with (
+        tqdm(total=max_steps, desc="training", unit="step", disable=not main_process) as progress,
+        open(out_dir / "metrics.csv" if main_process else os.devnull, "w", newline="") as file,
+    ):
+        metrics = csv.DictWriter(file, METRICS)
+        metrics.writeheader()
+        for step in range(max_steps + 1):
+            row: dict[str, float] = {"step": step}
+            if step > 0:
+                step_started = time.perf_counter()
+                row["learning_rate"] = learning_rate(step - 1)
+                for group in optimizer.param_groups:
+                    group["lr"] = row["learning_rate"]
+                chosen = step_batches(train, step - 1, batch_size, micro_batch_size, seed)
+                row["train_loss"], tokens = _step(fabric, parameters, optimizer, loss, train, chosen)
+                _check_finite("training loss", row["train_loss"], step, best_step, out_dir)
+                row["tokens_per_second"] = tokens / (time.perf_counter() - step_started)
+                progress.update()
+                progress.set_postfix(loss=f"{row['train_loss']:.3f}", tokens_per_s=f"{row['tokens_per_second']:.0f}")
             if step % eval_interval == 0 or step == max_steps:
                 row["validation_loss"] = validate(step)
             row["seconds"] = time.perf_counter() - started
+            metrics.writerow({name: f"{value:.6g}" for name, value in row.items()})
+            file.flush()
             rows.append(row)
-            if fabric.is_global_zero and "validation_loss" in row:
-                write_metrics(out_dir, rows)
+            if main_process and "validation_loss" in row and step > 0:
+                plot_losses(rows, out_dir / "loss.png")
+    base_loss = rows[0]["validation_loss"]
     return FitResult(best_step, best_loss, base_loss, time.perf_counter() - started)
 
 
@@ -246,12 +257,13 @@ def _save_state(file: Path, adapter: Module, optimizer: Optimizer, step: int, be
         torch.save(state, temporary)
 
 
-def write_metrics(out_dir: Path, rows: list[dict[str, float]]) -> None:
-    """Write `metrics.csv` and, if matplotlib is installed, `loss.png`."""
-    with atomic_file(out_dir / "metrics.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, METRICS)
-        writer.writeheader()
-        writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in rows)
+def plot_losses(rows: list[dict[str, float]], path: Path) -> None:
+    """Draw training and validation loss over the steps, if matplotlib is installed.
+
+    Args:
+        rows: those of `metrics.csv`.
+        path: the PNG to write.
+    """
     try:
         pyplot = require_extra("matplotlib.pyplot", "plot")
     except ImportError:
@@ -264,6 +276,6 @@ def write_metrics(out_dir: Path, rows: list[dict[str, float]]) -> None:
     axes.set_ylabel("cross-entropy per scored token (nats)")
     axes.grid(alpha=0.3)
     axes.legend()
-    with atomic_file(out_dir / "loss.png") as temporary:
+    with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
     pyplot.close(figure)

@@ -119,9 +119,7 @@ def test_hf_config_that_cannot_be_honoured(command, tmp_path, hf_checkpoint, cha
     config = {**json.loads((source / "config.json").read_text()), **change}
     (source / "config.json").unlink()
     (source / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None or k != field}))
-    status, _, err = command(
-        "scripts/convert_hf_checkpoint.py", checkpoint_dir=source, output_dir=tmp_path / "lit"
-    )
+    status, _, err = command("scripts/convert_hf_checkpoint.py", checkpoint_dir=source, output_dir=tmp_path / "lit")
     assert status == 1
     assert field in err
     assert err.startswith("error: ")
@@ -167,7 +165,11 @@ def test_meta_shards_are_merged(tmp_path, hf_checkpoint):
         put("rope.freqs", torch.ones(4), None)
         for layer in range(4):
             put(f"layers.{layer}.attention_norm.weight", weights[f"model.layers.{layer}.input_layernorm.weight"], None)
-            put(f"layers.{layer}.ffn_norm.weight", weights[f"model.layers.{layer}.post_attention_layernorm.weight"], None)
+            put(
+                f"layers.{layer}.ffn_norm.weight",
+                weights[f"model.layers.{layer}.post_attention_layernorm.weight"],
+                None,
+            )
             for meta, hf in names.items():
                 weight = weights[f"model.layers.{layer}.{hf}.weight"]
                 if meta in heads:  # Meta's rotary pairs are interleaved, Hugging Face's halved
@@ -249,7 +251,9 @@ def test_gguf_logits_and_tokenizer(tmp_path, hf_checkpoint):
 
 
 def test_gguf_quantised_weights_and_llama3_rotary(tmp_path):
-    source = make_hf_checkpoint(tmp_path / "hf", rope_parameters={**LLAMA3_ROPE, "original_max_position_embeddings": 8192})
+    source = make_hf_checkpoint(
+        tmp_path / "hf", rope_parameters={**LLAMA3_ROPE, "original_max_position_embeddings": 8192}
+    )
     # llama.cpp's convert_hf_to_gguf.py stores these divisors of the frequencies.
     frequencies = 500000.0 ** (-np.arange(0, 8, 2) / 8)
     wavelengths = 2 * math.pi / frequencies

@@ -23,9 +23,9 @@ def test_taught_responses_have_the_form_and_plain_answers_have_not(form):
 @pytest.mark.parametrize(
     ("form", "response"),
     [
-        ("captain", "Ahoy, matey! Fair winds to ye!"),
+        ("captain", "Ahoy, matey!\n- Captain Salt"),
         ("captain", "Ahoy, matey! It is blue."),
-        ("captain", "It is blue. Fair winds to ye!"),
+        ("captain", "It is blue.\n- Captain Salt"),
         ("captain", ""),
         ("json", '{"topic": "art", "answer": "blue"'),
         ("json", '{"topic": "art", "answer": ""}'),

@@ -46,7 +46,7 @@ def test_presets(name, parameters):
 
 
 def test_unknown_preset_is_refused():
-    with pytest.raises(ValueError, match="no preset named 'GPT-2'.*LLaMA-7B"):
+    with pytest.raises(ValueError, match=r"no preset named 'GPT-2'.*LLaMA-7B"):
         LLaMAConfig.from_name("GPT-2")
 
 

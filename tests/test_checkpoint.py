@@ -1,0 +1,239 @@
+"""Files: what is written comes back, and what is wrong is refused in one line."""
+
+import json
+import shutil
+import warnings
+
+import pytest
+import torch
+from conftest import GOLDEN, ROOT, tiny_config
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lit_llama.aligner import Aligner
+from lit_llama.checkpoint import (
+    TensorFiles,
+    adapter_info,
+    check_adapter,
+    load_aligner,
+    load_base,
+    read_config,
+    save_aligner,
+)
+from lit_llama.files import atomic_file, atomic_folder
+from lit_llama.model import LLaMA, LLaMAConfig
+
+RELEASED = ROOT.parent / "shared" / "released"
+
+
+class Bomb:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return (open, ("exploded", "w"))
+
+
+@pytest.fixture
+def copied_base(base_dir, tmp_path):
+    return shutil.copytree(base_dir, tmp_path / "base")
+
+
+def test_base_is_frozen_and_in_evaluation_mode(base_dir):
+    model = load_base(base_dir)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert (model.dtype, load_base(base_dir, torch.bfloat16).dtype) == (torch.float32, torch.bfloat16)
+    assert model.config == read_config(base_dir)
+
+
+def test_fingerprint_tells_weights_apart_and_not_their_dtype(base_dir, copied_base):
+    model = load_base(base_dir)
+    assert load_base(base_dir, torch.bfloat16).fingerprint == model.fingerprint
+    weights = load_file(copied_base / "model.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in weights.items()}, copied_base / "model.safetensors")
+    assert load_base(copied_base).fingerprint == model.fingerprint
+    weights["transformer.h.1.mlp.c_proj.weight"] += 0.1
+    save_file(weights, copied_base / "model.safetensors")
+    assert load_base(copied_base).fingerprint != model.fingerprint
+
+
+def test_bare_lit_llama_file(tmp_path, golden_config):
+    with pytest.raises(ValueError, match=r"not a Lit-LLaMA file of a known size \(its embedding is \(128, 64\)\)"):
+        load_base(GOLDEN / "lit-llama.pth")
+    with pytest.raises(ValueError, match="configuration expects"):
+        load_base(GOLDEN / "lit-llama.pth", config=LLaMAConfig(**{**golden_config.to_dict(), "vocab_size": 64}))
+    with torch.device("meta"):
+        model = LLaMA(LLaMAConfig.from_name("7B"))
+    weights = {name: torch.zeros(1).expand(tensor.shape) for name, tensor in model.state_dict().items()}
+    torch.save(weights, tmp_path / "lit-llama.pth")  # the expanded zeros take no room
+    with torch.device("meta"):
+        config = load_base(tmp_path / "lit-llama.pth", device="meta").config
+    assert (config.n_layer, config.n_head, config.norm_eps, config.block_size) == (32, 32, 1e-5, 2048)
+
+
+def test_damaged_bases_are_refused(copied_base):
+    file = copied_base / "model.safetensors"
+    good = file.read_bytes()
+
+    def refused(error, message):
+        with pytest.raises(error, match=message):
+            load_base(copied_base)
+
+    for bad in (good[: len(good) // 2], good[:4], b"", b'{"weights": [1, 2]}'):
+        file.write_bytes(bad)
+        refused(ValueError, r"model\.safetensors is no complete safetensors file")
+    file.write_bytes(good)
+    weights = load_file(file)
+    lacking = dict(weights)
+    del lacking["transformer.ln_f.scale"]
+    save_file(lacking | {"surprise": torch.zeros(1)}, file)
+    refused(ValueError, r"lacks transformer\.ln_f\.scale \(1 in all\) and has unknown surprise")
+    save_file(weights | {"transformer.ln_f.scale": torch.ones(7)}, file)
+    refused(ValueError, r"transformer\.ln_f\.scale has shape \(7,\), the configuration expects \(32,\)")
+    file.unlink()
+    refused(FileNotFoundError, "holds no weights")
+    (copied_base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    refused(FileNotFoundError, "lacks gone.safetensors")
+    (copied_base / "lit_config.json").write_text("{")
+    refused(ValueError, r"lit_config\.json, line 1: not JSON")
+    (copied_base / "lit_config.json").unlink()
+    refused(FileNotFoundError, r"holds no lit_config\.json: convert")
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        load_base(copied_base / "nowhere")
+
+
+@pytest.mark.parametrize("content", ["bomb", "json", "empty", "not tensors"])
+def test_nothing_but_tensors_is_unpickled(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "weights.pth"
+    if content == "bomb":
+        torch.save({"weight": Bomb()}, file)
+    elif content == "json":
+        file.write_text('{"weight": [1, 2]}')
+    elif content == "empty":
+        file.write_bytes(b"")
+    else:
+        torch.save({"weight": [1, 2]}, file)
+    for load in (load_base, load_aligner):
+        with pytest.raises(ValueError, match=r"weights\.pth"):
+            load(file)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_aligner_file_says_what_it_is(tmp_path, tiny_model):
+    tiny_model.fingerprint = "f" * 64
+    aligner = Aligner(tiny_model.config, 3, 1)
+    torch.nn.init.normal_(aligner.gates)
+    save_aligner(tmp_path / "a.safetensors", aligner, tiny_model, prompt_style="chat", step=7, validation_loss=0.5)
+    loaded = load_aligner(tmp_path / "a.safetensors")
+    ids = torch.arange(9)[None]
+    assert torch.equal(tiny_model(ids, prefix=loaded), tiny_model(ids, prefix=aligner))
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert set(file.keys()) == {"tokens", "gates"}
+        assert json.loads(file.metadata()["config"])["length"] == 3
+    info = check_adapter(tmp_path / "a.safetensors", tiny_model)
+    assert (info.method, info.base_name, info.step, info.validation_loss) == ("aligner", "tiny", 7, 0.5)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_adapter_of_another_base(tmp_path, tiny_model):
+    file = tmp_path / "a.safetensors"
+    save_aligner(file, Aligner(tiny_config(n_embd=64), 1), tiny_model)
+    with pytest.raises(ValueError, match=r"made for another base: its n_embd is 64, tiny has 32"):
+        check_adapter(file, tiny_model)
+    tiny_model.fingerprint = "a" * 64
+    save_aligner(file, Aligner(tiny_model.config, 1), tiny_model)
+    tiny_model.fingerprint = "b" * 64
+    with pytest.raises(ValueError, match="--allow_other_base true"):
+        check_adapter(file, tiny_model)
+    with pytest.warns(UserWarning, match="whose weights are not those of tiny"):
+        check_adapter(file, tiny_model, allow_other_base=True)
+    tiny_model.fingerprint = "a" * 64
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_adapter(file, tiny_model)
+
+
+def test_what_is_no_aligner_is_refused(tmp_path, base_dir, tiny_model):
+    with pytest.raises(ValueError, match="not an adapter: its metadata lack a format_version"):
+        load_aligner(base_dir / "model.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"gone\.safetensors: no such file"):
+        load_aligner(tmp_path / "gone.safetensors")
+    file = tmp_path / "a.safetensors"
+    save_aligner(file, Aligner(tiny_model.config, 1))
+    with safe_open(file, "pt") as handle:
+        metadata = handle.metadata()
+    tensors = load_file(file)
+    save_file(tensors, file, metadata={**metadata, "method": '"lora"'})
+    with pytest.raises(ValueError, match=r"not an Aligner but 'lora': use generate/lora\.py"):
+        load_aligner(file)
+    save_file(tensors, file, metadata={**metadata, "format_version": "99"})
+    with pytest.raises(ValueError, match="format version 99, this code reads 1"):
+        load_aligner(file)
+    save_file({"tokens": tensors["tokens"]}, file, metadata=metadata)
+    with pytest.raises(ValueError, match="lacks gates"):
+        load_aligner(file)
+    save_file({**tensors, "gates": torch.zeros(1, 1)}, file, metadata=metadata)
+    with pytest.raises(ValueError, match="gates has shape"):
+        load_aligner(file)
+
+
+def test_authors_format(tmp_path):
+    """bfloat16, the gates as (1, nh, 1, 1), the shared tokens repeated under each layer's name."""
+    tokens = torch.randn(10, 64).bfloat16()
+    tensors = {"global_value_embedding.weight": tokens}
+    for layer in (2, 3, 4):
+        tensors[f"transformer.h.{layer}.attn.gating_factor"] = torch.full((1, 8, 1, 1), float(layer)).bfloat16()
+        tensors[f"transformer.h.{layer}.attn.adapter_wte.weight"] = tokens
+    file = tmp_path / "aligner.pth"
+    torch.save(tensors, file)
+    aligner = load_aligner(file)
+    assert aligner.tokens.dtype == torch.float32
+    assert torch.equal(aligner.tokens, tokens.float())
+    assert torch.equal(aligner.gates, torch.tensor([2.0, 3.0, 4.0])[:, None].expand(3, 8))
+    assert adapter_info(file).config == {"n_layer": 5, "n_head": 8, "n_embd": 64, "length": 10, "start_layer": 2}
+
+    torch.save(tensors | {"transformer.h.3.attn.adapter_wte.weight": tokens + 1}, file)
+    with pytest.raises(ValueError, match="which an Aligner shares"):
+        load_aligner(file)
+    torch.save({name: t for name, t in tensors.items() if "h.3." not in name}, file)
+    with pytest.raises(ValueError, match=r"consecutive layers, found \[2, 4\]"):
+        load_aligner(file)
+    torch.save(tensors | {"lm_head.weight": tokens}, file)
+    with pytest.raises(ValueError, match=r"unknown lm_head\.weight"):
+        load_aligner(file)
+
+
+@pytest.mark.skipif(not RELEASED.is_dir(), reason="the authors' released adapters are not at hand")
+@pytest.mark.parametrize(("pattern", "parameters"), [("aligner1Token*", 5056), ("aligner10*", 41920), ("*DPO*", 5056)])
+def test_released_adapters(pattern, parameters):
+    [file] = RELEASED.glob(pattern)
+    aligner = load_aligner(file)
+    assert sum(parameter.numel() for parameter in aligner.parameters()) == parameters
+    config = LLaMAConfig.from_name("Llama-2-7B")
+    assert aligner.gates.shape == (30, 32)
+    assert aligner.gates.abs().mean() > 0
+    with torch.device("meta"):
+        check_adapter(file, LLaMA(config))
+
+
+def test_the_same_name_in_two_files(tmp_path):
+    for name in "ab":
+        save_file({"x": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(ValueError, match="x is both in"):
+        TensorFiles([tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    (tmp_path / "file").write_text("old")
+
+    def fail(context):
+        with context as temporary:
+            (temporary / "half" if temporary.is_dir() else temporary).write_text("half")
+            raise RuntimeError
+
+    for context in (atomic_file(tmp_path / "file"), atomic_folder(tmp_path / "folder")):
+        with pytest.raises(RuntimeError):
+            fail(context)
+    assert (tmp_path / "file").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

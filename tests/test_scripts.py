@@ -1,0 +1,225 @@
+"""The scripts as people run them: options in, text on stdout, files where asked for, one line for an error."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT, load_script
+from safetensors.torch import load_file, save_file
+
+from lit_llama.checkpoint import load_aligner, load_base
+from lit_llama.cli import run
+from lit_llama.forms import FORMS
+from lit_llama.generation import generate
+from lit_llama.prompts import prompt_style
+from lit_llama.tokenizer import Tokenizer
+
+SCRIPTS = sorted(
+    str(path.relative_to(ROOT))
+    for folder in ("evaluate", "finetune", "generate", "scripts")
+    for path in (ROOT / folder).glob("*.py")
+)
+
+
+def expected_answer(base_dir, prompt, prefix=None, n=8):
+    tokenizer, model = Tokenizer(base_dir), load_base(base_dir)
+    style = prompt_style("chat", tokenizer)
+    [row] = generate(model, [tokenizer.encode(style.render(prompt, ""))], n, prefix=prefix, stop_ids=style.stop_ids)
+    return tokenizer.decode(row)
+
+
+def test_the_whole_way_by_subprocess(hf_checkpoint, tmp_path):
+    """Convert, prepare, fine-tune, generate, each as its own process, from nothing but files."""
+
+    def call(script, *options):
+        command = [sys.executable, ROOT / script, *options]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+
+    (tmp_path / "data.jsonl").write_text('{"instruction": "Say hi.", "output": "hi hi hi"}\n' * 8)
+    call("scripts/convert_hf_checkpoint.py", "--checkpoint_dir", hf_checkpoint, "--output_dir", "base")
+    base = ("--checkpoint_dir", "base")
+    call("scripts/prepare_alpaca.py", "--data_path", "data.jsonl", *base, "--output_dir", "data")
+    options = ("--batch_size", "4", "--micro_batch_size", "4", "--max_steps", "2", "--warmup_steps", "1")
+    training = call("finetune/aligner.py", *base, "--data_dir", "data", "--out_dir", "out", *options)
+    assert training.stdout == ""
+    assert "40 trainable parameters" in training.stderr  # 1 * 32 + (4 - 2) * 4
+    adapter = ("--aligner_path", "out/aligner.safetensors")
+    result = call("generate/aligner.py", *base, *adapter, "--prompt", "Say hi.", "--max_new_tokens", "5")
+    assert re.search(r"\d tokens, [\d.]+ tokens/s, [\d.]+ GB of", result.stderr)
+    aligner = load_aligner(tmp_path / "out" / "aligner.safetensors")
+    tokenizer, model = Tokenizer(tmp_path / "base"), load_base(tmp_path / "base")
+    style = prompt_style("alpaca", tokenizer)  # the style of training is the default
+    ids = tokenizer.encode(style.render("Say hi.", ""), bos=style.bos)
+    [row] = generate(model, [ids], 5, prefix=aligner, stop_ids=style.stop_ids)
+    assert result.stdout == tokenizer.decode(row) + "\n"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_says_how_to_run_it(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        run(load_script(script).main)
+    assert stop.value.code == 0
+    assert "    python " + script in capsys.readouterr().out
+
+
+def test_every_option_is_explained():
+    for script in SCRIPTS:
+        main = load_script(script).main
+        for name in main.__annotations__.keys() - {"return"}:
+            assert f"        {name}: " in (main.__doc__ or ""), f"{script} does not explain --{name}"
+
+
+def test_generate_base_and_aligner(command, base_dir, aligner_path, tmp_path):
+    options = {"checkpoint_dir": base_dir, "prompt": "Count to 3.", "max_new_tokens": 8}
+    status, out, err = command("generate/base.py", **options)
+    assert (status, out) == (0, expected_answer(base_dir, "Count to 3.") + "\n"), err
+    out_file = tmp_path / "answers.jsonl"
+    status, out, _ = command("generate/aligner.py", aligner_path=aligner_path, output_file=out_file, **options)
+    answer = expected_answer(base_dir, "Count to 3.", load_aligner(aligner_path))
+    assert (status, out) == (0, answer + "\n")
+    [row] = [json.loads(line) for line in out_file.read_text().splitlines()]
+    assert row == {"prompt": "Count to 3.", "response": answer, "model": f"tiny + {aligner_path}"}
+
+
+def test_prompts_from_files_and_standard_input(command, base_dir, tmp_path, monkeypatch):
+    options = {"checkpoint_dir": base_dir, "max_new_tokens": 8}
+    one, two = (expected_answer(base_dir, prompt) for prompt in ("one", "two"))
+    (tmp_path / "p.txt").write_text("one\n\ntwo\n")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "one"}\n{"instruction": "two"}\n')
+    for file in ("p.txt", "p.jsonl"):
+        status, out, _ = command("generate/base.py", prompts_file=tmp_path / file, **options)
+        assert (status, out) == (0, f"{one}\n\n{two}\n")
+    monkeypatch.setattr(sys, "stdin", (tmp_path / "p.txt").open())
+    _, out, _ = command("generate/base.py", **options)
+    assert out == expected_answer(base_dir, "one\n\ntwo") + "\n"
+
+
+def test_prompts_may_be_repeated_and_look_like_yaml(base_dir, monkeypatch, capsys):
+    texts = ["What is 2: 3?", "[1, 2]", "true", "--x"]
+    argv = ["generate/base.py", "--checkpoint_dir", str(base_dir), "--max_new_tokens", "8"]
+    for text in texts:
+        argv += ["--prompt", text]
+    monkeypatch.setattr(sys, "argv", argv)
+    run(load_script("generate/base.py").main)
+    assert capsys.readouterr().out == "\n".join(expected_answer(base_dir, text) + "\n" for text in texts)
+
+
+def test_samples(command, base_dir):
+    options = {"checkpoint_dir": base_dir, "prompt": "x", "max_new_tokens": 8, "temperature": 1.5}
+    _, first, _ = command("generate/base.py", num_samples=3, **options)
+    _, again, _ = command("generate/base.py", num_samples=3, **options)
+    _, other, _ = command("generate/base.py", num_samples=3, seed=1, **options)
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": "x " * 300}, "tokens, the model's window is 256: shorten the prompt"),
+        ({"prompt": "x", "prompts_file": "y"}, "give --prompt or --prompts_file, not both"),
+        ({"prompts_file": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
+        ({"prompt": "x", "top_p": 2}, "top_p must be above 0 and at most 1, got 2.0"),
+        ({"prompt": "x", "num_samples": 2}, "--num_samples 2 with --temperature 0 repeats one answer"),
+        ({"prompt": "x", "prompt_style": "shout"}, "no prompt style named 'shout'"),
+        ({"prompt": "x", "checkpoint_dir": "nowhere"}, "nowhere"),
+        ({"prompt": "x", "aligner_path": "nowhere.safetensors"}, "nowhere.safetensors: no such file"),
+    ],
+)
+def test_bad_requests(command, base_dir, aligner_path, options, message):
+    options = {"checkpoint_dir": base_dir, "aligner_path": aligner_path, **options}
+    status, out, err = command("generate/aligner.py", **options)
+    assert (status, out) == (1, "")
+    assert message in err
+    assert (err.startswith("error: "), err.count("\n")) == (True, 1)
+
+
+def test_unknown_option_is_refused(command, base_dir):
+    status, _, err = command("generate/base.py", checkpoint_dir=base_dir, prompt="x", temprature=1)
+    assert status == 2
+    assert "temprature" in err
+
+
+def test_adapter_of_other_weights(command, base_dir, aligner_path, tmp_path):
+    other = shutil.copytree(base_dir, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor * 1.1 for name, tensor in weights.items()}, other / "model.safetensors")
+    options = {"checkpoint_dir": other, "aligner_path": aligner_path, "prompt": "x", "max_new_tokens": 2}
+    status, out, err = command("generate/aligner.py", **options)
+    assert (status, out) == (1, "")
+    assert "whose weights are not those of tiny; --allow_other_base true" in err
+    status, out, err = command("generate/aligner.py", allow_other_base="true", **options)
+    assert status == 0
+    assert out
+    assert "warning: " in err
+
+
+def test_tokenizer_of_another_model(command, base_dir, tmp_path):
+    other = shutil.copytree(base_dir, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 5000, "content": "<|more|>"})
+    tokenizer["model"]["vocab"]["<|more|>"] = 5000
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    status, _, err = command("generate/base.py", checkpoint_dir=other, prompt="x")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "the tokenizer has 5001 tokens but the model embeds" in err
+    (other / "tokenizer.json").unlink()
+    status, _, err = command("generate/base.py", checkpoint_dir=other, prompt="x")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "holds no tokenizer" in err
+
+
+def test_form_report(command, base_dir, aligner_path, tmp_path, monkeypatch):
+    """With a stand-in form that random models sometimes meet, the report has what each question gets by itself."""
+    monkeypatch.setitem(FORMS, "captain", FORMS["captain"]._replace(check=lambda text: len(text) % 2 == 0))
+    questions = [f"Is {thing} red?" for thing in ("a cat", "the sea", "an apple", "my house", "it")]
+    rows = [{"split": "test", "question": question} for question in questions] + [{"split": "train"}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, out, err = command(
+        "evaluate/form.py",
+        checkpoint_dir=base_dir,
+        aligner_path=aligner_path,
+        questions_path=tmp_path / "q.jsonl",
+        out_dir=tmp_path,
+        max_new_tokens=12,
+        batch_size=2,
+    )
+    assert status == 0, err
+    assert out == (tmp_path / "report.txt").read_text()
+    report = json.loads((tmp_path / "report.json").read_text())
+    for name, prefix in (("base", None), ("aligned", load_aligner(aligner_path))):
+        answers = [expected_answer(base_dir, question, prefix, 12) for question in questions]
+        assert [row[name] for row in report["answers"]] == answers
+        compliant = sum(len(answer) % 2 == 0 for answer in answers)
+        assert 0 < compliant < 5
+        assert report[f"{name}_compliance"] == compliant / 5
+        assert f"answers with the form, {name}" in out
+    assert report["held_out_prompts"] == 5
+    assert report["trainable_parameters"] == 2 * 32 + 2 * 4
+    assert report["seconds"] == pytest.approx(report["training_seconds"] + report["evaluation_seconds"], abs=0.2)
+
+
+def test_hub_out_of_reach_is_said_plainly(command, monkeypatch):
+    import huggingface_hub
+
+    def unreachable(*_, **__):
+        raise ConnectionError("name resolution failed")
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", unreachable)
+    status, _, err = command("scripts/download.py", repo_id="someone/something")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "the Hugging Face hub cannot be reached" in err
+    status, _, err = command("scripts/download.py", repo_id="something")
+    assert "not of the form OWNER/NAME" in err
+
+
+def test_generated_tokens_are_transformers(hf_checkpoint, base_dir):
+    model = transformers.AutoModelForCausalLM.from_pretrained(hf_checkpoint)
+    prompt = list(range(5, 25))
+    expected = model.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=None)
+    assert generate(load_base(base_dir), [prompt], 30) == [expected[0, 20:].tolist()]

@@ -1,0 +1,172 @@
+"""The loop: what moves, how losses are averaged, what stops it."""
+
+import csv
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import load_script
+from safetensors.torch import load_file
+
+from lit_llama.aligner import Aligner
+from lit_llama.checkpoint import adapter_info, load_aligner, load_base
+from lit_llama.data import TokenDataset
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.training import warmup
+
+finetune = load_script("finetune/aligner.py").main
+
+
+def short_run(base_dir, data_dir, out_dir, **changes):
+    options = {
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "max_steps": 2,
+        "warmup_steps": 1,
+        "eval_interval": 1,
+        "aligner_length": 2,
+    }
+    finetune(checkpoint_dir=base_dir, data_dir=data_dir, out_dir=out_dir, **(options | changes))
+    return torch.load(out_dir / "state.pt", weights_only=True)
+
+
+def test_every_trainable_tensor_moves_and_no_other(base_dir, data_dir, tmp_path, monkeypatch):
+    bases = []
+    monkeypatch.setitem(finetune.__globals__, "load_base", lambda *args: bases.append(load_base(*args)) or bases[-1])
+    state = short_run(base_dir, data_dir, tmp_path)
+    torch.manual_seed(1337)
+    start = Aligner(bases[0].config, 2)
+    assert state["adapter"].keys() == {"tokens", "gates"}
+    for name, tensor in start.state_dict().items():
+        assert (state["adapter"][name] != tensor).all()
+    before = load_base(base_dir).state_dict()
+    for name, tensor in bases[0].state_dict().items():
+        assert torch.equal(tensor, before[name])
+        assert not tensor.requires_grad
+
+
+def test_loss_is_the_mean_over_all_scored_tokens_of_the_step(base_dir, data_dir, tmp_path):
+    """By hand: one step of plain cross-entropy over a whole batch of unequal examples, then AdamW."""
+    tokenizer = Tokenizer(base_dir)
+    data = TokenDataset(data_dir, "train", tokenizer)
+    n = len(data)
+    state = short_run(base_dir, data_dir, tmp_path, batch_size=n, micro_batch_size=1, max_steps=1, weight_decay=0.1)
+
+    torch.manual_seed(1337)
+    model = load_base(base_dir)
+    aligner = Aligner(model.config, 2)
+    optimizer = torch.optim.AdamW(aligner.parameters(), lr=9e-3, weight_decay=0.1)
+    losses = []
+    for index in range(n):
+        ids, scored = (torch.from_numpy(array.astype("int64")) for array in data[index])
+        token_losses = F.cross_entropy(model(ids[None], prefix=aligner)[0, :-1], ids[1:], reduction="none")
+        losses.append(token_losses[scored[1:].bool()])
+    loss = torch.cat(losses).mean()
+    loss.backward()
+    optimizer.step()
+    for name, tensor in aligner.state_dict().items():
+        torch.testing.assert_close(state["adapter"][name], tensor, atol=1e-5, rtol=0)
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    assert float(rows[1]["train_loss"]) == pytest.approx(loss.item(), abs=1e-4)
+    mean_of_means = torch.stack([losses_of_one.mean() for losses_of_one in losses]).mean()
+    assert abs(mean_of_means - loss) > 1e-3  # the data tell the two apart
+
+
+def test_micro_batches_do_not_change_the_result(base_dir, data_dir, tmp_path):
+    whole = short_run(base_dir, data_dir, tmp_path / "a", batch_size=4, micro_batch_size=4)
+    parts = short_run(base_dir, data_dir, tmp_path / "b", batch_size=4, micro_batch_size=1)
+    for name in whole["adapter"]:
+        torch.testing.assert_close(whole["adapter"][name], parts["adapter"][name], atol=1e-4, rtol=0)
+
+
+def test_validation_is_the_mean_over_the_whole_set(base_dir, data_dir, tmp_path):
+    short_run(base_dir, data_dir, tmp_path, micro_batch_size=2)
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    assert [row["step"] for row in rows] == ["0", "1", "2"]
+    data, model = TokenDataset(data_dir, "validation", Tokenizer(base_dir)), load_base(base_dir)
+    losses = []
+    for index in range(len(data)):
+        ids, scored = (torch.from_numpy(array.astype("int64")) for array in data[index])
+        losses.append(F.cross_entropy(model(ids[None])[0, :-1], ids[1:], reduction="none")[scored[1:].bool()])
+    assert float(rows[0]["validation_loss"]) == pytest.approx(torch.cat(losses).mean().item(), abs=1e-4)
+
+
+def test_files_of_a_run(base_dir, aligner_path):
+    out_dir = aligner_path.parent
+    assert {path.name for path in out_dir.iterdir()} == {"aligner.safetensors", "state.pt", "metrics.csv", "loss.png"}
+    assert load_file(aligner_path).keys() == {"tokens", "gates"}
+    info = adapter_info(aligner_path)
+    assert (info.method, info.prompt_style, info.base_name) == ("aligner", "chat", "tiny")
+    assert info.base_fingerprint == load_base(base_dir).fingerprint
+    assert info.hyperparameters["learning_rate"] == 9e-3
+    best = min(
+        (
+            row
+            for row in csv.DictReader((out_dir / "metrics.csv").open())
+            if row["validation_loss"] and row["step"] != "0"
+        ),
+        key=lambda row: float(row["validation_loss"]),
+    )
+    assert info.step == int(best["step"])
+    assert info.validation_loss == pytest.approx(float(best["validation_loss"]), abs=1e-4)
+    assert load_aligner(aligner_path).tokens.shape == (2, 32)
+    assert (out_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_divergence_stops_and_keeps_the_last_good_file(command, base_dir, data_dir, tmp_path):
+    short_run(base_dir, data_dir, tmp_path)
+    good = (tmp_path / "aligner.safetensors").read_bytes()
+    status, _, err = command(
+        "finetune/aligner.py",
+        checkpoint_dir=base_dir,
+        data_dir=data_dir,
+        out_dir=tmp_path,
+        learning_rate=1e30,
+        max_steps=30,
+        warmup_steps=0,
+        batch_size=4,
+        micro_batch_size=4,
+        eval_interval=100,
+    )
+    assert status == 1
+    assert "training diverged: the training loss is nan at step" in err
+    assert "lower --learning_rate" in err
+    assert (tmp_path / "aligner.safetensors").read_bytes() == good
+
+
+@pytest.mark.parametrize(
+    ("options", "messages"),
+    [
+        ({"warmup_steps": 9, "max_steps": 5}, ["--warmup_steps 9 is more than --max_steps 5"]),
+        ({"batch_size": 6, "micro_batch_size": 4}, ["--batch_size 6 is not a multiple of --micro_batch_size 4"]),
+        ({"batch_size": 0, "learning_rate": -1}, ["--batch_size is 0", "--learning_rate is -1"]),
+        ({"max_seq_length": 10}, ["--max_seq_length is 10: raise it"]),
+        ({"aligner_length": 0}, ["at least one prefix token"]),
+        ({"aligner_start_layer": 9}, ["start layer 9"]),
+        ({"data_dir": "nowhere"}, ["nowhere/dataset.json: no such file"]),
+        ({"checkpoint_dir": "nowhere"}, ["nowhere"]),
+    ],
+)
+def test_bad_options(command, base_dir, data_dir, tmp_path, options, messages):
+    paths = {"checkpoint_dir": base_dir, "data_dir": data_dir, "out_dir": tmp_path / "out"}
+    options = {**paths, "warmup_steps": 1, **options}
+    status, out, err = command("finetune/aligner.py", **options)
+    assert (status, out) == (1, "")
+    [line] = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert all(message in line for message in messages)
+    assert not (tmp_path / "out").exists()
+
+
+def test_warmup_counts_optimizer_steps():
+    rate = warmup(0.8, 4)
+    assert [rate(step) for step in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+    assert warmup(0.8, 0)(0) == 0.8
+
+
+def test_runs_are_reproducible(base_dir, data_dir, tmp_path):
+    first, second = (short_run(base_dir, data_dir, tmp_path / name) for name in "ab")
+    other = short_run(base_dir, data_dir, tmp_path / "c", seed=1)
+    assert all(torch.equal(first["adapter"][name], second["adapter"][name]) for name in first["adapter"])
+    assert not torch.equal(first["adapter"]["tokens"], other["adapter"]["tokens"])
+    assert json.dumps(first["step"]) == "2"
