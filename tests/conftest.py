@@ -106,7 +106,7 @@ def tiny_model() -> LLaMA:
     model = LLaMA(tiny_config()).requires_grad_(False).eval()
     for parameter in model.parameters():
         if parameter.dim() == 2:
-            parameter.normal_(std=0.3)
+            parameter.normal_(std=0.25)
     return model
 
 

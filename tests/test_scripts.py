@@ -174,9 +174,13 @@ def test_tokenizer_of_another_model(command, base_dir, tmp_path):
     assert "holds no tokenizer" in err
 
 
+def has_st(text):
+    return "st" in text
+
+
 def test_form_report(command, base_dir, aligner_path, tmp_path, monkeypatch):
     """With a stand-in form that random models sometimes meet, the report has what each question gets by itself."""
-    monkeypatch.setitem(FORMS, "captain", FORMS["captain"]._replace(check=lambda text: len(text) % 2 == 0))
+    monkeypatch.setitem(FORMS, "captain", FORMS["captain"]._replace(check=has_st))
     questions = [f"Is {thing} red?" for thing in ("a cat", "the sea", "an apple", "my house", "it")]
     rows = [{"split": "test", "question": question} for question in questions] + [{"split": "train"}]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -195,8 +199,8 @@ def test_form_report(command, base_dir, aligner_path, tmp_path, monkeypatch):
     for name, prefix in (("base", None), ("aligned", load_aligner(aligner_path))):
         answers = [expected_answer(base_dir, question, prefix, 12) for question in questions]
         assert [row[name] for row in report["answers"]] == answers
-        compliant = sum(len(answer) % 2 == 0 for answer in answers)
-        assert 0 < compliant < 5
+        compliant = sum(map(has_st, answers))
+        assert 0 < compliant < 5, answers
         assert report[f"{name}_compliance"] == compliant / 5
         assert f"answers with the form, {name}" in out
     assert report["held_out_prompts"] == 5
