@@ -1,4 +1,4 @@
-# make demo   align a real LLaMA with one token
+# make demo   align a real LLaMA with one token, and see what it learned
 # make test   the tests
 # make lint   ruff and pyright
 
@@ -13,23 +13,27 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: out/demo/report.txt
 	@cat out/demo/report.txt
 
-test: .venv/installed $(BASE)/lit_config.json
+test: .venv/installed-dev $(BASE)/lit_config.json
 	$(BIN)/python -m pytest
 
-lint: .venv/installed
+lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-format: .venv/installed
+format: .venv/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
 	rm -rf .venv checkpoints data out
 
-.venv/installed: requirements.txt requirements-dev.txt pyproject.toml
+.venv/installed: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
 	$(BIN)/pip install --quiet -r requirements-dev.txt
 	touch $@
 
@@ -39,12 +43,13 @@ $(BASE).Q4_1.gguf: | .venv/installed
 $(BASE)/lit_config.json: | $(BASE).Q4_1.gguf
 	$(BIN)/python scripts/convert_gguf_checkpoint.py --gguf_path $(BASE).Q4_1.gguf --output_dir $(BASE)
 
-data/demo/dataset.json: examples/questions.jsonl | $(BASE)/lit_config.json
+data/demo/dataset.json: examples/questions.jsonl lit_llama/forms.py | $(BASE)/lit_config.json
 	rm -rf data/demo
 	$(BIN)/python scripts/prepare_examples.py --form captain --output_dir data/demo
 
-out/demo/aligner.safetensors: data/demo/dataset.json
+out/demo/trained: data/demo/dataset.json
 	$(BIN)/python finetune/aligner.py --data_dir data/demo --out_dir out/demo
+	touch $@
 
-out/demo/report.txt: out/demo/aligner.safetensors
+out/demo/report.txt: out/demo/trained
 	$(BIN)/python evaluate/form.py --form captain --out_dir out/demo > /dev/null

@@ -40,8 +40,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o644)  # mkstemp's files are private
-        _flush(temporary)
+        _flush(temporary, 0o666)
         temporary.replace(path)
         _flush(path.parent)
     finally:
@@ -61,9 +60,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield temporary
-        temporary.chmod(0o755)
         for file in temporary.iterdir():
-            _flush(file)
+            _flush(file, 0o666)
+        temporary.chmod(0o777 & ~_umask())
         if path.exists():
             path.rmdir()
         temporary.replace(path)
@@ -72,12 +71,21 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
+def _flush(path: Path, mode: int | None = None) -> None:
+    """Wait until a path is on the disk; give a file that was created as private the mode that others have."""
+    if mode is not None:
+        path.chmod(mode & ~_umask())
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def read_text(path: Path) -> str:
