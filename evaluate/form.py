@@ -130,6 +130,7 @@ def render(report: dict[str, Any], shown: int = 5) -> str:
             "seconds",
             f"{report['training_seconds']:.0f} training, {report['evaluation_seconds']:.0f} asking",
         ),
+        ("base model", report["checkpoint_dir"]),
         ("all answers", str(Path(report["out_dir"]) / "report.json")),
         ("picture of the loss", str(aligner_path.with_name("loss.png"))),
     ]

@@ -20,7 +20,7 @@ from lit_llama.generation import generate
 from lit_llama.losses import supervised_loss
 from lit_llama.prompts import prompt_style
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.training import check_hyperparameters, fit, total_steps, warmup
+from lit_llama.training import Decay, check_hyperparameters, fit, schedule, total_steps
 
 
 def main(
@@ -30,17 +30,18 @@ def main(
     aligner_length: int = 1,  # paper: 1 and 10, up to 300 for MetaMath
     aligner_start_layer: int = 2,
     aligner_init_std: float = 0.1,  # authors: 1.0; smaller tokens turn sooner, which short runs need
-    learning_rate: float = 9e-3,
+    learning_rate: float = 3e-2,  # paper: 9e-3
+    decay: Decay = "linear",  # paper: none
     weight_decay: float = 0.02,
-    batch_size: int = 8,  # paper: 64
-    micro_batch_size: int = 8,
+    batch_size: int = 4,  # paper: 64
+    micro_batch_size: int = 4,  # paper: 8
     epochs: int = 2,  # paper: 8, MetaMath 3
     max_steps: int | None = None,
     # Paper: 2 epochs, MetaMath 1. Their code counted micro batches here, so that warm-up never ended: the schedule
     # they in fact ran is a rise over all of training, --warmup_steps = --max_steps, to a peak of 4.5e-3.
     warmup_steps: int = 10,
     max_seq_length: int = 512,
-    eval_interval: int = 24,
+    eval_interval: int = 40,
     precision: Precision = "auto",  # paper: bf16-true
     devices: int = 1,
     seed: int = 1337,
@@ -54,7 +55,8 @@ def main(
         aligner_length: prefix tokens N.
         aligner_start_layer: first layer with a gate, counted from 0.
         aligner_init_std: standard deviation of the prefix tokens at the start.
-        learning_rate: peak, reached at the end of warm-up and then kept.
+        learning_rate: peak, reached at the end of warm-up.
+        decay: how the learning rate falls from the peak: "linear" to zero, or "none".
         weight_decay: of AdamW.
         batch_size: examples per optimizer step, over all devices.
         micro_batch_size: examples per forward on one device.
@@ -117,7 +119,7 @@ def main(
         max_steps=max_steps,
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
-        learning_rate=warmup(learning_rate, warmup_steps),
+        learning_rate=schedule(learning_rate, warmup_steps, max_steps, decay),
         eval_interval=eval_interval,
         seed=seed,
     )

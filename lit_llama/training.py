@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from lit_llama.data import Batch, TokenDataset, by_length, collate, step_batches, steps_per_epoch
 from lit_llama.files import atomic_file, require_extra
 
+Decay = Literal["none", "linear"]
 METRICS = ["step", "train_loss", "validation_loss", "learning_rate", "tokens_per_second", "seconds"]
 
 
@@ -231,9 +232,24 @@ def total_steps(examples: int, batch_size: int, epochs: int, max_steps: int | No
     return steps
 
 
-def warmup(learning_rate: float, warmup_steps: int) -> Callable[[int], float]:
-    """A learning rate that rises linearly over the first optimizer steps and then stays."""
-    return lambda step: learning_rate * min(1.0, (step + 1) / max(1, warmup_steps))
+def schedule(learning_rate: float, warmup_steps: int, max_steps: int, decay: Decay) -> Callable[[int], float]:
+    """The learning rate of each optimizer step, counted from 0.
+
+    Args:
+        learning_rate: the peak, reached by a linear rise.
+        warmup_steps: steps of the rise.
+        max_steps: steps of the run.
+        decay: "none" stays at the peak; "linear" falls from there, to reach zero just after the last step.
+    """
+
+    def rate(step: int) -> float:
+        if step < warmup_steps:
+            return learning_rate * (step + 1) / warmup_steps
+        if decay == "none":
+            return learning_rate
+        return learning_rate * (max_steps - step) / (max_steps - warmup_steps)
+
+    return rate
 
 
 def _check_finite(what: str, value: float, step: int, best_step: int, out_dir: Path) -> None:

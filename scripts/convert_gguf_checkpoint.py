@@ -81,7 +81,10 @@ class GGUFTensors(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = self._tensors[name]
-        values = require_extra("gguf", "gguf").dequantize(tensor.data, tensor.tensor_type)
+        try:
+            values = require_extra("gguf", "gguf").dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError:
+            raise ValueError(f"{name} is in {tensor.tensor_type.name}, which the gguf library cannot decode") from None
         return torch.from_numpy(np.array(values, np.float32))
 
     def __iter__(self) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Masks, windows, files, batches of tokenised data."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -59,6 +60,20 @@ def test_too_long_examples_are_counted(tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"no train example is left of 1 \(1 too long\)"):
         write(tmp_path / "none", tokenizer, [long], max_seq_length=prompt)
     assert not (tmp_path / "none").exists()
+
+
+def test_too_long_examples_are_reported(command, tmp_path, base_dir):
+    rows = [{"instruction": "Say", "output": "word " * n} for n in (1, 2, 3, 400, 500)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    paths = {"data_path": tmp_path / "a.json", "checkpoint_dir": base_dir, "validation_share": 0.2}
+    _, _, err = command("scripts/prepare_alpaca.py", output_dir=tmp_path / "cut", max_seq_length=128, **paths)
+    counts = [int(n) for n in re.findall(r"longer than the window: (\d+) examples truncated, 0 left out", err)]
+    assert sum(counts) == 2
+    _, _, err = command(
+        "scripts/prepare_alpaca.py", output_dir=tmp_path / "skip", max_seq_length=128, too_long="skip", **paths
+    )
+    counts = [int(n) for n in re.findall(r"longer than the window: 0 examples truncated, (\d+) left out", err)]
+    assert sum(counts) == 2
 
 
 def test_longer_than_the_run_allows(tokenizer, tmp_path):

@@ -13,7 +13,7 @@ from lit_llama.aligner import Aligner
 from lit_llama.checkpoint import adapter_info, load_aligner, load_base
 from lit_llama.data import TokenDataset
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.training import warmup
+from lit_llama.training import schedule
 
 finetune = load_script("finetune/aligner.py").main
 
@@ -51,12 +51,14 @@ def test_loss_is_the_mean_over_all_scored_tokens_of_the_step(base_dir, data_dir,
     tokenizer = Tokenizer(base_dir)
     data = TokenDataset(data_dir, "train", tokenizer)
     n = len(data)
-    state = short_run(base_dir, data_dir, tmp_path, batch_size=n, micro_batch_size=1, max_steps=1, weight_decay=0.1)
+    state = short_run(
+        base_dir, data_dir, tmp_path, batch_size=n, micro_batch_size=1, max_steps=1, weight_decay=0.1, decay="none"
+    )
 
     torch.manual_seed(1337)
     model = load_base(base_dir)
     aligner = Aligner(model.config, 2)
-    optimizer = torch.optim.AdamW(aligner.parameters(), lr=9e-3, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(aligner.parameters(), lr=3e-2, weight_decay=0.1)
     losses = []
     for index in range(n):
         ids, scored = (torch.from_numpy(array.astype("int64")) for array in data[index])
@@ -99,7 +101,7 @@ def test_files_of_a_run(base_dir, aligner_path):
     info = adapter_info(aligner_path)
     assert (info.method, info.prompt_style, info.base_name) == ("aligner", "chat", "tiny")
     assert info.base_fingerprint == load_base(base_dir).fingerprint
-    assert info.hyperparameters["learning_rate"] == 9e-3
+    assert info.hyperparameters["learning_rate"] == 3e-2
     best = min(
         (
             row
@@ -158,10 +160,15 @@ def test_bad_options(command, base_dir, data_dir, tmp_path, options, messages):
     assert not (tmp_path / "out").exists()
 
 
-def test_warmup_counts_optimizer_steps():
-    rate = warmup(0.8, 4)
-    assert [rate(step) for step in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
-    assert warmup(0.8, 0)(0) == 0.8
+def test_schedule_counts_optimizer_steps():
+    def rates(warmup_steps, max_steps, decay):
+        rate = schedule(0.8, warmup_steps, max_steps, decay)
+        return [rate(step) for step in range(max_steps)]
+
+    assert rates(4, 6, "none") == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+    assert rates(2, 6, "linear") == pytest.approx([0.4, 0.8, 0.8, 0.6, 0.4, 0.2])
+    assert rates(0, 2, "none") == [0.8, 0.8]
+    assert rates(3, 3, "linear") == pytest.approx([0.8 / 3, 1.6 / 3, 0.8])
 
 
 def test_runs_are_reproducible(base_dir, data_dir, tmp_path):
