@@ -63,9 +63,9 @@ def test_too_long_examples_are_counted(tokenizer, tmp_path):
 
 
 def test_too_long_examples_are_reported(command, tmp_path, base_dir):
-    rows = [{"instruction": "Say", "output": "word " * n} for n in (1, 2, 3, 400, 500)]
+    rows = [{"instruction": "Say", "output": "word " * n} for n in (1, 2, 3, 400, 500, 6, 7, 8)]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    paths = {"data_path": tmp_path / "a.json", "checkpoint_dir": base_dir, "validation_share": 0.2}
+    paths = {"data_path": tmp_path / "a.json", "checkpoint_dir": base_dir, "validation_share": 0.4}
     _, _, err = command("scripts/prepare_alpaca.py", output_dir=tmp_path / "cut", max_seq_length=128, **paths)
     counts = [int(n) for n in re.findall(r"longer than the window: (\d+) examples truncated, 0 left out", err)]
     assert sum(counts) == 2
