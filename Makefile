@@ -8,7 +8,8 @@ BASE := checkpoints/SmolLM2-135M-Instruct
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test lint format clean
-.DELETE_ON_ERROR:
+# These appear whole or not at all, so an interrupted make need not delete them.
+.PRECIOUS: $(BASE).Q4_1.gguf $(BASE)/lit_config.json data/demo/dataset.json
 
 demo: out/demo/report.txt
 	@cat out/demo/report.txt
@@ -26,10 +27,10 @@ format: .venv/installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv checkpoints data out
+	rm -rf .venv data/demo out/demo $(BASE) $(BASE).Q4_1.gguf
 
 .venv/installed: requirements.txt pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --quiet -r requirements.txt
 	touch $@
 
@@ -51,5 +52,5 @@ out/demo/trained: data/demo/dataset.json
 	$(BIN)/python finetune/aligner.py --data_dir data/demo --out_dir out/demo
 	touch $@
 
-out/demo/report.txt: out/demo/trained
+out/demo/report.txt: out/demo/trained $(wildcard out/demo/aligner.safetensors)
 	$(BIN)/python evaluate/form.py --form captain --out_dir out/demo > /dev/null

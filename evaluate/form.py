@@ -5,6 +5,7 @@
 Writes `report.json` and `report.txt` to `--out_dir` and prints the latter.
 """
 
+import sys
 import textwrap
 import time
 from pathlib import Path
@@ -13,13 +14,12 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from lit_llama.aligner import Aligner
-from lit_llama.checkpoint import PRECISIONS, Precision, check_adapter, load_aligner, load_base
-from lit_llama.cli import default_device, peak_memory, run
+from lit_llama.checkpoint import Precision, check_adapter, load_aligner
+from lit_llama.cli import open_base, peak_memory, run
 from lit_llama.files import atomic_file, read_records, write_json
 from lit_llama.forms import FORMS
 from lit_llama.generation import generate
 from lit_llama.prompts import prompt_style
-from lit_llama.tokenizer import Tokenizer
 
 
 def main(
@@ -47,14 +47,16 @@ def main(
         allow_other_base: use the Aligner on other weights than those it was trained on.
     """
     started = time.perf_counter()
-    questions = [row["question"] for _, row in read_records(questions_path) if row.get("split") == "test"]
+    if batch_size < 1:
+        raise ValueError(f"--batch_size is {batch_size}, it must be at least 1")
+    rows = [row for _, row in read_records(questions_path)]
+    questions = [row["question"] for row in rows if row.get("split") == "test" and "question" in row]
     if not questions:
-        raise ValueError(f"{questions_path} has no row with the split 'test'")
+        raise ValueError(f"{questions_path} has no question of the split 'test'")
     aligner = load_aligner(aligner_path)
-    tokenizer = Tokenizer(checkpoint_dir)
-    model = load_base(checkpoint_dir, PRECISIONS[precision], default_device())
+    model, tokenizer = open_base(checkpoint_dir, precision)
     info = check_adapter(aligner_path, model, allow_other_base)
-    style = prompt_style(info.prompt_style or "chat", tokenizer)
+    style = prompt_style(info.prompt_style or "alpaca", tokenizer)
 
     def answers(prefix: Aligner | None, name: str) -> list[str]:
         texts: list[str] = []
@@ -135,14 +137,15 @@ def render(report: dict[str, Any], shown: int = 5) -> str:
         ("picture of the loss", str(aligner_path.with_name("loss.png"))),
     ]
     lines += [f"{name:32}{value}" for name, value in figures]
+    python = ".venv/bin/python" if Path(sys.prefix) == Path.cwd() / ".venv" else "python"
     lines += [
         "",
         "Try next:",
-        f'  python generate/aligner.py --aligner_path {aligner_path} --prompt "Why is the sky blue?"',
-        '  python generate/base.py --prompt "Why is the sky blue?"',
-        "  python scripts/prepare_examples.py --form json --output_dir data/json",
-        "  python finetune/aligner.py --data_dir data/json --out_dir out/json",
-        "  python evaluate/form.py --form json --aligner_path out/json/aligner.safetensors --out_dir out/json",
+        f'  {python} generate/aligner.py --aligner_path {aligner_path} --prompt "Why is the sky blue?"',
+        f'  {python} generate/base.py --prompt "Why is the sky blue?"',
+        f"  {python} scripts/prepare_examples.py --form json --output_dir data/json",
+        f"  {python} finetune/aligner.py --data_dir data/json --out_dir out/json",
+        f"  {python} evaluate/form.py --form json --aligner_path out/json/aligner.safetensors --out_dir out/json",
     ]
     return "\n".join(lines) + "\n"
 

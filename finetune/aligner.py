@@ -1,7 +1,7 @@
 """Fine-tune an Aligner (arXiv 2312.05503): one set of global prefix tokens and a gate per layer and head.
 
     python finetune/aligner.py
-    python finetune/aligner.py --data_dir data/alpaca --aligner_length 10 --out_dir out/alpaca
+    python finetune/aligner.py --data_dir data/mine --aligner_length 10 --out_dir out/mine
 
 Needs a base model converted by one of scripts/convert_*_checkpoint.py and data made by one of scripts/prepare_*.py.
 """
@@ -10,17 +10,16 @@ import sys
 from pathlib import Path
 
 import torch
-from lightning.fabric import Fabric
 
 from lit_llama.aligner import Aligner
-from lit_llama.checkpoint import PRECISIONS, Precision, load_base, save_aligner
+from lit_llama.checkpoint import PRECISIONS, Precision, load_base, read_config, save_aligner
 from lit_llama.cli import run
 from lit_llama.data import TokenDataset
 from lit_llama.generation import generate
 from lit_llama.losses import supervised_loss
 from lit_llama.prompts import prompt_style
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.training import Decay, check_hyperparameters, fit, schedule, total_steps
+from lit_llama.training import Decay, check_hyperparameters, fit, launch, schedule, total_steps
 
 
 def main(
@@ -71,19 +70,19 @@ def main(
     """
     hyperparameters = dict(locals())
     check_hyperparameters(hyperparameters)
-    fabric = Fabric(accelerator="auto", devices=devices)
-    fabric.launch()
-    torch.manual_seed(seed)
-
-    tokenizer = Tokenizer(checkpoint_dir)
-    train = TokenDataset(data_dir, "train", tokenizer, max_seq_length)
-    validation = TokenDataset(data_dir, "validation", tokenizer, max_seq_length)
+    config, tokenizer = read_config(checkpoint_dir), Tokenizer(checkpoint_dir)
+    tokenizer.check_vocabulary(config.vocab_size)
+    window = min(max_seq_length, config.block_size)
+    train = TokenDataset(data_dir, "train", tokenizer, window)
+    validation = TokenDataset(data_dir, "validation", tokenizer, window)
     style = prompt_style(train.header["prompt_style"], tokenizer)
     max_steps = total_steps(len(train), batch_size, epochs, max_steps, warmup_steps)
 
+    torch.manual_seed(seed)
+    aligner = Aligner(config, aligner_length, aligner_start_layer, aligner_init_std)
+    fabric = launch(devices)
+    aligner.to(fabric.device)
     model = load_base(checkpoint_dir, PRECISIONS[precision], fabric.device)
-    tokenizer.check_vocabulary(model.config.vocab_size)
-    aligner = Aligner(model.config, aligner_length, aligner_start_layer, aligner_init_std).to(fabric.device)
     optimizer = torch.optim.AdamW(aligner.parameters(), weight_decay=weight_decay)
     trainable = sum(parameter.numel() for parameter in aligner.parameters())
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -104,7 +103,8 @@ def main(
     def show_answers() -> str:
         prompts = [validation.prompt(i) for i in range(min(2, len(validation)))]
         answers = generate(model, prompts, 48, prefix=aligner, stop_ids=style.stop_ids)
-        return "\n".join(f"    {tokenizer.decode(answer)!r}" for answer in answers)
+        pairs = zip(map(tokenizer.decode, prompts), map(tokenizer.decode, answers), strict=True)
+        return "\n".join(f"    ...{prompt[-60:]!r} -> {answer!r}" for prompt, answer in pairs)
 
     result = fit(
         fabric,
@@ -126,8 +126,7 @@ def main(
     fabric.print(
         f"validation loss {result.base_validation_loss:.4f} before, {result.validation_loss:.4f} after step "
         f"{result.step}; {result.seconds:.0f} s\n"
-        f"adapter: {out_dir / 'aligner.safetensors'}\n"
-        f"picture: {out_dir / 'loss.png'}",
+        f"adapter: {out_dir / 'aligner.safetensors'}",
         file=sys.stderr,
     )
 

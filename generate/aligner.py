@@ -9,10 +9,9 @@ Only the answers go to stdout. The authors' published `.pth` files (arXiv 2312.0
 
 from pathlib import Path
 
-from lit_llama.checkpoint import PRECISIONS, Precision, check_adapter, load_aligner, load_base
-from lit_llama.cli import answer, default_device, read_prompts, run
+from lit_llama.checkpoint import Precision, check_adapter, load_aligner
+from lit_llama.cli import answer, open_base, read_prompts, run
 from lit_llama.prompts import prompt_style as get_prompt_style
-from lit_llama.tokenizer import Tokenizer
 
 
 def main(
@@ -52,10 +51,7 @@ def main(
     """
     prompts = read_prompts(prompt, prompts_file)
     aligner = load_aligner(aligner_path)
-    tokenizer = Tokenizer(checkpoint_dir)
-    device = default_device()
-    model = load_base(checkpoint_dir, PRECISIONS[precision], device)
-    tokenizer.check_vocabulary(model.config.vocab_size)
+    model, tokenizer = open_base(checkpoint_dir, precision)
     info = check_adapter(aligner_path, model, allow_other_base)
     answer(
         model,
@@ -66,7 +62,7 @@ def main(
         output_file=output_file,
         num_samples=num_samples,
         seed=seed,
-        prefix=aligner.to(device),
+        prefix=aligner.to(model.device),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,

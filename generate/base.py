@@ -9,10 +9,9 @@ Only the answers go to stdout.
 
 from pathlib import Path
 
-from lit_llama.checkpoint import PRECISIONS, Precision, load_base
-from lit_llama.cli import answer, default_device, read_prompts, run
+from lit_llama.checkpoint import Precision
+from lit_llama.cli import answer, open_base, read_prompts, run
 from lit_llama.prompts import prompt_style as get_prompt_style
-from lit_llama.tokenizer import Tokenizer
 
 
 def main(
@@ -46,9 +45,7 @@ def main(
         output_file: also write prompt, response and model as JSON Lines here.
     """
     prompts = read_prompts(prompt, prompts_file)
-    tokenizer = Tokenizer(checkpoint_dir)
-    model = load_base(checkpoint_dir, PRECISIONS[precision], default_device())
-    tokenizer.check_vocabulary(model.config.vocab_size)
+    model, tokenizer = open_base(checkpoint_dir, precision)
     answer(
         model,
         tokenizer,

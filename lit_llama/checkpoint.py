@@ -8,7 +8,6 @@ An adapter is one safetensors file whose metadata say what it is. The Aligner au
 
 import hashlib
 import json
-import pickle
 import re
 import shutil
 import warnings
@@ -87,7 +86,7 @@ def _open_tensors(file: Path) -> list[tuple[str, Callable[[str], Tensor]]]:
             if "mmap" not in str(error):
                 raise
             tensors = torch.load(file, map_location="cpu", weights_only=True)  # torch's format before 1.6
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # junk makes torch's unpickler raise errors of any kind
         raise ValueError(
             f"{file} is no file of tensors that torch can read without running code in it; nothing was run "
             f"({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__})"
@@ -108,7 +107,10 @@ def weight_files(folder: Path) -> list[Path]:
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.is_file():
-            files = [folder / shard for shard in sorted(set(read_json(index)["weight_map"].values()))]
+            content = read_json(index)
+            if not isinstance(content, dict) or not isinstance(content.get("weight_map"), dict):
+                raise ValueError(f"{index}: expected an object with a 'weight_map'")
+            files = [folder / shard for shard in sorted(set(content["weight_map"].values()))]
             missing = [file.name for file in files if not file.is_file()]
             if missing:
                 raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
@@ -164,7 +166,7 @@ def write_base(
             parts[:2] = [
                 part.unflatten(0, (-1, 2, config.head_size // 2)).transpose(1, 2).flatten(0, 2) for part in parts[:2]
             ]
-        tensor = torch.cat(parts)
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         _check_shape(name, tensor.shape, shapes[name], source["from"])
         return tensor.to(dtype=dtype).contiguous()
 
@@ -295,7 +297,11 @@ def load_base(
 
 def default_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on a GPU that has it, float32 elsewhere."""
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return (
+        torch.bfloat16
+        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        else torch.float32
+    )
 
 
 def _sample(tensor: Tensor) -> bytes:
@@ -435,10 +441,13 @@ def adapter_info(path: Path | str) -> AdapterInfo:
         metadata = handle.metadata() or {}
     if "format_version" not in metadata:
         raise ValueError(f"{path} is a safetensors file but not an adapter: its metadata lack a format_version")
-    values = {name: json.loads(value) for name, value in metadata.items()}
-    if values["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {values['format_version']}, this code reads {FORMAT_VERSION}")
-    return AdapterInfo(**values)
+    try:
+        values = {name: json.loads(value) for name, value in metadata.items()}
+        if values["format_version"] == FORMAT_VERSION:
+            return AdapterInfo(**values)
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{path}: the metadata are not an adapter's ({error})") from None
+    raise ValueError(f"{path} has format version {values['format_version']}, this code reads {FORMAT_VERSION}")
 
 
 def check_adapter(path: Path, model: LLaMA, allow_other_base: bool = False) -> AdapterInfo:
@@ -494,6 +503,8 @@ def _read_authors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     if unknown:
         _refuse_names(path, set(), unknown)
     tokens = tensors[shared]
+    if tokens.dim() != 2:
+        raise ValueError(f"{path}: {shared} has shape {tuple(tokens.shape)}, expected (tokens, embedding)")
     for alias in aliases:
         if alias in tensors and not torch.equal(tensors[alias], tokens):
             raise ValueError(f"{path}: {alias} differs from {shared}, which an Aligner shares with every layer")

@@ -1,11 +1,13 @@
 """What the scripts share around the library: options, prompts in, text out, one line for an error.
 
+Scripts do not import each other, so this stands in the package; nothing else in it parses options or prints.
 Generated text goes to stdout, everything else to stderr.
 """
 
 import inspect
 import json
 import resource
+import signal
 import sys
 import time
 import warnings
@@ -17,9 +19,10 @@ import jsonargparse
 import numpy as np
 import torch
 
+from lit_llama.checkpoint import PRECISIONS, Precision, load_base, read_config
 from lit_llama.data import SplitSummary
 from lit_llama.files import atomic_file, read_records, read_text
-from lit_llama.generation import TextStream, stream
+from lit_llama.generation import TextStream, check_prompts, check_sampling, stream
 from lit_llama.model import LLaMA, Prefix
 from lit_llama.prompts import PromptStyle
 from lit_llama.tokenizer import Tokenizer
@@ -34,6 +37,7 @@ def run(main: Callable[..., Any]) -> None:
     Args:
         main: the script's function; the docstring of its module becomes the help's description.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written files are cleaned up
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         jsonargparse.auto_cli(
@@ -62,7 +66,10 @@ class _HelpFormatter(jsonargparse.DefaultHelpFormatter):
 
 
 def _join_repeated(main: Callable[..., Any], args: list[str]) -> list[str]:
-    """Turn every `--name A --name B` of a list option into the one `--name=["A", "B"]` that the parser takes."""
+    """Turn every `--name A --name B` of a list option into the one `--name=["A", "B"]` that the parser takes.
+
+    The parser reads YAML, in whose double quotes any character can be written by its number.
+    """
     values: dict[str, list[str]] = {
         f"--{name}": []
         for name, parameter in inspect.signature(main).parameters.items()
@@ -78,7 +85,11 @@ def _join_repeated(main: Callable[..., Any], args: list[str]) -> list[str]:
             values[option].append(value)
         else:
             values[option].append(next(remaining, ""))
-    return rest + [f"{option}={json.dumps(given)}" for option, given in values.items() if given]
+
+    def quote(text: str) -> str:
+        return '"' + "".join(c if c.isascii() and c.isalnum() else f"\\U{ord(c):08X}" for c in text) + '"'
+
+    return rest + [f"{option}=[{', '.join(map(quote, given))}]" for option, given in values.items() if given]
 
 
 def read_prompts(prompt: list[str] | None, prompts_file: Path | None) -> list[tuple[str, str]]:
@@ -113,10 +124,10 @@ def read_prompts(prompt: list[str] | None, prompts_file: Path | None) -> list[tu
             if not isinstance(instruction, str):
                 raise ValueError(f"{place}: expected a text under 'prompt' or 'instruction', found {sorted(row)}")
             prompts.append((instruction, row.get("input", "")))
-        return prompts
-    prompts = [(line, "") for line in read_text(prompts_file).splitlines() if line.strip()]
+    else:
+        prompts = [(line, "") for line in read_text(prompts_file).splitlines() if line.strip()]
     if not prompts:
-        raise ValueError(f"{prompts_file} is empty; expected one prompt per line")
+        raise ValueError(f"{prompts_file} holds no prompt")
     return prompts
 
 
@@ -147,33 +158,39 @@ def answer(
         prefix: the adapter, if any.
         sampling: `max_new_tokens`, `temperature`, `top_k`, `top_p` of `lit_llama.generation.stream`.
     """
+    if num_samples < 1:
+        raise ValueError(f"--num_samples is {num_samples}, it must be at least 1")
     if num_samples > 1 and sampling["temperature"] == 0:
         raise ValueError(f"--num_samples {num_samples} with --temperature 0 repeats one answer: raise the temperature")
+    check_sampling(**sampling)
+    encoded = [tokenizer.encode(style.render(*prompt), bos=style.bos) for prompt in prompts]
+    check_prompts(model, encoded)
     generator = torch.Generator(model.device).manual_seed(seed)
     rows: list[dict[str, str]] = []
     new_tokens, seconds = 0, 0.0
-    for instruction, input in prompts:
-        ids = tokenizer.encode(style.render(instruction, input), bos=style.bos)
-        for _ in range(num_samples):
-            if rows:
-                print()
-            text, decoder = "", TextStream(tokenizer)
-            started = time.perf_counter()
-            for [token] in stream(
-                model, [ids], prefix=prefix, stop_ids=style.stop_ids, generator=generator, **sampling
-            ):
-                new_tokens += 1
-                piece = decoder.push(token)  # type: ignore[arg-type] (a lone row has a token or the stream ends)
-                text += piece
-                print(piece, end="", flush=True)
-            seconds += time.perf_counter() - started
-            rest = decoder.flush()
-            print(rest)
-            row = {"instruction": instruction, "input": input} if input else {"prompt": instruction}
-            rows.append({**row, "response": text + rest, "model": model_name})
-    if output_file is not None:
-        with atomic_file(output_file) as temporary:
-            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    try:
+        for (instruction, input), ids in zip(prompts, encoded, strict=True):
+            for _ in range(num_samples):
+                if rows:
+                    print()
+                decoder, response = TextStream(tokenizer), []
+                started = time.perf_counter()
+                for [token] in stream(
+                    model, [ids], prefix=prefix, stop_ids=style.stop_ids, generator=generator, **sampling
+                ):
+                    assert token is not None  # a lone row has a token until the stream ends
+                    response.append(token)
+                    print(decoder.push(token), end="", flush=True)
+                seconds += time.perf_counter() - started
+                new_tokens += len(response)
+                print(decoder.flush())
+                row = {"instruction": instruction, "input": input} if input else {"prompt": instruction}
+                rows.append({**row, "response": tokenizer.decode(response), "model": model_name})
+    finally:  # what was answered before an interruption is kept
+        if output_file is not None and rows:
+            with atomic_file(output_file) as temporary:
+                lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                temporary.write_text("".join(lines), encoding="utf-8")
     print(f"{new_tokens} tokens, {new_tokens / max(seconds, 1e-9):.1f} tokens/s, {peak_memory()}", file=sys.stderr)
 
 
@@ -195,9 +212,21 @@ def report_dataset(folder: Path, summaries: dict[str, SplitSummary]) -> None:
     print(f"data set: {folder}", file=sys.stderr)
 
 
-def default_device() -> torch.device:
-    """The GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def open_base(checkpoint_dir: Path, precision: Precision) -> tuple[LLaMA, Tokenizer]:
+    """Load a base model, on the GPU if there is one, and its tokenizer.
+
+    Args:
+        checkpoint_dir: folder of the base model.
+        precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
+
+    Raises:
+        FileNotFoundError: something is missing.
+        ValueError: something is damaged, or the two do not belong together.
+    """
+    config, tokenizer = read_config(checkpoint_dir), Tokenizer(checkpoint_dir)
+    tokenizer.check_vocabulary(config.vocab_size)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return load_base(checkpoint_dir, PRECISIONS[precision], device), tokenizer
 
 
 def peak_memory() -> str:

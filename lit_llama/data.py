@@ -103,8 +103,10 @@ def write_dataset(
         What became of each split.
 
     Raises:
-        ValueError: no example of a split is left, or the folder exists.
+        ValueError: no example of a split is left, the folder exists, or the window is too small.
     """
+    if max_seq_length < 2:
+        raise ValueError(f"--max_seq_length is {max_seq_length}, it must be at least 2")
     summaries: dict[str, SplitSummary] = {}
     with atomic_folder(folder) as temporary:
         for split, texts in splits.items():

@@ -1,6 +1,7 @@
 """Prefill, decode, sampling: one prompt or a padded batch of them, streamed as they come."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,8 +10,14 @@ from lit_llama.model import KVCache, LLaMA, Prefix
 from lit_llama.tokenizer import Tokenizer
 
 
-def generate(model: LLaMA, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options) -> list[list[int]]:
-    """Continue each prompt; see `stream` for the arguments.
+def generate(model: LLaMA, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[list[int]]:
+    """Continue each prompt to its end.
+
+    Args:
+        model: the base model.
+        prompts: token ids of each row; lengths may differ.
+        max_new_tokens: per row.
+        options: the other arguments of `stream`.
 
     Returns:
         The new tokens of each row, without the stop token.
@@ -55,13 +62,9 @@ def stream(
     Raises:
         ValueError: a prompt is empty or leaves no room in the window, or a sampling option is out of range.
     """
-    window = model.config.block_size
-    for prompt in prompts:
-        if not prompt:
-            raise ValueError("the prompt is empty: the model needs at least one token to continue")
-        if len(prompt) >= window:
-            raise ValueError(f"the prompt has {len(prompt)} tokens, the model's window is {window}: shorten the prompt")
+    check_prompts(model, prompts)
     check_sampling(max_new_tokens, temperature, top_k, top_p)
+    window = model.config.block_size
 
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     longest = max(map(len, prompts))
@@ -85,6 +88,20 @@ def stream(
             at = positions.clamp(max=cache.length - 1)[:, None]  # rows that have ended write where nobody reads
             logits = model(tokens[:, None], prefix, cache=cache, positions=at)[:, 0]
             positions = positions + 1
+
+
+def check_prompts(model: LLaMA, prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse prompts that cannot be continued.
+
+    Raises:
+        ValueError: one is empty, or leaves no room in the model's window.
+    """
+    window = model.config.block_size
+    for prompt in prompts:
+        if not prompt:
+            raise ValueError("the prompt is empty: the model needs at least one token to continue")
+        if len(prompt) >= window:
+            raise ValueError(f"the prompt has {len(prompt)} tokens, the model's window is {window}: shorten the prompt")
 
 
 def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float) -> None:
@@ -124,7 +141,8 @@ def sample(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest stays finite, however cold
     if top_k is not None:
         least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -146,7 +164,10 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._known, self._start = "", 0  # text of ids[start:] so far given out
+        # ids[start:end] are the tokens last given out, as `known`. Decoding begins there and not at the first token
+        # that is new, as tokenizers treat the first token of a text apart.
+        self._start = self._end = 0
+        self._known = ""
 
     def push(self, id: int) -> str:
         """Add a token; return the text that became certain, possibly empty."""
@@ -162,7 +183,6 @@ class TextStream:
         if text.endswith("\ufffd") and not flush:
             return ""
         new = text[len(self._known) :]
-        # Decode from the last token on, as some tokenizers treat the first token of a text apart.
-        self._start = max(len(self._ids) - 1, 0)
+        self._start, self._end = self._end, len(self._ids)
         self._known = self._tokenizer.decode(self._ids[self._start :])
         return new

@@ -129,7 +129,7 @@ PRESETS = [
     _preset(_LLAMA_1, "LLaMA-7B", 32, 32, 4096),
     _preset(_LLAMA_1, "LLaMA-13B", 40, 40, 5120),
     _preset(_LLAMA_1, "LLaMA-30B", 60, 52, 6656),
-    _preset(_LLAMA_1, "LLaMA-65B", 80, 64, 8192),
+    _preset(_LLAMA_1 | {"norm_eps": 1e-5}, "LLaMA-65B", 80, 64, 8192),
     _preset(_LLAMA_2, "Llama-2-7B", 32, 32, 4096),
     _preset(_LLAMA_2, "Llama-2-13B", 40, 40, 5120),
     _preset(_LLAMA_2, "Llama-2-70B", 80, 64, 8192, n_kv_head=8, intermediate_size=28672),
@@ -325,7 +325,7 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block; takes and returns (B, T, C), see `CausalSelfAttention.forward` for the rest."""
 
     def __init__(self, config: LLaMAConfig) -> None:
         super().__init__()
@@ -365,6 +365,19 @@ class CausalSelfAttention(nn.Module):
         prefix: LayerPrefix | None,
         cache: LayerCache | None,
     ) -> Tensor:
+        """Attend to the sequence, add the prefix's contribution, project.
+
+        Args:
+            x: (B, T, C).
+            rope: cosine and sine of the rotary angles, (1 or B, 1, T, hs / 2) each.
+            mask: bool (B, 1, T, S), which cached positions each query sees; None means causal attention within `x`.
+            positions: (B, T), where to store keys and values in the cache; None stores them from 0.
+            prefix: what this layer attends to beside the sequence, if anything.
+            cache: this layer's, if any.
+
+        Returns:
+            (B, T, C).
+        """
         q, k, v = self.qkv(x)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
@@ -384,6 +397,7 @@ class CausalSelfAttention(nn.Module):
         return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Attention of queries (B, nh, T, hs) over keys and values (B, nkv, S, hs); returns (B, nh, T, hs)."""
         grouped = self.n_head != self.n_kv_head
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
 
@@ -462,6 +476,9 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x: (B, heads, T, hs).
         cos: of each pair's angle, (1 or B, 1, T, hs / 2).
         sin: likewise.
+
+    Returns:
+        (B, heads, T, hs), in the dtype of `x`.
     """
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, heads, T, hs / 2)
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).type_as(x)

@@ -49,12 +49,16 @@ class Tokenizer:
 
     def __init__(self, folder: Path | str) -> None:
         folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"{folder}: no such folder; convert a base model with one of scripts/convert_*_checkpoint.py"
+            )
         settings = _read_settings(folder / "tokenizer_config.json")
         file = next((folder / name for name in TOKENIZER_FILES[:2] if (folder / name).is_file()), None)
         if file is None:
             raise FileNotFoundError(f"{folder} holds no tokenizer: expected tokenizer.json or tokenizer.model")
         try:
-            self._backend = _HuggingFace(file) if file.suffix == ".json" else _SentencePiece(file)
+            self._backend = _HuggingFace(file) if file.suffix == ".json" else _SentencePiece(file, _added(folder))
         except Exception as error:  # both libraries raise bare exceptions
             raise ValueError(
                 f"{file} is not a tokenizer that can be read ({error}); for Llama 3, whose tokenizer.model is in "
@@ -106,14 +110,18 @@ class Tokenizer:
         return id in self._backend.special_ids
 
     def check_vocabulary(self, rows: int) -> None:
-        """Make sure that this tokenizer belongs to a model with that many embedding rows.
+        """Make sure that this tokenizer can belong to a model with that many embedding rows.
 
-        Models may have a few unused rows, padded to a round number; never more than 512.
+        Models may have rows that no token uses, up to a twentieth of them here. Tokenizers may have markers that the
+        model has no row for, as the padding token of some LLaMA 2 repositories; they are never written in a prompt.
 
         Raises:
             ValueError: it cannot be this model's.
         """
-        if not 0 <= rows - self.vocab_size < 512:
+        text_tokens = self.vocab_size
+        while text_tokens and self.is_special(text_tokens - 1):
+            text_tokens -= 1
+        if text_tokens > rows or self.vocab_size < rows - max(512, rows // 20):
             raise ValueError(
                 f"the tokenizer has {self.vocab_size} tokens but the model embeds {rows}: "
                 "copy the tokenizer files that came with this model into its folder"
@@ -135,7 +143,8 @@ class _HuggingFace:
         template = self._tokenizer.encode("", add_special_tokens=True).ids
         self.adds_bos = bool(template)
         self.bos_id = template[0] if template else None
-        self.eos_id = next((id for id, token in added.items() if token.content in ("</s>", "<|endoftext|>")), None)
+        usual = ("</s>", "<|endoftext|>", "<|end_of_text|>")
+        self.eos_id = next((id for id, token in added.items() if token.content in usual), None)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
@@ -151,14 +160,18 @@ class _HuggingFace:
 
 
 class _SentencePiece:
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, added: dict[str, int]) -> None:
         self._processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
-        self.vocab_size = self._processor.get_piece_size()
+        pieces = self._processor.get_piece_size()
+        self._added = {token: id for token, id in added.items() if id >= pieces}
+        self._added_by_id = {id: token for token, id in self._added.items()}
+        self.vocab_size = max([pieces - 1, *self._added_by_id]) + 1
         self.adds_bos = True
         self.bos_id = None if self._processor.bos_id() < 0 else self._processor.bos_id()
         self.eos_id = None if self._processor.eos_id() < 0 else self._processor.eos_id()
-        self.special_ids = frozenset(i for i in range(self.vocab_size) if self._processor.is_control(i))
-        # SentencePiece never finds control tokens in text, but chat templates write them there.
+        control = [id for id in range(pieces) if self._processor.is_control(id)]
+        self.special_ids = frozenset([*control, *self._added_by_id])
+        # SentencePiece never finds these in text, but chat templates write them there.
         markers = sorted((self.token(i) for i in self.special_ids), key=len, reverse=True)
         self._markers = re.compile("(" + "|".join(map(re.escape, markers)) + ")") if markers else None
 
@@ -169,7 +182,7 @@ class _SentencePiece:
         ids: list[int] = []
         for i, part in enumerate(self._markers.split(text) if self._markers else [text]):
             if i % 2:
-                ids.append(self._processor.piece_to_id(part))
+                ids.append(self._added.get(part, self._processor.piece_to_id(part)))
             elif part:
                 ids.extend(self._processor.encode(part))
         return ids
@@ -187,11 +200,19 @@ class _SentencePiece:
         return text + self._processor.decode(run)
 
     def id(self, token: str) -> int | None:
+        if token in self._added:
+            return self._added[token]
         id = self._processor.piece_to_id(token)
         return None if id == self._processor.unk_id() and token != self.token(id) else id
 
     def token(self, id: int) -> str:
-        return self._processor.id_to_piece(id)
+        return self._added_by_id.get(id) or self._processor.id_to_piece(id)
+
+
+def _added(folder: Path) -> dict[str, int]:
+    """Tokens that were added to a SentencePiece model after its training, by their text."""
+    listed = _read_settings(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+    return _read_settings(folder / "added_tokens.json") | {token["content"]: int(id) for id, token in listed.items()}
 
 
 def _read_settings(file: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -66,7 +68,7 @@ def fit(
     and random state. The best adapter is written by `save`.
 
     Args:
-        fabric: launched; chooses the device and sums over devices.
+        fabric: chooses the device and sums over devices.
         adapter: holds the trainable parameters, float32.
         optimizer: over those.
         loss: sum over the scored tokens of a batch.
@@ -85,7 +87,8 @@ def fit(
     Raises:
         FloatingPointError: a loss is no longer finite; the best adapter so far stays on disk.
     """
-    out_dir.mkdir(parents=True, exist_ok=True)
+    if fabric.is_global_zero:
+        _set_aside(out_dir)
     parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     started = time.perf_counter()
     main_process = fabric.is_global_zero
@@ -139,6 +142,19 @@ def fit(
     return FitResult(best_step, best_loss, base_loss, time.perf_counter() - started)
 
 
+def _set_aside(out_dir: Path) -> None:
+    """Move the files of an earlier run to `out_dir/previous`, lest they be taken for this one's."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    earlier = [path for path in out_dir.iterdir() if path.suffix in (".safetensors", ".pt", ".csv", ".png")]
+    if earlier:
+        previous = out_dir / "previous"
+        shutil.rmtree(previous, ignore_errors=True)
+        previous.mkdir()
+        for path in earlier:
+            path.rename(previous / path.name)
+        tqdm.write(f"the earlier run in {out_dir} was moved to {previous}", file=sys.stderr)
+
+
 def _step(
     fabric: Fabric,
     parameters: list[torch.nn.Parameter],
@@ -150,19 +166,20 @@ def _step(
     """One optimizer step over all micro batches of all devices: mean loss of its scored tokens, and tokens read."""
     mine = chosen[fabric.global_rank :: fabric.world_size]
     batches = [collate([dataset[i] for i in indices]) for indices in mine]
-    scored = _sum_over_devices(fabric, torch.tensor(float(sum(batch.scored[:, 1:].sum() for batch in batches))))
-    total = torch.zeros((), device=fabric.device)
+    total = torch.zeros(2, device=fabric.device)  # loss, scored tokens
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     for batch in batches:
-        batch_loss = loss(batch.to(fabric.device)) / scored
+        batch_loss = loss(batch.to(fabric.device))
         batch_loss.backward()
-        total += batch_loss.detach()
+        total += torch.stack([batch_loss.detach(), batch.scored[:, 1:].sum().to(batch_loss)])
+    loss_sum, scored = _sum_over_devices(fabric, total).tolist()
     for parameter in parameters:
         assert parameter.grad is not None
-        parameter.grad = _sum_over_devices(fabric, parameter.grad)
+        # Divided only here: gradients of a mean would vanish in a float16 base.
+        parameter.grad = _sum_over_devices(fabric, parameter.grad) / scored
     optimizer.step()
-    return float(_sum_over_devices(fabric, total)), int(sum(dataset.lengths[i] for indices in chosen for i in indices))
+    return loss_sum / scored, int(sum(dataset.lengths[i] for indices in chosen for i in indices))
 
 
 @torch.no_grad()
@@ -183,6 +200,20 @@ def _sum_over_devices(fabric: Fabric, value: Tensor) -> Tensor:
     return fabric.all_reduce(value.to(fabric.device), reduce_op="sum")  # type: ignore[return-value]
 
 
+def launch(devices: int) -> Fabric:
+    """Start the processes of a run: on GPUs if there are any, otherwise on the CPU.
+
+    Raises:
+        ValueError: there are not as many devices.
+    """
+    try:
+        fabric = Fabric(accelerator="auto", devices=devices)
+    except MisconfigurationException as error:
+        raise ValueError(f"--devices {devices}: {error}") from None
+    fabric.launch()
+    return fabric
+
+
 def check_hyperparameters(values: dict[str, Any]) -> None:
     """Refuse hyperparameters that contradict themselves or each other, all problems at once.
 
@@ -197,15 +228,17 @@ def check_hyperparameters(values: dict[str, Any]) -> None:
         for name, least in _LEAST.items()
         if values.get(name) is not None and not values[name] >= least
     ]
-    if not problems and values["batch_size"] % values["micro_batch_size"]:
+    if not problems and values["batch_size"] % (values["micro_batch_size"] * values["devices"]):
         problems.append(
             f"--batch_size {values['batch_size']} is not a multiple of --micro_batch_size {values['micro_batch_size']}"
+            f" times --devices {values['devices']}"
         )
     if problems:
         raise ValueError("; ".join(problems))
 
 
 _LEAST = {
+    "seed": 0,
     "learning_rate": 0,
     "weight_decay": 0,
     "warmup_steps": 0,
@@ -255,6 +288,8 @@ def schedule(learning_rate: float, warmup_steps: int, max_steps: int, decay: Dec
 def _check_finite(what: str, value: float, step: int, best_step: int, out_dir: Path) -> None:
     if not math.isfinite(value):
         kept = f"the adapter of step {best_step} stays in {out_dir}" if best_step else "no adapter was written yet"
+        if step == 0:
+            raise FloatingPointError(f"the base model's {what} is {value}: try --precision 32-true")
         raise FloatingPointError(
             f"training diverged: the {what} is {value} at step {step}; {kept}; try a lower --learning_rate"
         )
@@ -281,10 +316,10 @@ def plot_losses(rows: list[dict[str, float]], path: Path) -> None:
         path: the PNG to write.
     """
     try:
-        pyplot = require_extra("matplotlib.pyplot", "plot")
+        figure = require_extra("matplotlib.figure", "plot").Figure(figsize=(7, 4), layout="constrained")
     except ImportError:
         return
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for name, style in (("train_loss", {"alpha": 0.5}), ("validation_loss", {"marker": "o"})):
         points = [(row["step"], row[name]) for row in rows if name in row]
         axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), **style)
@@ -294,4 +329,3 @@ def plot_losses(rows: list[dict[str, float]], path: Path) -> None:
     axes.legend()
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
-    pyplot.close(figure)

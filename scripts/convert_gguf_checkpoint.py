@@ -40,13 +40,14 @@ NAMES = {
 CONTROL, USER_DEFINED = 3, 4  # token types of tokenizer.ggml.token_type
 
 
-def main(gguf_path: Path, output_dir: Path, dtype: DType = "float32") -> None:
+def main(gguf_path: Path, output_dir: Path, dtype: DType = "float32", pre_tokenizer: str | None = None) -> None:
     """Convert one file.
 
     Args:
         gguf_path: the GGUF file.
         output_dir: the folder to write; must not exist yet.
         dtype: of the weights on disk. float32 holds dequantised weights exactly.
+        pre_tokenizer: how text is cut before BPE's merges: smollm, llama-bpe or gpt-2; for files that do not say.
     """
     gguf = require_extra("gguf", "gguf")
     if not gguf_path.is_file():
@@ -57,6 +58,8 @@ def main(gguf_path: Path, output_dir: Path, dtype: DType = "float32") -> None:
         raise ValueError(f"{gguf_path} is not a complete GGUF file ({error})") from None
     fields = {name: field.contents() for name, field in reader.fields.items()}
     tensors = GGUFTensors(reader)
+    if pre_tokenizer is not None:
+        fields["tokenizer.ggml.pre"] = pre_tokenizer
     config = config_from_gguf(fields, tensors, name=output_dir.name)
     source = {"format": "gguf", "from": gguf_path.name, "name": fields.get("general.name")}
     with atomic_folder(output_dir) as folder:
@@ -103,6 +106,8 @@ def config_from_gguf(fields: dict[str, Any], tensors: GGUFTensors, name: str) ->
     architecture = fields.get("general.architecture")
     if architecture != "llama":
         raise ValueError(f"general.architecture is {architecture!r}; only llama can be converted")
+    if not fields.get("tokenizer.ggml.tokens"):
+        raise ValueError("the file lacks tokenizer.ggml.tokens: it has no vocabulary")
     for field in ("llama.expert_count", "llama.attention.sliding_window"):
         if fields.get(field):
             raise ValueError(f"{field} is {fields[field]}, which this model cannot do")
@@ -137,12 +142,11 @@ def config_from_gguf(fields: dict[str, Any], tensors: GGUFTensors, name: str) ->
 
 
 def _linear_scaling(fields: dict[str, Any]) -> RopeScaling | None:
-    kind = fields.get("llama.rope.scaling.type", "none")
-    if kind == "none":
-        return None
-    if kind != "linear":
+    kind = fields.get("llama.rope.scaling.type", "linear")
+    factor = fields.get("llama.rope.scaling.factor", fields.get("llama.rope.scale_linear", 1.0))
+    if kind not in ("none", "linear"):
         raise ValueError(f"llama.rope.scaling.type is {kind!r}; only none and linear can be converted")
-    return RopeScaling("linear", factor=fields["llama.rope.scaling.factor"])
+    return None if kind == "none" or factor in (0.0, 1.0) else RopeScaling("linear", factor)
 
 
 def _with_llama3_scaling(config: LLaMAConfig, factors: torch.Tensor) -> LLaMAConfig:
@@ -156,14 +160,15 @@ def _with_llama3_scaling(config: LLaMAConfig, factors: torch.Tensor) -> LLaMACon
 def write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
     """Rebuild the tokenizer's files from the vocabulary of a GGUF file."""
     kind = fields.get("tokenizer.ggml.model")
-    tokens = fields.get("tokenizer.ggml.tokens") or []
+    tokens = fields["tokenizer.ggml.tokens"]
     if kind == "gpt2":
         _write_bpe(fields, folder / "tokenizer.json")
     elif kind == "llama":
         _write_sentencepiece(fields, folder / "tokenizer.model")
     else:
         raise ValueError(f"tokenizer.ggml.model is {kind!r}; only gpt2 (BPE) and llama (SentencePiece) will do")
-    settings: dict[str, Any] = {"add_bos_token": fields.get("tokenizer.ggml.add_bos_token", kind == "llama")}
+    adds_bos = kind == "llama" or fields.get("tokenizer.ggml.pre") in _LLAMA3  # as llama.cpp has it
+    settings: dict[str, Any] = {"add_bos_token": fields.get("tokenizer.ggml.add_bos_token", adds_bos)}
     for name in ("bos", "eos", "unknown", "padding"):
         id = fields.get(f"tokenizer.ggml.{name}_token_id")
         if id is not None:
@@ -174,6 +179,7 @@ def write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
 
 
 # By tokenizer.ggml.pre, how text is cut before merging; see llama.cpp's src/llama-vocab.cpp.
+_LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 _LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -181,27 +187,27 @@ _LLAMA3_PATTERN = (
 
 
 def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
-    if name in ("llama-bpe", "llama3", "llama-v3"):
+    if name in _LLAMA3:
         split = pre_tokenizers.Split(Regex(_LLAMA3_PATTERN), behavior="isolated")
         return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if name in ("default", "gpt-2"):
+    if name == "gpt-2":
         return byte_level
     if name == "smollm":
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     raise ValueError(
-        f"tokenizer.ggml.pre is {name!r}; only smollm, llama-bpe and gpt-2 are known: "
-        "convert the Hugging Face checkpoint of this model instead"
+        f"tokenizer.ggml.pre is {name!r}; smollm, llama-bpe and gpt-2 are known: give the right one as "
+        "--pre_tokenizer, or convert the Hugging Face checkpoint of this model instead"
     )
 
 
 def _write_bpe(fields: dict[str, Any], file: Path) -> None:
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    pre = fields.get("tokenizer.ggml.pre", "default")
+    pre = fields.get("tokenizer.ggml.pre", "missing")
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     vocabulary = {token: id for id, token in enumerate(tokens)}
     # Llama 3 takes a word that is in the vocabulary whole even where its merges would not lead there.
-    model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in ("llama-bpe", "llama3", "llama-v3"))
+    model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _LLAMA3)
     tokenizer = HuggingFaceTokenizer(model)
     tokenizer.pre_tokenizer = _pre_tokenizer(pre)
     tokenizer.decoder = decoders.ByteLevel()

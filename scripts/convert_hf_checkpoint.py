@@ -55,6 +55,8 @@ def config_from_hf(fields: dict[str, Any], name: str) -> LLaMAConfig:
     Raises:
         ValueError: the model has something that `lit_llama.model` cannot compute; the message names the field.
     """
+    if not isinstance(fields, dict):
+        raise ValueError(f"config.json: expected an object, found {type(fields).__name__}")
     allowed: dict[str, tuple[Any, ...]] = {
         "model_type": ("llama", "mistral"),
         "hidden_act": ("silu",),
@@ -95,8 +97,15 @@ def config_from_hf(fields: dict[str, Any], name: str) -> LLaMAConfig:
     )
 
 
+_LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
 def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
+    needs = {"linear": ("factor",), "llama3": _LLAMA3_FIELDS}.get(kind, ())
+    missing = [field for field in needs if field not in rope]
+    if missing:
+        raise ValueError(f"config.json has rope_scaling of type {kind!r} without {', '.join(missing)}")
     if kind == "default":
         return None
     if kind == "linear":

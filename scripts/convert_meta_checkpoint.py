@@ -44,6 +44,9 @@ def main(checkpoint_dir: Path, output_dir: Path, dtype: DType | None = None, blo
             generation which the other values point to.
     """
     params = read_json(checkpoint_dir / "params.json")
+    missing = [field for field in ("dim", "n_layers", "n_heads", "norm_eps") if field not in params]
+    if missing:
+        raise ValueError(f"{checkpoint_dir / 'params.json'} lacks {', '.join(missing)}")
     files = sorted(checkpoint_dir.glob("consolidated.*.pth"))
     if not files:
         raise FileNotFoundError(f"{checkpoint_dir} holds no weights: expected consolidated.00.pth, ...")
@@ -98,11 +101,11 @@ def config_from_meta(
     """The model's configuration from params.json and, where that is silent, the shapes of the weights.
 
     Raises:
-        ValueError: params.json lacks a size.
+        ValueError: the weights are not a LLaMA's.
     """
-    missing = [field for field in ("dim", "n_layers", "n_heads", "norm_eps") if field not in params]
-    if missing:
-        raise ValueError(f"params.json lacks {', '.join(missing)}")
+    for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
+        if name not in tensors:
+            raise ValueError(f"the checkpoint lacks {name}: it is not a LLaMA's")
     n_layer, n_head, n_embd = params["n_layers"], params["n_heads"], params["dim"]
     if block_size is None:
         block_size = _block_size(params)
@@ -126,7 +129,8 @@ def _block_size(params: dict[str, Any]) -> int:
         return 131072  # Llama 3.1 and later
     if params.get("rope_theta") == 500000.0:
         return 8192  # Llama 3
-    return 2048 if params["norm_eps"] == 1e-6 else 4096  # LLaMA, Llama 2
+    llama_1 = params["norm_eps"] == 1e-6 or (params["n_layers"] == 80 and "n_kv_heads" not in params)
+    return 2048 if llama_1 else 4096
 
 
 def _rope_factor(params: dict[str, Any]) -> float:

@@ -31,7 +31,8 @@ def main(repo_id: str, output_dir: Path | None = None, access_token: str | None 
     output_dir = output_dir or Path("models") / repo_id.split("/")[1]
     try:
         files = hub.list_repo_files(repo_id, token=access_token)
-        weights = "*.safetensors" if any(file.endswith(".safetensors") for file in files) else "*.bin"
+        safe = any(file.endswith(".safetensors") for file in files)
+        weights = "model*.safetensors" if safe else "pytorch_model*.bin"
         hub.snapshot_download(repo_id, local_dir=output_dir, allow_patterns=[*PATTERNS, weights], token=access_token)
     except errors.GatedRepoError:
         raise ValueError(f"{repo_id} is gated: ask for access on its page, then set HF_TOKEN") from None
@@ -39,8 +40,9 @@ def main(repo_id: str, output_dir: Path | None = None, access_token: str | None 
         raise ValueError(f"the hub has no model {repo_id}, or it is private and needs HF_TOKEN") from None
     except Exception as error:
         # The HTTP library under the hub's client differs between its versions, and so do the errors of a lost network.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(
-            f"the Hugging Face hub cannot be reached ({type(error).__name__}): check the network, or copy the files of "
+            f"the Hugging Face hub cannot be reached ({reason}): check the network, or copy the files of "
             f"{repo_id} into {output_dir} by other means"
         ) from None
     print(

@@ -30,6 +30,7 @@ AWKWARD = [
     "123 4567 89.01 2,000",
     "it's, we'll; don't!",
     "emoji 🙂👩‍🚀 and é è ü ß",
+    "two 🦙🦙 ok",
     "combining e\u0301 and 漢字 かな",
     "<s>a marker</s> in text",
     "",

@@ -94,6 +94,8 @@ def test_damaged_bases_are_refused(copied_base):
     refused(FileNotFoundError, "holds no weights")
     (copied_base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
     refused(FileNotFoundError, "lacks gone.safetensors")
+    (copied_base / "model.safetensors.index.json").write_text("[]")
+    refused(ValueError, "expected an object with a 'weight_map'")
     (copied_base / "lit_config.json").write_text("{")
     refused(ValueError, r"lit_config\.json, line 1: not JSON")
     (copied_base / "lit_config.json").unlink()
@@ -102,7 +104,7 @@ def test_damaged_bases_are_refused(copied_base):
         load_base(copied_base / "nowhere")
 
 
-@pytest.mark.parametrize("content", ["bomb", "json", "empty", "not tensors"])
+@pytest.mark.parametrize("content", ["bomb", "json", "empty", "not tensors", "Repository not found", "Gateway", "no"])
 def test_nothing_but_tensors_is_unpickled(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "weights.pth"
@@ -112,8 +114,10 @@ def test_nothing_but_tensors_is_unpickled(tmp_path, monkeypatch, content):
         file.write_text('{"weight": [1, 2]}')
     elif content == "empty":
         file.write_bytes(b"")
-    else:
+    elif content == "not tensors":
         torch.save({"weight": [1, 2]}, file)
+    else:
+        file.write_text(content)
     for load in (load_base, load_aligner):
         with pytest.raises(ValueError, match=r"weights\.pth"):
             load(file)
@@ -169,6 +173,12 @@ def test_what_is_no_aligner_is_refused(tmp_path, base_dir, tiny_model):
         load_aligner(file)
     save_file(tensors, file, metadata={**metadata, "format_version": "99"})
     with pytest.raises(ValueError, match="format version 99, this code reads 1"):
+        load_aligner(file)
+    save_file(tensors, file, metadata={"format_version": "1"})
+    with pytest.raises(ValueError, match="the metadata are not an adapter's"):
+        load_aligner(file)
+    save_file(tensors, file, metadata={**metadata, "config": "{"})
+    with pytest.raises(ValueError, match="the metadata are not an adapter's"):
         load_aligner(file)
     save_file({"tokens": tensors["tokens"]}, file, metadata=metadata)
     with pytest.raises(ValueError, match="lacks gates"):

@@ -1,5 +1,6 @@
 """Conversions against transformers: the same logits and the same token ids from the converted folder."""
 
+import functools
 import json
 import math
 
@@ -83,7 +84,7 @@ def test_mistral_without_a_window(tmp_path):
 
 
 def test_dtype_and_shards_of_the_output(tmp_path, hf_checkpoint, monkeypatch):
-    monkeypatch.setattr(convert_hf.write_base, "__defaults__", (None, False, 20_000))
+    monkeypatch.setattr(convert_hf, "write_base", functools.partial(convert_hf.write_base, shard_bytes=20_000))
     convert_hf.main(checkpoint_dir=hf_checkpoint, output_dir=tmp_path / "lit", dtype="bfloat16")
     shards = sorted((tmp_path / "lit").glob("model-*.safetensors"))
     assert len(shards) > 1
@@ -203,7 +204,7 @@ def write_gguf(file, hf_folder, tokenizer_fields, quantization=None, rope_factor
     tokenizer_fields(writer)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight":
+        if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
             if part in name:
@@ -232,6 +233,7 @@ def bpe_fields(hf_folder, pre="gpt-2"):
         writer.add_token_list([token for token, _ in vocabulary])
         writer.add_token_types([3 if token in special else 1 for token, _ in vocabulary])
         writer.add_token_merges([" ".join(merge) for merge in content["model"]["merges"]])
+        writer.add_bos_token_id(dict(vocabulary)["<|endoftext|>"])
         writer.add_eos_token_id(dict(vocabulary)["<|end|>"])
         writer.add_chat_template("{{ messages[0]['content'] }}")
 
@@ -248,6 +250,72 @@ def test_gguf_logits_and_tokenizer(tmp_path, hf_checkpoint):
     assert tokenizer.eos_id == expected.convert_tokens_to_ids("<|end|>")
     assert not tokenizer.adds_bos
     assert tokenizer.chat_template == "{{ messages[0]['content'] }}"
+
+
+def test_gguf_untied_with_the_older_key_of_linear_scaling(tmp_path):
+    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    source = make_hf_checkpoint(tmp_path / "hf", tie_word_embeddings=False, rope_parameters=rope)
+
+    def fields(writer):
+        bpe_fields(source)(writer)
+        writer.add_float32("llama.rope.scale_linear", 4.0)
+
+    write_gguf(tmp_path / "model.gguf", source, fields)
+    convert_gguf.main(gguf_path=tmp_path / "model.gguf", output_dir=tmp_path / "lit")
+    assert_same_logits(source, tmp_path / "lit")
+
+
+def test_gguf_tokenizer_of_llama_3(tmp_path):
+    """Digits in groups of three, words of the vocabulary whole, begin-of-text in front, as its own tokenizer does."""
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+"
+    )
+    source = make_hf_checkpoint(tmp_path / "hf")
+    content = json.loads((source / "tokenizer.json").read_text())
+    # A word that no merge leads to.
+    content["model"]["vocab"]["zqx"] = len(content["model"]["vocab"])
+    content["model"]["ignore_merges"] = True
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+    (source / "tokenizer.json").write_text(json.dumps(content))
+    source = make_hf_checkpoint_around(source, vocab_size=len(content["model"]["vocab"]))
+    write_gguf(tmp_path / "model.gguf", source, bpe_fields(source, pre="llama-bpe"))
+    convert_gguf.main(gguf_path=tmp_path / "model.gguf", output_dir=tmp_path / "lit")
+    expected, tokenizer = transformers.AutoTokenizer.from_pretrained(source), Tokenizer(tmp_path / "lit")
+    for text in [*AWKWARD, "1234567 zqx", "don't\n\n  x"]:
+        assert tokenizer.encode(text) == expected.encode(text, add_special_tokens=False)
+    assert content["model"]["vocab"]["zqx"] in tokenizer.encode("zqx")
+    assert tokenizer.adds_bos
+
+
+def make_hf_checkpoint_around(folder, vocab_size):
+    """A model for a tokenizer that was changed by hand."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.vocab_size = vocab_size
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "block_size", "factor"),
+    [
+        ({"norm_eps": 1e-6}, 2048, None),
+        ({"norm_eps": 1e-5, "n_layers": 80}, 2048, None),  # LLaMA 65B
+        ({"norm_eps": 1e-5, "n_layers": 80, "n_kv_heads": 8}, 4096, None),  # Llama 2 70B
+        ({"norm_eps": 1e-5}, 4096, None),
+        ({"norm_eps": 1e-5, "rope_theta": 500000.0}, 8192, None),
+        ({"norm_eps": 1e-5, "rope_theta": 500000.0, "use_scaled_rope": True}, 131072, 8.0),
+        ({"norm_eps": 1e-5, "n_layers": 16, "dim": 2048, "use_scaled_rope": True}, 131072, 32.0),  # Llama 3.2 1B
+    ],
+)
+def test_generation_of_a_meta_checkpoint(changes, block_size, factor):
+    params = {"dim": 4096, "n_layers": 32, "n_heads": 32, **changes}
+    tensors = {"tok_embeddings.weight": torch.zeros(10, 2), "layers.0.feed_forward.w1.weight": torch.zeros(7, 2)}
+    config = convert_meta.config_from_meta(params, tensors, "x", None)
+    assert config.block_size == block_size
+    assert (config.rope_scaling and config.rope_scaling.factor) == factor
 
 
 def test_gguf_quantised_weights_and_llama3_rotary(tmp_path):

@@ -101,13 +101,50 @@ def test_prompts_from_files_and_standard_input(command, base_dir, tmp_path, monk
 
 
 def test_prompts_may_be_repeated_and_look_like_yaml(base_dir, monkeypatch, capsys):
-    texts = ["What is 2: 3?", "[1, 2]", "true", "--x"]
+    texts = ["What is 2: 3?", "[1, 2]", "true", "--x", 'hi 🙂 "é"\u0085\n\\n']
     argv = ["generate/base.py", "--checkpoint_dir", str(base_dir), "--max_new_tokens", "8"]
     for text in texts:
         argv += ["--prompt", text]
     monkeypatch.setattr(sys, "argv", argv)
     run(load_script("generate/base.py").main)
     assert capsys.readouterr().out == "\n".join(expected_answer(base_dir, text) + "\n" for text in texts)
+
+
+def test_answers_before_a_failure_are_kept(command, base_dir, tmp_path, monkeypatch):
+    """Ctrl-C during the second answer keeps the first."""
+    answers = iter([["first"], KeyboardInterrupt])
+    script = load_script("generate/base.py")
+    real_stream = script.answer.__globals__["stream"]
+
+    def stream(*args, **options):
+        if next(answers) is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return real_stream(*args, **options)
+
+    monkeypatch.setitem(script.answer.__globals__, "stream", stream)
+    (tmp_path / "p.txt").write_text("one\ntwo\n")
+    options = {"checkpoint_dir": base_dir, "prompts_file": tmp_path / "p.txt", "max_new_tokens": 8}
+    status, _, err = command("generate/base.py", output_file=tmp_path / "a.jsonl", **options)
+    assert (status, err) == (130, "interrupted\n")
+    [row] = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert row["prompt"] == "one"
+    (tmp_path / "empty.jsonl").write_text("[]")
+    status, _, err = command("generate/base.py", checkpoint_dir=base_dir, prompts_file=tmp_path / "empty.jsonl")
+    assert (status, err) == (1, f"error: {tmp_path / 'empty.jsonl'} holds no prompt\n")
+
+
+def test_a_terminated_conversion_leaves_nothing(hf_checkpoint, tmp_path):
+    """SIGTERM in the middle of writing: no folder, no temporary one."""
+    code = (
+        "import os, signal, sys; sys.path.insert(0, sys.argv.pop(1)); import convert_hf_checkpoint as script\n"
+        "from lit_llama.cli import run\n"
+        "script.write_base = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "run(script.main)"
+    )
+    options = ["--checkpoint_dir", hf_checkpoint, "--output_dir", tmp_path / "base"]
+    result = subprocess.run([sys.executable, "-c", code, ROOT / "scripts", *options], capture_output=True)
+    assert result.returncode == 143
+    assert not list(tmp_path.iterdir())
 
 
 def test_samples(command, base_dir):
@@ -123,11 +160,12 @@ def test_samples(command, base_dir):
     [
         ({"prompt": "x " * 300}, "tokens, the model's window is 256: shorten the prompt"),
         ({"prompt": "x", "prompts_file": "y"}, "give --prompt or --prompts_file, not both"),
+        ({"prompt": "x", "num_samples": 0}, "--num_samples is 0, it must be at least 1"),
         ({"prompts_file": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
         ({"prompt": "x", "top_p": 2}, "top_p must be above 0 and at most 1, got 2.0"),
         ({"prompt": "x", "num_samples": 2}, "--num_samples 2 with --temperature 0 repeats one answer"),
         ({"prompt": "x", "prompt_style": "shout"}, "no prompt style named 'shout'"),
-        ({"prompt": "x", "checkpoint_dir": "nowhere"}, "nowhere"),
+        ({"prompt": "x", "checkpoint_dir": "nowhere"}, "nowhere: no such folder; convert a base model"),
         ({"prompt": "x", "aligner_path": "nowhere.safetensors"}, "nowhere.safetensors: no such file"),
     ],
 )

@@ -3,10 +3,13 @@
 import json
 
 import pytest
+import tokenizers
 from conftest import AWKWARD, DEMO_BASE, ROOT
 from test_convert import train_sentencepiece
 
+from lit_llama.data import TextExample, tokenize
 from lit_llama.generation import TextStream
+from lit_llama.prompts import prompt_style
 from lit_llama.tokenizer import Tokenizer
 
 LLAMA2 = ROOT.parent / "shared" / "data" / "tokenizer" / "llama2-tokenizer.model"
@@ -63,6 +66,74 @@ def test_settings_files(base_dir, tmp_path):
     assert tokenizer.chat_template == "from its own file"
 
 
+def test_tokens_added_to_sentencepiece(sentencepiece_dir, tmp_path):
+    """Chat markers that live beside tokenizer.model are found in text and decoded."""
+    (tmp_path / "tokenizer.model").write_bytes((sentencepiece_dir / "tokenizer.model").read_bytes())
+    size = Tokenizer(tmp_path).vocab_size
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_start|>": size}))
+    settings = {"added_tokens_decoder": {str(size + 1): {"content": "<|im_end|>"}, "1": {"content": "<s>"}}}
+    settings["eos_token"] = "<|im_end|>"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = Tokenizer(tmp_path)
+    plain = tokenizer.encode("a marker")
+    ids = [size, *plain, size + 1]
+    assert tokenizer.encode("<|im_start|>a marker<|im_end|>") == ids
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "<|im_start|>a marker<|im_end|>"
+    assert tokenizer.decode(ids) == "a marker"
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (size + 2, size + 1)
+    tokenizer.check_vocabulary(size + 2)
+
+
+def byte_fallback_tokenizer(folder):
+    """A tokenizer.json as Llama 2's: SentencePiece's pieces, bytes as a fallback, BOS put in front by a template."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdehlotwk", "▁ok"]
+    vocabulary = {piece: id for id, piece in enumerate(pieces)}
+    merges = [("o", "k"), ("▁", "ok")]
+    vocabulary["ok"] = len(vocabulary)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def test_template_that_puts_bos_in_front(tmp_path):
+    byte_fallback_tokenizer(tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    assert (tokenizer.adds_bos, tokenizer.bos_id, tokenizer.eos_id) == (True, 1, 2)
+    assert tokenizer.encode("hello")[0] != 1
+    assert tokenizer.encode("hello", bos=True) == [1, *tokenizer.encode("hello")]
+    for name, bos in (("alpaca", True), ("none", True)):
+        style = prompt_style(name, tokenizer)
+        assert style.bos is bos
+        [example] = tokenize(tokenizer, style, [TextExample("hello", "", "ok")])
+        assert example.ids[0] == 1
+        assert example.ids.tolist().count(1) == 1
+
+
+def test_end_of_sequence_of_llama_3(hf_checkpoint, tmp_path):
+    content = (hf_checkpoint / "tokenizer.json").read_text().replace("<|endoftext|>", "<|end_of_text|>")
+    (tmp_path / "tokenizer.json").write_text(content)
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.decode([tokenizer.eos_id], skip_special_tokens=False) == "<|end_of_text|>"
+
+
+def test_marker_without_a_row_is_tolerated(tmp_path):
+    """Some LLaMA 2 repositories have a padding token that the model does not embed."""
+    byte_fallback_tokenizer(tmp_path)
+    rows = Tokenizer(tmp_path).vocab_size
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["added_tokens"].append({**content["added_tokens"][0], "id": rows, "content": "<pad>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert Tokenizer(tmp_path).vocab_size == rows + 1
+    Tokenizer(tmp_path).check_vocabulary(rows)
+    with pytest.raises(ValueError, match="tokens but the model embeds"):
+        Tokenizer(tmp_path).check_vocabulary(rows - 1)
+
+
 def test_missing_and_broken_tokenizers(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"expected tokenizer\.json or tokenizer\.model"):
         Tokenizer(tmp_path)
@@ -82,9 +153,10 @@ def test_vocabulary_must_fit_the_model(base_dir, rows, fits):
 
 
 @pytest.mark.parametrize("text", [text for text in AWKWARD if "<s>" not in text])
-@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
-def test_streamed_text_is_the_whole_text(sentencepiece_dir, kind, text):
-    tokenizer = Tokenizer(DEMO_BASE if kind == "byte-level" else sentencepiece_dir)
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece", "byte-fallback"])
+def test_streamed_text_is_the_whole_text(sentencepiece_dir, tmp_path, kind, text):
+    byte_fallback_tokenizer(tmp_path)
+    tokenizer = Tokenizer({"byte-level": DEMO_BASE, "sentencepiece": sentencepiece_dir}.get(kind, tmp_path))
     ids = tokenizer.encode(text)
     stream = TextStream(tokenizer)
     pieces = [stream.push(id) for id in ids]

@@ -2,18 +2,23 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import load_script
+from conftest import ROOT, load_script
+from lightning.fabric import Fabric
 from safetensors.torch import load_file
 
 from lit_llama.aligner import Aligner
-from lit_llama.checkpoint import adapter_info, load_aligner, load_base
+from lit_llama.checkpoint import adapter_info, load_aligner, load_base, save_aligner
 from lit_llama.data import TokenDataset
+from lit_llama.losses import supervised_loss
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.training import schedule
+from lit_llama.training import fit, schedule
 
 finetune = load_script("finetune/aligner.py").main
 
@@ -116,25 +121,60 @@ def test_files_of_a_run(base_dir, aligner_path):
     assert (out_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_divergence_stops_and_keeps_the_last_good_file(command, base_dir, data_dir, tmp_path):
+def test_divergence_stops_and_keeps_the_last_good_file(base_dir, data_dir, tmp_path):
+    """The learning rate explodes at the third step: the adapter of the second stays."""
+    tokenizer, model = Tokenizer(base_dir), load_base(base_dir)
+    aligner = Aligner(model.config, 1)
+    with pytest.raises(
+        FloatingPointError,
+        match=r"training loss is nan at step 4; the adapter of step 2 stays in .*lower --learning_rate",
+    ):
+        fit(
+            Fabric(accelerator="cpu", devices=1),
+            aligner,
+            torch.optim.AdamW(aligner.parameters()),
+            loss=lambda batch: supervised_loss(model, aligner, batch),
+            train=TokenDataset(data_dir, "train", tokenizer),
+            validation=TokenDataset(data_dir, "validation", tokenizer),
+            save=lambda step, loss, seconds: save_aligner(tmp_path / "aligner.safetensors", aligner, model, step=step),
+            out_dir=tmp_path,
+            max_steps=30,
+            batch_size=4,
+            micro_batch_size=4,
+            learning_rate=lambda step: 1e-3 if step < 2 else 1e30,
+            eval_interval=2,
+            seed=0,
+        )
+    assert adapter_info(tmp_path / "aligner.safetensors").step == 2
+    assert all(
+        tensor.isfinite().all() for tensor in load_aligner(tmp_path / "aligner.safetensors").state_dict().values()
+    )
+    assert [row["step"] for row in csv.DictReader((tmp_path / "metrics.csv").open())] == ["0", "1", "2", "3"]
+
+
+def test_divergence_is_one_line(command, base_dir, data_dir, tmp_path):
     short_run(base_dir, data_dir, tmp_path)
     good = (tmp_path / "aligner.safetensors").read_bytes()
-    status, _, err = command(
-        "finetune/aligner.py",
-        checkpoint_dir=base_dir,
-        data_dir=data_dir,
-        out_dir=tmp_path,
-        learning_rate=1e30,
-        max_steps=30,
-        warmup_steps=0,
-        batch_size=4,
-        micro_batch_size=4,
-        eval_interval=100,
-    )
+    options = {"checkpoint_dir": base_dir, "data_dir": data_dir, "out_dir": tmp_path}
+    status, _, err = command("finetune/aligner.py", learning_rate=1e30, warmup_steps=0, eval_interval=9, **options)
     assert status == 1
-    assert "training diverged: the training loss is nan at step" in err
-    assert "lower --learning_rate" in err
-    assert (tmp_path / "aligner.safetensors").read_bytes() == good
+    assert "error: training diverged: the training loss is nan at step 2; no adapter was written yet" in err
+    assert (tmp_path / "previous" / "aligner.safetensors").read_bytes() == good
+    assert not (tmp_path / "aligner.safetensors").exists()
+
+
+def test_two_processes_train_the_same_adapter(base_dir, data_dir, tmp_path):
+    options = {"batch_size": 4, "micro_batch_size": 2, "max_steps": 3, "warmup_steps": 1, "eval_interval": 2}
+    adapters = []
+    for devices in (1, 2):
+        paths = {"checkpoint_dir": base_dir, "data_dir": data_dir, "out_dir": tmp_path / str(devices)}
+        arguments = [f"--{name}={value}" for name, value in {**paths, **options, "devices": devices}.items()]
+        command = [sys.executable, ROOT / "finetune" / "aligner.py", *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+        assert result.returncode == 0, result.stderr
+        adapters.append(load_file(tmp_path / str(devices) / "aligner.safetensors"))
+    for name in adapters[0]:
+        torch.testing.assert_close(adapters[0][name], adapters[1][name], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -142,12 +182,14 @@ def test_divergence_stops_and_keeps_the_last_good_file(command, base_dir, data_d
     [
         ({"warmup_steps": 9, "max_steps": 5}, ["--warmup_steps 9 is more than --max_steps 5"]),
         ({"batch_size": 6, "micro_batch_size": 4}, ["--batch_size 6 is not a multiple of --micro_batch_size 4"]),
+        ({"devices": 3}, ["--batch_size 4 is not a multiple of --micro_batch_size 4 times --devices 3"]),
+        ({"seed": -1}, ["--seed is -1"]),
         ({"batch_size": 0, "learning_rate": -1}, ["--batch_size is 0", "--learning_rate is -1"]),
         ({"max_seq_length": 10}, ["--max_seq_length is 10: raise it"]),
         ({"aligner_length": 0}, ["at least one prefix token"]),
         ({"aligner_start_layer": 9}, ["start layer 9"]),
         ({"data_dir": "nowhere"}, ["nowhere/dataset.json: no such file"]),
-        ({"checkpoint_dir": "nowhere"}, ["nowhere"]),
+        ({"checkpoint_dir": "nowhere"}, ["nowhere: no such folder; convert a base model"]),
     ],
 )
 def test_bad_options(command, base_dir, data_dir, tmp_path, options, messages):
