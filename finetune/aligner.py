@@ -40,7 +40,7 @@ def main(
     # they in fact ran is a rise over all of training, --warmup_steps = --max_steps, to a peak of 4.5e-3.
     warmup_steps: int = 10,
     max_seq_length: int = 512,
-    eval_interval: int = 40,
+    eval_interval: int = 48,
     precision: Precision = "auto",  # paper: bf16-true
     devices: int = 1,
     seed: int = 1337,
@@ -102,7 +102,7 @@ def main(
 
     def show_answers() -> str:
         prompts = [validation.prompt(i) for i in range(min(2, len(validation)))]
-        answers = generate(model, prompts, 48, prefix=aligner, stop_ids=style.stop_ids)
+        answers = generate(model, prompts, 32, prefix=aligner, stop_ids=style.stop_ids)
         pairs = zip(map(tokenizer.decode, prompts), map(tokenizer.decode, answers), strict=True)
         return "\n".join(f"    ...{prompt[-60:]!r} -> {answer!r}" for prompt, answer in pairs)
 
