@@ -107,7 +107,7 @@ def main(
 
 def render(report: dict[str, Any], shown: int = 5) -> str:
     """The report as text for people: a few answers side by side, then the figures."""
-    question_width, width = 26, 44
+    question_width, width = 22, 36
     lines = [f"The form: {report['description']}", ""]
     lines.append(f"{'held-out question':{question_width}}  {'base':{width}}  aligned")
     lines.append(f"{'-' * question_width}  {'-' * width}  {'-' * width}")
