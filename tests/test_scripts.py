@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, load_script
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as safetensors_load
+from safetensors.torch import save_file
 
 from lit_llama.checkpoint import load_aligner, load_base
 from lit_llama.cli import run
@@ -185,7 +186,7 @@ def test_unknown_option_is_refused(command, base_dir):
 
 def test_adapter_of_other_weights(command, base_dir, aligner_path, tmp_path):
     other = shutil.copytree(base_dir, tmp_path / "other")
-    weights = load_file(other / "model.safetensors")
+    weights = safetensors_load((other / "model.safetensors").read_bytes())
     save_file({name: tensor * 1.1 for name, tensor in weights.items()}, other / "model.safetensors")
     options = {"checkpoint_dir": other, "aligner_path": aligner_path, "prompt": "x", "max_new_tokens": 2}
     status, out, err = command("generate/aligner.py", **options)
