@@ -41,6 +41,9 @@ def main(
     warmup_steps: int = 10,
     max_seq_length: int = 512,
     eval_interval: int = 48,
+    save_interval: int = 100,
+    max_grad_norm: float | None = None,
+    resume: bool = False,
     precision: Precision = "auto",  # paper: bf16-true
     devices: int = 1,
     seed: int = 1337,
@@ -64,6 +67,9 @@ def main(
         warmup_steps: optimizer steps over which the learning rate rises.
         max_seq_length: longer examples are refused; prepare the data with this length.
         eval_interval: optimizer steps between validations, which also show a few answers.
+        save_interval: optimizer steps between states to resume from; one is also saved every 10 minutes.
+        max_grad_norm: scale larger gradients down to this norm.
+        resume: continue the run in --out_dir from its last state, to the bit; if there is none, begin.
         precision: of the base model; "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
         devices: how many to use.
         seed: of initialisation and the order of examples.
@@ -87,6 +93,10 @@ def main(
     trainable = sum(parameter.numel() for parameter in aligner.parameters())
     total = sum(parameter.numel() for parameter in model.parameters())
     fabric.print(f"{trainable:,} trainable parameters on a base of {total:,}", file=sys.stderr)
+
+    free = {"checkpoint_dir", "data_dir", "out_dir", "devices", "save_interval", "resume"}  # may change on resuming
+    identity = {f"--{name}": value for name, value in hyperparameters.items() if name not in free}
+    identity |= {"base": model.fingerprint, "training data": train.sha256, "validation data": validation.sha256}
 
     def save(step: int, validation_loss: float, seconds: float) -> None:
         save_aligner(
@@ -116,11 +126,15 @@ def main(
         save=save,
         show=show_answers,
         out_dir=out_dir,
+        identity=identity,
+        resume=resume,
         max_steps=max_steps,
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
         learning_rate=schedule(learning_rate, warmup_steps, max_steps, decay),
+        max_grad_norm=max_grad_norm,
         eval_interval=eval_interval,
+        save_interval=save_interval,
         seed=seed,
     )
     fabric.print(

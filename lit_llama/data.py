@@ -8,6 +8,7 @@ memory-mapped, never unpickled:
     SPLIT.offsets.bin  int64, where each example begins, and the end
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,12 +69,14 @@ class SplitSummary:
 
     Args:
         lengths: tokens in each example that was written.
+        sha256: of the token ids and of which are scored.
         scored_tokens: tokens that the loss scores.
         truncated: examples cut at the window's end, and so without the token that ends the response.
         skipped: examples left out: too long, or with a prompt that fills the window alone.
     """
 
     lengths: list[int] = field(default_factory=list)
+    sha256: str = ""
     scored_tokens: int = 0
     truncated: int = 0
     skipped: int = 0
@@ -129,6 +132,7 @@ def write_dataset(
                     "tokens": sum(summary.lengths),
                     "scored_tokens": summary.scored_tokens,
                     "longest": max(summary.lengths),
+                    "sha256": summary.sha256,
                 }
                 for split, summary in summaries.items()
             },
@@ -147,6 +151,7 @@ def _write_split(
     too_long: TooLong,
 ) -> SplitSummary:
     summary = SplitSummary()
+    digest = hashlib.sha256()
     id_dtype = _id_dtype(tokenizer.vocab_size)
     with (
         open(folder / f"{split}.ids.bin", "wb") as ids_file,
@@ -162,12 +167,14 @@ def _write_split(
                         summary.skipped += 1
                         continue
                     summary.truncated += 1
-                ids_file.write(ids.astype(id_dtype).tobytes())
-                scored_file.write(scored.astype(np.uint8).tobytes())
+                for file, array in ((ids_file, ids.astype(id_dtype)), (scored_file, scored.astype(np.uint8))):
+                    file.write(array.tobytes())
+                    digest.update(array.tobytes())
                 summary.lengths.append(len(ids))
                 summary.scored_tokens += int(scored.sum())
     offsets = np.concatenate([[0], np.cumsum(summary.lengths)])
     (folder / f"{split}.offsets.bin").write_bytes(offsets.astype("<i8").tobytes())
+    summary.sha256 = digest.hexdigest()
     return summary
 
 
@@ -187,6 +194,7 @@ class TokenDataset:
     Attributes:
         header: the content of `dataset.json`.
         lengths: tokens in each example.
+        sha256: of the split's content.
 
     Raises:
         FileNotFoundError: there is no such data set or split.
@@ -214,6 +222,7 @@ class TokenDataset:
         self._scored = self._map(folder / f"{split}.scored.bin", "u1", sizes["tokens"])
         self._offsets = self._map(folder / f"{split}.offsets.bin", "<i8", sizes["examples"] + 1)
         self.lengths = np.diff(self._offsets)
+        self.sha256: str = sizes["sha256"]
 
     @staticmethod
     def _map(file: Path, dtype: str, count: int) -> np.ndarray:

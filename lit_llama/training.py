@@ -4,12 +4,13 @@ import csv
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +25,10 @@ from lit_llama.data import Batch, TokenDataset, by_length, collate, step_batches
 from lit_llama.files import atomic_file, require_extra
 
 Decay = Literal["none", "linear"]
-METRICS = ["step", "train_loss", "validation_loss", "learning_rate", "tokens_per_second", "seconds"]
+METRICS = ["step", "train_loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second", "seconds"]
+SAVE_SECONDS = 600  # between states, however long a step takes
+KEEP_STATES = 2
+MAX_SKIPPED = 5  # steps in a row without a finite loss and gradient
 
 
 @dataclass(frozen=True)
@@ -54,18 +58,24 @@ def fit(
     save: Callable[[int, float, float], None],
     *,
     out_dir: Path,
+    identity: dict[str, Any],
+    resume: bool,
     max_steps: int,
     batch_size: int,
     micro_batch_size: int,
     learning_rate: Callable[[int], float],
+    max_grad_norm: float | None,
     eval_interval: int,
+    save_interval: int,
     seed: int,
     show: Callable[[], str] | None = None,
 ) -> FitResult:
     """Train an adapter.
 
-    Writes to `out_dir`: `metrics.csv` with a row per step, `loss.png`, and `state.pt` with the last adapter, optimizer
-    and random state. The best adapter is written by `save`.
+    Writes to `out_dir`: `metrics.csv` with a row per step, `loss.png`, and states from which a run continues to the
+    bit. The best adapter is written by `save`.
+
+    A first Ctrl-C or SIGTERM ends the run after its step, with a state; a second one at once.
 
     Args:
         fabric: chooses the device and sums over devices.
@@ -76,70 +86,314 @@ def fit(
         validation: what is measured, all of it, before the first step, every `eval_interval` steps and at the end.
         save: called with step, validation loss and seconds whenever the validation loss is the lowest so far.
         out_dir: where files go.
+        identity: everything that changes the result, by name; a state with another identity is refused.
+        resume: continue from the last state in `out_dir`, if there is one.
         max_steps: optimizer steps.
         batch_size: examples per step, over all devices.
         micro_batch_size: examples per forward on one device.
         learning_rate: of each step, counted from 0.
+        max_grad_norm: scale larger gradients down to this norm.
         eval_interval: steps between validations.
+        save_interval: steps between states; one is also saved every 10 minutes.
         seed: of the order of examples.
         show: called at each validation; its text is shown.
 
     Raises:
-        FloatingPointError: a loss is no longer finite; the best adapter so far stays on disk.
+        FloatingPointError: losses or gradients are no longer finite; the best adapter so far stays on disk.
+        KeyboardInterrupt: a signal ended the run; a state was saved.
+        ValueError: the state to resume from belongs to another run.
     """
-    if fabric.is_global_zero:
-        _set_aside(out_dir)
-    parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
-    started = time.perf_counter()
     main_process = fabric.is_global_zero
-    rows: list[dict[str, float]] = []
-    best_step, best_loss = 0, math.inf
-
-    def validate(step: int) -> float:
-        nonlocal best_step, best_loss
-        validation_loss = evaluate(fabric, loss, validation, micro_batch_size)
-        _check_finite("validation loss", validation_loss, step, best_step, out_dir)
-        better = 0 < step and validation_loss < best_loss
-        if better:
-            best_step, best_loss = step, validation_loss
-        if main_process:
-            progress.write(f"step {step}: validation loss {validation_loss:.4f}", file=sys.stderr)
-            if show is not None:
-                progress.write(show(), file=sys.stderr)
-            if better:
-                save(step, validation_loss, time.perf_counter() - started)
-            _save_state(out_dir / "state.pt", adapter, optimizer, step, best_step, best_loss)
-        return validation_loss
+    parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
+    progress = Progress()
+    state_file = last_state(out_dir) if resume else None
+    if state_file is not None:
+        progress = _load_state(state_file, adapter, optimizer, identity)
+    elif main_process:
+        _set_aside(out_dir)
+    started = time.perf_counter() - progress.seconds
+    last_saved = time.monotonic()
 
     with (
-        tqdm(total=max_steps, desc="training", unit="step", disable=not main_process) as progress,
-        open(out_dir / "metrics.csv" if main_process else os.devnull, "w", newline="") as file,
+        tqdm(total=max_steps, initial=progress.step, desc="training", unit="step", disable=not main_process) as bar,
+        MetricsFile(out_dir / "metrics.csv", progress.step if state_file else None, main_process) as metrics,
+        _StopRequest() as stop,
     ):
-        metrics = csv.DictWriter(file, METRICS)
-        metrics.writeheader()
-        for step in range(max_steps + 1):
-            row: dict[str, float] = {"step": step}
-            if step > 0:
-                step_started = time.perf_counter()
-                row["learning_rate"] = learning_rate(step - 1)
-                for group in optimizer.param_groups:
-                    group["lr"] = row["learning_rate"]
-                chosen = step_batches(train, step - 1, batch_size, micro_batch_size, seed)
-                row["train_loss"], tokens = _step(fabric, parameters, optimizer, loss, train, chosen)
-                _check_finite("training loss", row["train_loss"], step, best_step, out_dir)
-                row["tokens_per_second"] = tokens / (time.perf_counter() - step_started)
-                progress.update()
-                progress.set_postfix(loss=f"{row['train_loss']:.3f}", tokens_per_s=f"{row['tokens_per_second']:.0f}")
-            if step % eval_interval == 0 or step == max_steps:
-                row["validation_loss"] = validate(step)
-            row["seconds"] = time.perf_counter() - started
-            metrics.writerow({name: f"{value:.6g}" for name, value in row.items()})
-            file.flush()
-            rows.append(row)
-            if main_process and "validation_loss" in row and step > 0:
-                plot_losses(rows, out_dir / "loss.png")
-    base_loss = rows[0]["validation_loss"]
-    return FitResult(best_step, best_loss, base_loss, time.perf_counter() - started)
+
+        def validate() -> float:
+            validation_loss = evaluate(fabric, loss, validation, micro_batch_size)
+            progress.check_finite("validation loss", validation_loss, out_dir)
+            better = progress.step > 0 and validation_loss < progress.best_loss
+            if better:
+                progress.best_step, progress.best_loss = progress.step, validation_loss
+            if main_process:
+                bar.write(f"step {progress.step}: validation loss {validation_loss:.4f}", file=sys.stderr)
+                if show is not None:
+                    bar.write(show(), file=sys.stderr)
+                if better:
+                    save(progress.step, validation_loss, time.perf_counter() - started)
+            return validation_loss
+
+        if state_file is None:
+            progress.base_loss = validate()
+            metrics.write({"step": 0, "validation_loss": progress.base_loss, "seconds": time.perf_counter() - started})
+        while progress.step < max_steps:
+            step_started = time.perf_counter()
+            rate = learning_rate(progress.step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            chosen = step_batches(train, progress.step, batch_size, micro_batch_size, seed)
+            done = _step(fabric, parameters, optimizer, loss, train, chosen, max_grad_norm, stop.requested)
+            progress.step += 1
+            progress.count_skipped(done, out_dir)
+            tokens_per_second = done.tokens / (time.perf_counter() - step_started)
+            bar.update()
+            bar.set_postfix(loss=f"{done.loss:.3f}", tokens_per_s=f"{tokens_per_second:.0f}")
+            row = {
+                "step": progress.step,
+                "train_loss": done.loss,
+                "learning_rate": rate,
+                "grad_norm": done.grad_norm,
+                "tokens_per_second": tokens_per_second,
+            }
+            finished = progress.step == max_steps
+            if progress.step % eval_interval == 0 or finished:
+                row["validation_loss"] = validate()
+            progress.seconds = time.perf_counter() - started
+            metrics.write({**row, "seconds": progress.seconds})
+            if main_process and "validation_loss" in row:
+                plot_losses(metrics.rows, out_dir / "loss.png")
+            due = progress.step % save_interval == 0 or time.monotonic() - last_saved > SAVE_SECONDS
+            if main_process and (due or finished or done.stop):
+                saved = _save_state(out_dir, adapter, optimizer, progress, identity)
+                last_saved = time.monotonic()
+                if done.stop and not finished:
+                    bar.write(f"stopped; {saved} is saved: continue with --resume true", file=sys.stderr)
+            if done.stop and not finished:
+                raise KeyboardInterrupt
+    return FitResult(progress.best_step, progress.best_loss, progress.base_loss, progress.seconds)
+
+
+@dataclass
+class Progress:
+    """How far a run has come; all that its state holds beside tensors.
+
+    Args:
+        step: optimizer steps done, skipped ones included.
+        best_step: step of the lowest validation loss.
+        best_loss: that loss.
+        base_loss: validation loss before the first step.
+        skipped: steps skipped because loss or gradient was not finite.
+        skipped_in_a_row: of those, the last ones without a good step between.
+        seconds: the run took, over all its parts.
+    """
+
+    step: int = 0
+    best_step: int = 0
+    best_loss: float = math.inf
+    base_loss: float = math.nan
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
+
+    def check_finite(self, what: str, value: float, out_dir: Path) -> None:
+        """Stop a run whose loss is no number.
+
+        Raises:
+            FloatingPointError: it is none.
+        """
+        if math.isfinite(value):
+            return
+        if self.step == 0:
+            raise FloatingPointError(f"the base model's {what} is {value}: try --precision 32-true")
+        kept = (
+            f"the adapter of step {self.best_step} stays in {out_dir}" if self.best_step else "no adapter was written"
+        )
+        raise FloatingPointError(
+            f"training diverged: the {what} is {value} at step {self.step}; {kept}; try a lower --learning_rate"
+        )
+
+    def count_skipped(self, done: "StepResult", out_dir: Path) -> None:
+        """Count a step that was skipped.
+
+        Raises:
+            FloatingPointError: several in a row were.
+        """
+        self.skipped += done.skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if done.skipped else 0
+        if self.skipped_in_a_row == MAX_SKIPPED:
+            what = "training loss" if not math.isfinite(done.loss) else "gradient"
+            self.check_finite(what, math.nan, out_dir)
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step did.
+
+    Args:
+        loss: mean over its scored tokens.
+        grad_norm: before clipping.
+        tokens: read.
+        skipped: nothing was changed, because loss or gradient was not finite.
+        stop: some process was asked to stop.
+    """
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    skipped: bool
+    stop: bool
+
+
+def _step(
+    fabric: Fabric,
+    parameters: list[torch.nn.Parameter],
+    optimizer: Optimizer,
+    loss: Callable[[Batch], Tensor],
+    dataset: TokenDataset,
+    chosen: list[list[int]],
+    max_grad_norm: float | None,
+    stop: bool,
+) -> StepResult:
+    """One optimizer step over all micro batches of all devices."""
+    mine = chosen[fabric.global_rank :: fabric.world_size]
+    sums = torch.tensor([0.0, 0.0, float(stop)], device=fabric.device)  # loss, scored tokens, requests to stop
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    for indices in mine:
+        batch = collate([dataset[i] for i in indices])
+        batch_loss = loss(batch.to(fabric.device))
+        batch_loss.backward()
+        sums[0] += batch_loss.detach()
+        sums[1] += batch.scored[:, 1:].sum()
+    loss_sum, scored, stops = _sum_over_devices(fabric, sums).tolist()
+    for parameter in parameters:
+        assert parameter.grad is not None
+        # Divided only here: gradients of a mean would vanish in a float16 base.
+        parameter.grad = _sum_over_devices(fabric, parameter.grad) / scored
+    grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm))
+    skipped = not (math.isfinite(loss_sum) and math.isfinite(grad_norm))
+    if not skipped:
+        optimizer.step()
+    tokens = int(sum(dataset.lengths[i] for indices in chosen for i in indices))
+    return StepResult(loss_sum / scored, grad_norm, tokens, skipped, stops > 0)
+
+
+class MetricsFile:
+    """`metrics.csv`, a row per step, each on disk before the next step begins.
+
+    Args:
+        path: the file.
+        keep_until: keep the rows of an earlier part of the run up to this step; None begins anew.
+        writes: whether this process writes at all.
+
+    Attributes:
+        rows: those written so far, with numbers as the file has them.
+    """
+
+    def __init__(self, path: Path, keep_until: int | None, writes: bool) -> None:
+        self.rows: list[dict[str, float]] = []
+        if keep_until is not None and path.is_file():
+            with open(path, newline="") as file:
+                rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+            self.rows = [row for row in rows if row["step"] <= keep_until]
+        self._writes = writes
+        if writes:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path) as temporary, open(temporary, "w", newline="") as file:
+                writer = csv.DictWriter(file, METRICS)
+                writer.writeheader()
+                writer.writerows(map(_as_text, self.rows))
+            self._file = open(path, "a", newline="")  # noqa: SIM115 (closed by __exit__)
+
+    def __enter__(self) -> "MetricsFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writes:
+            self._file.close()
+
+    def write(self, row: dict[str, float]) -> None:
+        """Add a row."""
+        self.rows.append(row)
+        if self._writes:
+            csv.DictWriter(self._file, METRICS).writerow(_as_text(row))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+
+def _as_text(row: dict[str, float]) -> dict[str, str]:
+    return {name: f"{value:.6g}" for name, value in row.items()}
+
+
+class _StopRequest:
+    """Turns the first Ctrl-C or SIGTERM into a request that the loop reads; the second one acts as ever."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> "_StopRequest":
+        self._handlers = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _ask(self, *_: object) -> None:
+        self.requested = True
+        self.__exit__()
+        tqdm.write("stopping after this step; once more stops at once", file=sys.stderr)
+
+
+def last_state(out_dir: Path) -> Path | None:
+    """The newest state of a run, if it has one."""
+    return max(out_dir.glob("state-*.pt"), default=None)
+
+
+def _save_state(
+    out_dir: Path, adapter: Module, optimizer: Optimizer, progress: Progress, identity: dict[str, Any]
+) -> Path:
+    """Write the state of a run and remove all but the newest few."""
+    state = {
+        "adapter": adapter.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "progress": asdict(progress),
+        "identity": identity,
+        "random": torch.get_rng_state(),
+        "cuda_random": torch.cuda.get_rng_state_all(),
+    }
+    path = out_dir / f"state-{progress.step:08d}.pt"
+    with atomic_file(path) as temporary:
+        torch.save(state, temporary)
+    for old in sorted(out_dir.glob("state-*.pt"))[:-KEEP_STATES]:
+        old.unlink()
+    return path
+
+
+def _load_state(path: Path, adapter: Module, optimizer: Optimizer, identity: dict[str, Any]) -> Progress:
+    """Put a run's state back.
+
+    Raises:
+        ValueError: the file is damaged, or of a run that differs in something that changes the result.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        earlier = state["identity"]
+    except Exception as error:
+        raise ValueError(f"{path} is no state of a run ({type(error).__name__}): remove it to go on without") from None
+    different = [
+        f"{name} was {earlier.get(name)}, is {identity.get(name)}"
+        for name in sorted(earlier.keys() | identity.keys())
+        if earlier.get(name) != identity.get(name)
+    ]
+    if different:
+        raise ValueError(f"{path} cannot be resumed with other settings: {'; '.join(different)}")
+    adapter.load_state_dict(state["adapter"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["random"])
+    if state["cuda_random"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda_random"])
+    return Progress(**state["progress"])
 
 
 def _set_aside(out_dir: Path) -> None:
@@ -153,33 +407,6 @@ def _set_aside(out_dir: Path) -> None:
         for path in earlier:
             path.rename(previous / path.name)
         tqdm.write(f"the earlier run in {out_dir} was moved to {previous}", file=sys.stderr)
-
-
-def _step(
-    fabric: Fabric,
-    parameters: list[torch.nn.Parameter],
-    optimizer: Optimizer,
-    loss: Callable[[Batch], Tensor],
-    dataset: TokenDataset,
-    chosen: list[list[int]],
-) -> tuple[float, int]:
-    """One optimizer step over all micro batches of all devices: mean loss of its scored tokens, and tokens read."""
-    mine = chosen[fabric.global_rank :: fabric.world_size]
-    batches = [collate([dataset[i] for i in indices]) for indices in mine]
-    total = torch.zeros(2, device=fabric.device)  # loss, scored tokens
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    for batch in batches:
-        batch_loss = loss(batch.to(fabric.device))
-        batch_loss.backward()
-        total += torch.stack([batch_loss.detach(), batch.scored[:, 1:].sum().to(batch_loss)])
-    loss_sum, scored = _sum_over_devices(fabric, total).tolist()
-    for parameter in parameters:
-        assert parameter.grad is not None
-        # Divided only here: gradients of a mean would vanish in a float16 base.
-        parameter.grad = _sum_over_devices(fabric, parameter.grad) / scored
-    optimizer.step()
-    return loss_sum / scored, int(sum(dataset.lengths[i] for indices in chosen for i in indices))
 
 
 @torch.no_grad()
@@ -248,6 +475,8 @@ _LEAST = {
     "max_steps": 1,
     "max_seq_length": 2,
     "eval_interval": 1,
+    "save_interval": 1,
+    "max_grad_norm": 0,
     "devices": 1,
 }
 
@@ -283,29 +512,6 @@ def schedule(learning_rate: float, warmup_steps: int, max_steps: int, decay: Dec
         return learning_rate * (max_steps - step) / (max_steps - warmup_steps)
 
     return rate
-
-
-def _check_finite(what: str, value: float, step: int, best_step: int, out_dir: Path) -> None:
-    if not math.isfinite(value):
-        kept = f"the adapter of step {best_step} stays in {out_dir}" if best_step else "no adapter was written yet"
-        if step == 0:
-            raise FloatingPointError(f"the base model's {what} is {value}: try --precision 32-true")
-        raise FloatingPointError(
-            f"training diverged: the {what} is {value} at step {step}; {kept}; try a lower --learning_rate"
-        )
-
-
-def _save_state(file: Path, adapter: Module, optimizer: Optimizer, step: int, best_step: int, best_loss: float) -> None:
-    state = {
-        "adapter": adapter.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "step": step,
-        "best_step": best_step,
-        "best_loss": best_loss,
-        "random": torch.get_rng_state(),
-    }
-    with atomic_file(file) as temporary:
-        torch.save(state, temporary)
 
 
 def plot_losses(rows: list[dict[str, float]], path: Path) -> None:

@@ -1,7 +1,6 @@
 """The loop: what moves, how losses are averaged, what stops it."""
 
 import csv
-import json
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from lit_llama.checkpoint import adapter_info, load_aligner, load_base, save_ali
 from lit_llama.data import TokenDataset
 from lit_llama.losses import supervised_loss
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.training import fit, schedule
+from lit_llama.training import fit, last_state, schedule
 
 finetune = load_script("finetune/aligner.py").main
 
@@ -33,7 +32,7 @@ def short_run(base_dir, data_dir, out_dir, **changes):
         "aligner_length": 2,
     }
     finetune(checkpoint_dir=base_dir, data_dir=data_dir, out_dir=out_dir, **(options | changes))
-    return torch.load(out_dir / "state.pt", weights_only=True)
+    return torch.load(last_state(out_dir), weights_only=True)
 
 
 def test_every_trainable_tensor_moves_and_no_other(base_dir, data_dir, tmp_path, monkeypatch):
@@ -101,7 +100,8 @@ def test_validation_is_the_mean_over_the_whole_set(base_dir, data_dir, tmp_path)
 
 def test_files_of_a_run(base_dir, aligner_path):
     out_dir = aligner_path.parent
-    assert {path.name for path in out_dir.iterdir()} == {"aligner.safetensors", "state.pt", "metrics.csv", "loss.png"}
+    files = {"aligner.safetensors", "state-00000003.pt", "metrics.csv", "loss.png"}
+    assert {path.name for path in out_dir.iterdir()} == files
     assert load_file(aligner_path).keys() == {"tokens", "gates"}
     info = adapter_info(aligner_path)
     assert (info.method, info.prompt_style, info.base_name) == ("aligner", "chat", "tiny")
@@ -122,12 +122,12 @@ def test_files_of_a_run(base_dir, aligner_path):
 
 
 def test_divergence_stops_and_keeps_the_last_good_file(base_dir, data_dir, tmp_path):
-    """The learning rate explodes at the third step: the adapter of the second stays."""
+    """The learning rate explodes at step 23: the next five are skipped, and the adapter of step 20 stays."""
     tokenizer, model = Tokenizer(base_dir), load_base(base_dir)
     aligner = Aligner(model.config, 1)
     with pytest.raises(
         FloatingPointError,
-        match=r"training loss is nan at step 4; the adapter of step 2 stays in .*lower --learning_rate",
+        match=r"training loss is nan at step 28; the adapter of step 20 stays in .*lower --learning_rate",
     ):
         fit(
             Fabric(accelerator="cpu", devices=1),
@@ -141,24 +141,30 @@ def test_divergence_stops_and_keeps_the_last_good_file(base_dir, data_dir, tmp_p
             max_steps=30,
             batch_size=4,
             micro_batch_size=4,
-            learning_rate=lambda step: 1e-3 if step < 2 else 1e30,
-            eval_interval=2,
+            learning_rate=lambda step: 1e-3 if step < 22 else 1e30,
+            max_grad_norm=None,
+            eval_interval=20,
+            save_interval=100,
+            resume=False,
+            identity={},
             seed=0,
         )
-    assert adapter_info(tmp_path / "aligner.safetensors").step == 2
+    assert adapter_info(tmp_path / "aligner.safetensors").step == 20
     assert all(
         tensor.isfinite().all() for tensor in load_aligner(tmp_path / "aligner.safetensors").state_dict().values()
     )
-    assert [row["step"] for row in csv.DictReader((tmp_path / "metrics.csv").open())] == ["0", "1", "2", "3"]
+    assert [row["step"] for row in csv.DictReader((tmp_path / "metrics.csv").open())] == [str(n) for n in range(28)]
 
 
 def test_divergence_is_one_line(command, base_dir, data_dir, tmp_path):
     short_run(base_dir, data_dir, tmp_path)
     good = (tmp_path / "aligner.safetensors").read_bytes()
     options = {"checkpoint_dir": base_dir, "data_dir": data_dir, "out_dir": tmp_path}
-    status, _, err = command("finetune/aligner.py", learning_rate=1e30, warmup_steps=0, eval_interval=9, **options)
+    status, _, err = command(
+        "finetune/aligner.py", learning_rate=1e30, warmup_steps=0, eval_interval=99, epochs=9, **options
+    )
     assert status == 1
-    assert "error: training diverged: the training loss is nan at step 2; no adapter was written yet" in err
+    assert "error: training diverged: the training loss is nan at step 6; no adapter was written" in err
     assert (tmp_path / "previous" / "aligner.safetensors").read_bytes() == good
     assert not (tmp_path / "aligner.safetensors").exists()
 
@@ -218,4 +224,4 @@ def test_runs_are_reproducible(base_dir, data_dir, tmp_path):
     other = short_run(base_dir, data_dir, tmp_path / "c", seed=1)
     assert all(torch.equal(first["adapter"][name], second["adapter"][name]) for name in first["adapter"])
     assert not torch.equal(first["adapter"]["tokens"], other["adapter"]["tokens"])
-    assert json.dumps(first["step"]) == "2"
+    assert first["progress"]["step"] == 2

@@ -1,0 +1,185 @@
+"""Never lose work: a run that is killed, stopped or refused, and what it becomes when it is resumed."""
+
+import csv
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from conftest import load_script, make_hf_checkpoint
+from safetensors import safe_open
+
+from lit_llama.training import last_state
+
+finetune = load_script("finetune/aligner.py").main
+
+
+def options(base_dir, data_dir, out_dir, **changes):
+    values = {
+        "checkpoint_dir": base_dir,
+        "data_dir": data_dir,
+        "out_dir": out_dir,
+        "aligner_length": 2,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "max_steps": 60,
+        "warmup_steps": 5,
+        "eval_interval": 7,
+        "save_interval": 3,
+    }
+    return values | changes
+
+
+def in_a_process(**values):
+    """Run the script in a forked process, so that it can be killed."""
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        try:
+            finetune(**values)
+        except KeyboardInterrupt:
+            os._exit(130)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return child
+
+
+def tensors(out_dir):
+    with safe_open(out_dir / "aligner.safetensors", "np") as file:
+        return {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
+
+
+def metrics(out_dir):
+    """The rows of metrics.csv, without what a clock says."""
+    with open(out_dir / "metrics.csv", newline="") as file:
+        return [
+            {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in csv.DictReader(file)
+        ]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(base_dir, data_dir, tmp_path_factory):
+    out_dir = tmp_path_factory.mktemp("whole") / "run"
+    finetune(**options(base_dir, data_dir, out_dir))
+    return out_dir
+
+
+def assert_same_run(out_dir, expected_dir):
+    assert tensors(out_dir) == tensors(expected_dir)
+    assert metrics(out_dir) == metrics(expected_dir)
+    state, expected = (torch.load(last_state(folder), weights_only=True) for folder in (out_dir, expected_dir))
+    assert state["progress"] | {"seconds": 0} == expected["progress"] | {"seconds": 0}
+    for name in expected["adapter"]:
+        assert torch.equal(state["adapter"][name], expected["adapter"][name])
+    for index, moments in expected["optimizer"]["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(state["optimizer"]["state"][index][name], value)
+
+
+def test_killed_at_random_moments(base_dir, data_dir, tmp_path, uninterrupted):
+    moments = random.Random(0)
+    kills = 0
+    for attempt in range(200):
+        child = in_a_process(**options(base_dir, data_dir, tmp_path, resume=True))
+        # Early kills meet loading and the first step; each later attempt may live a little longer.
+        time.sleep(moments.uniform(0.0, 0.25 + 0.02 * attempt))
+        finished, status = os.waitpid(child, os.WNOHANG)
+        if finished:
+            assert status == 0
+            break
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        kills += 1
+    assert kills >= 10
+    assert_same_run(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_and_saves(base_dir, data_dir, tmp_path, uninterrupted, number):
+    values = options(base_dir, data_dir, tmp_path, save_interval=1000)
+    child = in_a_process(**values)
+    while not (tmp_path / "metrics.csv").is_file() or len(metrics(tmp_path)) < 4:
+        time.sleep(0.01)
+    os.kill(child, number)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 130
+    state = last_state(tmp_path)
+    assert state is not None
+    assert torch.load(state, weights_only=True)["progress"]["step"] == int(metrics(tmp_path)[-1]["step"])
+    finetune(**values, resume=True)
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_the_last_states_are_kept(uninterrupted):
+    assert [path.name for path in sorted(uninterrupted.glob("*.pt"))] == ["state-00000057.pt", "state-00000060.pt"]
+
+
+def test_a_write_that_fails_half_way_leaves_the_last_state(base_dir, data_dir, tmp_path, uninterrupted, monkeypatch):
+    real_save, calls = torch.save, []
+
+    def full_disk(state, path):
+        calls.append(path)
+        if len(calls) == 5:
+            real_save({"adapter": state["adapter"]}, path)
+            raise OSError(28, "No space left on device")
+        real_save(state, path)
+
+    values = options(base_dir, data_dir, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            finetune(**values)
+    assert [path.name for path in sorted(tmp_path.glob("*state*"))] == ["state-00000009.pt", "state-00000012.pt"]
+    finetune(**values, resume=True)
+    assert_same_run(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 0.5}, "--learning_rate was 0.03, is 0.5"),
+        ({"seed": 3, "batch_size": 8}, "--batch_size was 4, is 8; --seed was 1337, is 3"),
+        ({"checkpoint_dir": "other"}, "base was "),
+        ({"data_dir": "other"}, "training data was "),
+    ],
+)
+def test_another_run_is_not_resumed(command, base_dir, data_dir, tmp_path, uninterrupted, changes, message):
+    if "checkpoint_dir" in changes:
+        changes["checkpoint_dir"] = tmp_path / "base"
+        load_script("scripts/convert_hf_checkpoint.py").main(make_hf_checkpoint(tmp_path / "hf", 5), tmp_path / "base")
+    if "data_dir" in changes:
+        changes["data_dir"] = tmp_path / "data"
+        (tmp_path / "a.json").write_text('[{"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d"}]')
+        load_script("scripts/prepare_alpaca.py").main(tmp_path / "a.json", base_dir, tmp_path / "data", "chat")
+    before = tensors(uninterrupted), metrics(uninterrupted)
+    values = options(base_dir, data_dir, uninterrupted, resume="true") | changes
+    status, _, err = command("finetune/aligner.py", **values)
+    assert status == 1
+    assert "cannot be resumed with other settings: " in err
+    assert message in err
+    assert (tensors(uninterrupted), metrics(uninterrupted)) == before
+
+
+def test_a_damaged_state_is_refused(command, base_dir, data_dir, tmp_path):
+    (tmp_path / "state-00000003.pt").write_bytes(b"PK\x03\x04")
+    status, _, err = command("finetune/aligner.py", **options(base_dir, data_dir, tmp_path, resume="true"))
+    assert status == 1
+    assert "state-00000003.pt is no state of a run" in err
+
+
+def test_nothing_to_resume_begins(base_dir, data_dir, tmp_path, uninterrupted):
+    finetune(**options(base_dir, data_dir, tmp_path, resume=True))
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_gradients_are_clipped(base_dir, data_dir, tmp_path):
+    """The first update of SGD-like size: with a tiny norm, Adam's moments hold a gradient of that norm."""
+    finetune(**options(base_dir, data_dir, tmp_path, max_grad_norm=1e-3, max_steps=1, warmup_steps=0))
+    state = torch.load(last_state(tmp_path), weights_only=True)
+    moments = [moment["exp_avg"] / 0.1 for moment in state["optimizer"]["state"].values()]  # (1 - beta1) * gradient
+    norm = torch.cat([moment.flatten() for moment in moments]).norm()
+    torch.testing.assert_close(norm, torch.tensor(1e-3), atol=1e-6, rtol=0)
+    assert float(metrics(tmp_path)[1]["grad_norm"]) > 1e-3
