@@ -57,10 +57,10 @@ def load_script(path: str) -> ModuleType:
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Run a script with command-line options in this process: exit status, stdout, stderr."""
 
-    def call(path: str, **options: Any) -> tuple[int, str, str]:
+    def call(path: str, *more: str, **options: Any) -> tuple[int, str, str]:
         main = load_script(path).main
         arguments = [f"--{name}={value}" for name, value in options.items()]
-        monkeypatch.setattr(sys, "argv", [path, *arguments])
+        monkeypatch.setattr(sys, "argv", [path, *arguments, *more])
         capsys.readouterr()
         status = 0
         try:

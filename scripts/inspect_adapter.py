@@ -1,0 +1,144 @@
+"""Look inside an Aligner: what it is, its gates as a picture, its tokens against each other and the vocabulary.
+
+    python scripts/inspect_adapter.py --aligner_path out/demo/aligner.safetensors
+    python scripts/inspect_adapter.py --aligner_path out/demo/aligner.safetensors --checkpoint_dir checkpoints/BASE
+    python scripts/inspect_adapter.py --aligner_path a.safetensors --aligner_path b.safetensors
+
+The authors' published `.pth` files can be inspected as they are. Text goes to stdout, the picture to `--output_path`.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from lit_llama.aligner import Aligner
+from lit_llama.checkpoint import AdapterInfo, adapter_info, check_adapter, load_aligner, load_base
+from lit_llama.cli import run
+from lit_llama.files import atomic_file, require_extra
+from lit_llama.tokenizer import Tokenizer
+
+
+def main(
+    aligner_path: list[str],
+    checkpoint_dir: Path | None = None,
+    output_path: Path | None = None,
+    nearest: int = 5,
+    allow_other_base: bool = False,
+) -> None:
+    """Inspect one Aligner, or compare two.
+
+    Args:
+        aligner_path: the file; give the option twice to compare.
+        checkpoint_dir: folder of the base model, to find the vocabulary entries nearest to each token.
+        output_path: the PNG to write; if not given, named after the first file, in the current folder.
+        nearest: how many vocabulary entries to list for each token.
+        allow_other_base: compare with the vocabulary of other weights than those it was trained on.
+    """
+    paths = [Path(path) for path in aligner_path]
+    if len(paths) > 2:
+        raise ValueError(f"--aligner_path was given {len(paths)} times: one can be inspected, two compared")
+    aligners = [load_aligner(path) for path in paths]
+    for path, aligner in zip(paths, aligners, strict=True):
+        print(describe(path, adapter_info(path), aligner))
+        if checkpoint_dir is not None:
+            print(describe_nearest(path, aligner, checkpoint_dir, nearest, allow_other_base))
+    if len(aligners) == 2:
+        print(describe_difference(*aligners))
+    output_path = output_path or Path(f"{paths[0].stem}.png")
+    draw_gates(paths, aligners, output_path)
+    print(f"picture: {output_path}", file=sys.stderr)
+
+
+def describe(path: Path, info: AdapterInfo, aligner: Aligner) -> str:
+    """What an Aligner is, how it was trained, and how large its parts are."""
+    tokens, gates = aligner.tokens.detach(), aligner.gates.detach()
+    magnitude = gates.abs().mean(1)
+    strongest = int(magnitude.argmax()) + aligner.start_layer
+    norms = tokens.norm(dim=1)
+    facts = [
+        ("method", info.method),
+        ("prefix tokens", f"{tokens.size(0)} of {tokens.size(1)} numbers"),
+        ("gates", f"layers {aligner.start_layer} to {aligner.n_layer - 1}, {gates.size(1)} heads each"),
+        ("parameters", f"{tokens.numel() + gates.numel():,}"),
+        ("file", f"{path.stat().st_size:,} bytes"),
+        ("base", f"{info.base_name or 'not recorded'} {info.base_fingerprint[:12]}".strip()),
+        ("prompt style", info.prompt_style or "not recorded"),
+        ("best step", "not recorded" if info.step is None else str(info.step)),
+        ("validation loss", "not recorded" if info.validation_loss is None else f"{info.validation_loss:.4f}"),
+        ("mean |gate|", f"{gates.abs().mean():.4f}, largest in layer {strongest} ({magnitude.max():.4f})"),
+        ("largest |gate|", f"{gates.abs().max():.4f}; {(gates > 0).float().mean():.0%} of the gates are positive"),
+        ("token norms", f"{norms.min():.3f} to {norms.max():.3f}, mean {norms.mean():.3f}"),
+    ]
+    if len(tokens) > 1:
+        cosines = F.cosine_similarity(tokens[:, None], tokens[None], dim=-1)
+        others = cosines[~torch.eye(len(tokens), dtype=torch.bool)]
+        spread = f"{others.min():.3f} to {others.max():.3f}, mean {others.mean():.3f}"
+        facts.append(("cosines between tokens", spread))
+    facts += [(f"  {name}", str(value)) for name, value in info.hyperparameters.items()]
+    return "\n".join([str(path), *(f"  {name:26}{value}" for name, value in facts)])
+
+
+def describe_nearest(path: Path, aligner: Aligner, checkpoint_dir: Path, nearest: int, allow_other_base: bool) -> str:
+    """The vocabulary entries whose embeddings have the largest cosine with each prefix token."""
+    tokenizer, model = Tokenizer(checkpoint_dir), load_base(checkpoint_dir)
+    check_adapter(path, model, allow_other_base)
+    embeddings = F.normalize(model.transformer.wte.weight.float(), dim=1)  # (V, C)
+    cosines = F.normalize(aligner.tokens.detach(), dim=1) @ embeddings.T  # (N, V)
+    lines = ["  nearest in the vocabulary (cosine)"]
+    for index, row in enumerate(cosines):
+        values, ids = row.topk(nearest)
+        entries = (
+            f"{tokenizer.decode([id], skip_special_tokens=False)!r} {value:.3f}"
+            for id, value in zip(ids.tolist(), values.tolist(), strict=True)
+        )
+        lines.append(f"    token {index}: {', '.join(entries)}")
+    return "\n".join(lines)
+
+
+def describe_difference(first: Aligner, second: Aligner) -> str:
+    """How two Aligners differ, in what they have in common."""
+    lines = ["difference"]
+    for name in ("tokens", "gates"):
+        a, b = getattr(first, name).detach(), getattr(second, name).detach()
+        if a.shape != b.shape:
+            lines.append(f"  {name}: {tuple(a.shape)} and {tuple(b.shape)}, not comparable")
+            continue
+        cosine = F.cosine_similarity(a.flatten(), b.flatten(), dim=0)
+        relative = (a - b).norm() / a.norm()
+        lines.append(f"  {name}: cosine {cosine:.4f}, |a - b| / |a| {relative:.4f}, largest {(a - b).abs().max():.4f}")
+    return "\n".join(lines)
+
+
+def draw_gates(paths: list[Path], aligners: list[Aligner], output_path: Path) -> None:
+    """Draw the gates over layers and heads, and their mean size per layer; of two Aligners also the difference."""
+    panels = [
+        (path.name, aligner.start_layer, aligner.gates.detach()) for path, aligner in zip(paths, aligners, strict=True)
+    ]
+    comparable = len(panels) == 2 and panels[0][1] == panels[1][1] and panels[0][2].shape == panels[1][2].shape
+    if comparable:
+        panels.append(("second - first", panels[0][1], panels[1][2] - panels[0][2]))
+    figure = require_extra("matplotlib.figure", "plot").Figure(
+        figsize=(4.5 * (len(panels) + 1), 5), layout="constrained"
+    )
+    maps = figure.subplots(1, len(panels) + 1)
+    limit = max(float(gates.abs().max()) for _, _, gates in panels) or 1.0
+    for axes, (title, start, gates) in zip(maps, panels, strict=False):
+        extent = (-0.5, gates.size(1) - 0.5, start + len(gates) - 0.5, start - 0.5)
+        image = axes.imshow(gates, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", extent=extent)
+        axes.set(xlabel="head", ylabel="layer")
+        axes.set_title(title if len(title) < 40 else f"{title[:37]}...", fontsize="small")
+        maps[-1].plot(gates.abs().mean(1), range(start, start + len(gates)), marker=".", label=axes.get_title())
+    figure.colorbar(image, ax=list(maps[:-1]), label="gate")
+    maps[-1].set(title="mean |gate| per layer", xlabel="mean |gate|", ylabel="layer", xlim=(0, None))
+    maps[-1].invert_yaxis()
+    maps[-1].grid(alpha=0.3)
+    if len(panels) > 1:
+        maps[-1].legend(fontsize="x-small", loc="lower left")
+    with atomic_file(output_path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+
+if __name__ == "__main__":
+    run(main)
