@@ -1,10 +1,12 @@
 """Reading and writing files so that an interruption leaves the old file good and an error names the place."""
 
+import gzip
 import importlib
 import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,15 +91,20 @@ def _umask() -> int:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file.
+    """The text of a UTF-8 file, unpacked if its name ends in `.gz`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not UTF-8; the message names the line.
+        ValueError: it is not UTF-8, and the message names the line; or it cannot be unpacked.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     data = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} is no complete gzip file ({error})") from None
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -127,6 +134,9 @@ def write_json(path: Path, value: Any) -> None:
 def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """The objects of a JSON array or of a JSON Lines file, each with its place for error messages.
 
+    Args:
+        path: the file, perhaps gzipped, or a folder of them.
+
     Returns:
         (place, object) pairs; a place reads "FILE, line 3" or "FILE, example 3".
 
@@ -134,6 +144,11 @@ def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
         FileNotFoundError: there is no such file.
         ValueError: the file is empty or malformed, or an entry is not an object.
     """
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.name.removesuffix(".gz").endswith((".json", ".jsonl")))
+        if not files:
+            raise FileNotFoundError(f"{path} holds no .json or .jsonl file")
+        return [record for file in files for record in read_records(file)]
     text = read_text(path)
     if not text.strip():
         raise ValueError(f"{path} is empty; expected a JSON array or JSON Lines of objects")

@@ -31,7 +31,7 @@ def prompt_style(name: str, tokenizer: Tokenizer) -> PromptStyle:
     """The style of that name.
 
     Args:
-        name: "alpaca", "chat" (the model's own chat template) or "none" (the instruction as it is).
+        name: "alpaca", "metamath", "chat" (the model's own chat template) or "none" (the instruction as it is).
         tokenizer: brings the chat template and the end-of-sequence token.
 
     Raises:
@@ -59,11 +59,16 @@ def _alpaca(instruction: str, input: str) -> str:
     )
 
 
+def _metamath(instruction: str, input: str) -> str:
+    """The template of MetaMath (arXiv 2309.12284), Alpaca's with the opening of a chain of thought."""
+    return f"{_alpaca(instruction, input)} Let's think step by step."
+
+
 def _none(instruction: str, input: str) -> str:
     return f"{instruction}\n{input}" if input else instruction
 
 
-_TEXT_STYLES: dict[str, Callable[[str, str], str]] = {"alpaca": _alpaca, "none": _none}
+_TEXT_STYLES: dict[str, Callable[[str, str], str]] = {"alpaca": _alpaca, "metamath": _metamath, "none": _none}
 
 
 def _chat_style(tokenizer: Tokenizer) -> PromptStyle:

@@ -1,8 +1,10 @@
 """Masks, windows, files, batches of tokenised data."""
 
+import gzip
 import json
 import re
 
+import huggingface_hub
 import numpy as np
 import pytest
 from conftest import load_script
@@ -179,9 +181,66 @@ def test_split_is_seeded(tmp_path, base_dir, tokenizer):
     prepare = load_script("scripts/prepare_alpaca.py").main
 
     def validation(folder, seed):
-        prepare(tmp_path / "a.json", base_dir, tmp_path / folder, validation_share=0.25, seed=seed)
+        paths = {"checkpoint_dir": base_dir, "output_dir": tmp_path / folder}
+        prepare(tmp_path / "a.json", validation_share=0.25, seed=seed, **paths)
         dataset = TokenDataset(tmp_path / folder, "validation", tokenizer)
         assert len(dataset) == 5
         return [dataset[i].ids.tolist() for i in range(5)]
 
     assert validation("one", 1) == validation("same", 1) != validation("other", 2)
+
+
+LAYOUTS = {
+    "alpaca": ({"instruction": "Add.", "input": "1 2", "output": "3"}, "alpaca"),
+    "dolly": ({"instruction": "Add.", "context": "1 2", "response": "3", "category": "math"}, "alpaca"),
+    "metamath": ({"query": "1 + 2?", "response": "3", "type": "GSM_AnsAug"}, "metamath"),
+    "gsm8k": ({"question": "1 + 2?", "answer": "3"}, "metamath"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(tmp_path, base_dir, tokenizer, layout):
+    """Each layout's columns, from a gzipped file in a folder, come out as prompt and response."""
+    row, style_name = LAYOUTS[layout]
+    (tmp_path / "raw").mkdir()
+    with gzip.open(tmp_path / "raw" / "part.jsonl.gz", "wt") as file:
+        file.write(f"{json.dumps(row)}\n" * 2)
+    script = load_script(f"scripts/prepare_{'metamath' if layout == 'gsm8k' else layout}.py")
+    script.main(tmp_path / "raw", output_dir=tmp_path / "data", validation_share=0.5, checkpoint_dir=base_dir)
+    dataset = TokenDataset(tmp_path / "data", "train", tokenizer)
+    assert dataset.header["prompt_style"] == style_name
+    style = prompt_style(style_name, tokenizer)
+    prompt = style.render("Add.", "1 2") if "instruction" in row else style.render("1 + 2?", "")
+    assert tokenizer.decode(dataset.prompt(0), skip_special_tokens=False) == prompt
+    ids, scored = dataset[0]
+    assert tokenizer.decode(ids[scored].tolist()) == "3"
+
+
+def test_repeated_examples_are_reported(command, tmp_path, base_dir):
+    rows = [{"instruction": f"Say {n % 7}", "output": "x"} for n in range(10)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    paths = {"data_path": tmp_path / "a.json", "checkpoint_dir": base_dir, "output_dir": tmp_path / "data"}
+    _, _, err = command("scripts/prepare_alpaca.py", **paths)
+    assert "3 of 10 examples repeat another one word for word" in err
+
+
+def test_dataset_out_of_reach_is_said_plainly(command, monkeypatch, tmp_path, base_dir):
+    def unreachable(*_, **__):
+        raise ConnectionError("name resolution failed")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    status, _, err = command("scripts/prepare_dolly.py", checkpoint_dir=base_dir, output_dir=tmp_path / "data")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "databricks-dolly-15k cannot be fetched from the Hugging Face hub (name resolution failed)" in err
+    assert "--data_path" in err
+
+
+def test_broken_gzip_and_empty_folder(command, tmp_path, base_dir):
+    whole = gzip.compress(b'{"instruction": "a", "output": "b"}\n' * 50)
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty").mkdir()
+    for path, message in (("cut.jsonl.gz", "is no complete gzip file"), ("empty", "holds no .json or .jsonl file")):
+        paths = {"data_path": tmp_path / path, "checkpoint_dir": base_dir, "output_dir": tmp_path / "data"}
+        status, _, err = command("scripts/prepare_alpaca.py", **paths)
+        assert (status, err.count("\n")) == (1, 1)
+        assert message in err

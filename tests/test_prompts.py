@@ -14,6 +14,13 @@ def test_alpaca(base_dir):
     assert style.render("Add.", "").endswith("request.\n\n### Instruction:\nAdd.\n\n### Response:")
 
 
+def test_metamath(base_dir):
+    style = prompt_style("metamath", Tokenizer(base_dir))
+    assert style.render("1 + 1?", "").endswith(
+        "\n\n### Instruction:\n1 + 1?\n\n### Response: Let's think step by step."
+    )
+
+
 def test_none(base_dir):
     style = prompt_style("none", Tokenizer(base_dir))
     assert style.render("once upon", "") == "once upon"
@@ -58,7 +65,7 @@ def test_template_may_refuse(base_dir):
 
 def test_unknown_style_and_missing_template(base_dir):
     tokenizer = Tokenizer(base_dir)
-    with pytest.raises(ValueError, match="no prompt style named 'shout'; there are chat, alpaca, none"):
+    with pytest.raises(ValueError, match="no prompt style named 'shout'; there are chat, alpaca, metamath, none"):
         prompt_style("shout", tokenizer)
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+import training_process
 from conftest import load_script, make_hf_checkpoint
 from safetensors import safe_open
 
@@ -30,21 +31,6 @@ def options(base_dir, data_dir, out_dir, **changes):
         "save_interval": 3,
     }
     return values | changes
-
-
-def in_a_process(**values):
-    """Run the script in a forked process, so that it can be killed."""
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        try:
-            finetune(**values)
-        except KeyboardInterrupt:
-            os._exit(130)
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    return child
 
 
 def tensors(out_dir):
@@ -82,16 +68,15 @@ def assert_same_run(out_dir, expected_dir):
 def test_killed_at_random_moments(base_dir, data_dir, tmp_path, uninterrupted):
     moments = random.Random(0)
     kills = 0
-    for attempt in range(200):
-        child = in_a_process(**options(base_dir, data_dir, tmp_path, resume=True))
+    for attempt in range(100):
+        process = training_process.start(**options(base_dir, data_dir, tmp_path, resume=True))
         # Early kills meet loading and the first step; each later attempt may live a little longer.
-        time.sleep(moments.uniform(0.0, 0.25 + 0.02 * attempt))
-        finished, status = os.waitpid(child, os.WNOHANG)
-        if finished:
-            assert status == 0
+        process.join(moments.uniform(0.0, 0.3 + 0.05 * attempt))
+        if process.exitcode is not None:
+            assert process.exitcode == 0
             break
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        process.kill()
+        process.join(60)
         kills += 1
     assert kills >= 10
     assert_same_run(tmp_path, uninterrupted)
@@ -100,12 +85,15 @@ def test_killed_at_random_moments(base_dir, data_dir, tmp_path, uninterrupted):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_and_saves(base_dir, data_dir, tmp_path, uninterrupted, number):
     values = options(base_dir, data_dir, tmp_path, save_interval=1000)
-    child = in_a_process(**values)
+    process = training_process.start(**values)
+    deadline = time.monotonic() + 60
     while not (tmp_path / "metrics.csv").is_file() or len(metrics(tmp_path)) < 4:
+        assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.kill(child, number)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 130
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 130
     state = last_state(tmp_path)
     assert state is not None
     assert torch.load(state, weights_only=True)["progress"]["step"] == int(metrics(tmp_path)[-1]["step"])
@@ -153,7 +141,9 @@ def test_another_run_is_not_resumed(command, base_dir, data_dir, tmp_path, unint
     if "data_dir" in changes:
         changes["data_dir"] = tmp_path / "data"
         (tmp_path / "a.json").write_text('[{"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d"}]')
-        load_script("scripts/prepare_alpaca.py").main(tmp_path / "a.json", base_dir, tmp_path / "data", "chat")
+        load_script("scripts/prepare_alpaca.py").main(
+            tmp_path / "a.json", output_dir=tmp_path / "data", prompt_style="chat", checkpoint_dir=base_dir
+        )
     before = tensors(uninterrupted), metrics(uninterrupted)
     values = options(base_dir, data_dir, uninterrupted, resume="true") | changes
     status, _, err = command("finetune/aligner.py", **values)

@@ -1,0 +1,48 @@
+"""Tokenise Databricks' Dolly 15k, or any file in its layout.
+
+    python scripts/prepare_dolly.py
+    python scripts/prepare_dolly.py --data_path databricks-dolly-15k.jsonl
+
+Objects with "instruction", "response" and perhaps "context", written by Databricks' employees
+(https://huggingface.co/datasets/databricks/databricks-dolly-15k).
+"""
+
+from pathlib import Path
+from typing import Any
+
+from lit_llama.cli import prepare_supervised, run
+
+COLUMNS = {"instruction": ["instruction"], "input": ["context"], "response": ["response"]}
+HUB_FILE = ("databricks/databricks-dolly-15k", "databricks-dolly-15k.jsonl")
+
+
+def main(
+    data_path: Path | None = None,
+    output_dir: Path = Path("data/dolly"),
+    prompt_style: str = "alpaca",
+    validation_share: float = 0.05,
+    **options: Any,
+) -> None:
+    """Prepare.
+
+    Args:
+        data_path: a JSON or JSON Lines file, perhaps gzipped, or a folder of such files; if not given, the public
+            dataset is fetched from the Hugging Face hub.
+        output_dir: the folder to write; must not exist yet.
+        prompt_style: "alpaca", "metamath", "chat" (the model's own template) or "none".
+        validation_share: share of the examples that is kept for validation, drawn at random.
+        options: those of every such script, see `prepare_supervised`.
+    """
+    prepare_supervised(
+        COLUMNS,
+        HUB_FILE,
+        data_path,
+        output_dir=output_dir,
+        prompt_style=prompt_style,
+        validation_share=validation_share,
+        **options,
+    )
+
+
+if __name__ == "__main__":
+    run(main)

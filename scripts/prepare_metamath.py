@@ -1,0 +1,48 @@
+"""Tokenise MetaMathQA, or GSM8K's own problems.
+
+    python scripts/prepare_metamath.py
+    python scripts/prepare_metamath.py --data_path gsm8k/train.jsonl --output_dir data/gsm8k
+
+Objects with "query" and "response" (MetaMathQA, arXiv 2309.12284), or with "question" and "answer" (GSM8K,
+arXiv 2110.14168).
+"""
+
+from pathlib import Path
+from typing import Any
+
+from lit_llama.cli import prepare_supervised, run
+
+COLUMNS = {"instruction": ["query", "question"], "response": ["response", "answer"]}
+HUB_FILE = ("meta-math/MetaMathQA", "MetaMathQA-395K.json")
+
+
+def main(
+    data_path: Path | None = None,
+    output_dir: Path = Path("data/metamath"),
+    prompt_style: str = "metamath",
+    validation_share: float = 0.01,
+    **options: Any,
+) -> None:
+    """Prepare.
+
+    Args:
+        data_path: a JSON or JSON Lines file, perhaps gzipped, or a folder of such files; if not given, the public
+            dataset is fetched from the Hugging Face hub.
+        output_dir: the folder to write; must not exist yet.
+        prompt_style: "alpaca", "metamath", "chat" (the model's own template) or "none".
+        validation_share: share of the examples that is kept for validation, drawn at random.
+        options: those of every such script, see `prepare_supervised`.
+    """
+    prepare_supervised(
+        COLUMNS,
+        HUB_FILE,
+        data_path,
+        output_dir=output_dir,
+        prompt_style=prompt_style,
+        validation_share=validation_share,
+        **options,
+    )
+
+
+if __name__ == "__main__":
+    run(main)

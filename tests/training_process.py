@@ -1,0 +1,29 @@
+"""A training run in a process of its own, forked from a server that has imported everything and started no thread."""
+
+import multiprocessing
+import os
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+from conftest import load_script
+
+finetune = load_script("finetune/aligner.py").main
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["pytest", "transformers", "lit_llama.cli", "lit_llama.training"])
+
+
+def start(**options: Any) -> BaseProcess:
+    """Start `finetune/aligner.py` with these options."""
+    process = _context.Process(target=_run, kwargs=options, daemon=True)
+    process.start()
+    return process
+
+
+def _run(**options: Any) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    torch.set_num_threads(1)
+    try:
+        finetune(**options)
+    except KeyboardInterrupt:
+        os._exit(130)
