@@ -45,11 +45,11 @@ $(BASE)/lit_config.json: | $(BASE).Q4_1.gguf
 	$(BIN)/python scripts/convert_gguf_checkpoint.py --gguf_path $(BASE).Q4_1.gguf --output_dir $(BASE)
 
 data/demo/dataset.json: examples/questions.jsonl lit_llama/forms.py | $(BASE)/lit_config.json
-	rm -rf data/demo
+	rm -rf data/demo out/demo
 	$(BIN)/python scripts/prepare_examples.py --form captain --output_dir data/demo
 
 out/demo/trained: data/demo/dataset.json
-	$(BIN)/python finetune/aligner.py --data_dir data/demo --out_dir out/demo
+	$(BIN)/python finetune/aligner.py --data_dir data/demo --out_dir out/demo --resume true
 	touch $@
 
 out/demo/report.txt: out/demo/trained $(wildcard out/demo/aligner.safetensors)

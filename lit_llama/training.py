@@ -1,9 +1,9 @@
 """The training loop: steps, schedule, validation, metrics, files. It knows nothing of which adapter it trains."""
 
 import csv
+import itertools
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -397,12 +397,12 @@ def _load_state(path: Path, adapter: Module, optimizer: Optimizer, identity: dic
 
 
 def _set_aside(out_dir: Path) -> None:
-    """Move the files of an earlier run to `out_dir/previous`, lest they be taken for this one's."""
+    """Move the files of an earlier run to `out_dir/previous-N`, lest they be taken for this one's."""
     out_dir.mkdir(parents=True, exist_ok=True)
     earlier = [path for path in out_dir.iterdir() if path.suffix in (".safetensors", ".pt", ".csv", ".png")]
     if earlier:
-        previous = out_dir / "previous"
-        shutil.rmtree(previous, ignore_errors=True)
+        number = next(n for n in itertools.count(1) if not (out_dir / f"previous-{n}").exists())
+        previous = out_dir / f"previous-{number}"
         previous.mkdir()
         for path in earlier:
             path.rename(previous / path.name)

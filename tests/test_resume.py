@@ -3,6 +3,7 @@
 import csv
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -163,6 +164,13 @@ def test_a_damaged_state_is_refused(command, base_dir, data_dir, tmp_path):
 def test_nothing_to_resume_begins(base_dir, data_dir, tmp_path, uninterrupted):
     finetune(**options(base_dir, data_dir, tmp_path, resume=True))
     assert_same_run(tmp_path, uninterrupted)
+
+
+def test_resuming_a_finished_run_changes_nothing(base_dir, data_dir, tmp_path, uninterrupted):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    finetune(**options(base_dir, data_dir, tmp_path / "run", resume=True))
+    for file in uninterrupted.iterdir():
+        assert (tmp_path / "run" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_gradients_are_clipped(base_dir, data_dir, tmp_path):

@@ -165,7 +165,7 @@ def test_divergence_is_one_line(command, base_dir, data_dir, tmp_path):
     )
     assert status == 1
     assert "error: training diverged: the training loss is nan at step 6; no adapter was written" in err
-    assert (tmp_path / "previous" / "aligner.safetensors").read_bytes() == good
+    assert (tmp_path / "previous-1" / "aligner.safetensors").read_bytes() == good
     assert not (tmp_path / "aligner.safetensors").exists()
 
 
