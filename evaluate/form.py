@@ -25,7 +25,7 @@ from lit_llama.prompts import prompt_style
 def main(
     form: Literal["captain", "json", "followup"] = "captain",
     checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
-    aligner_path: Path = Path("out/demo/aligner.safetensors"),
+    aligner_path: Path | None = None,
     questions_path: Path = Path("examples/questions.jsonl"),
     out_dir: Path = Path("out/demo"),
     max_new_tokens: int = 64,
@@ -38,7 +38,7 @@ def main(
     Args:
         form: what to check for.
         checkpoint_dir: folder of the base model.
-        aligner_path: the Aligner.
+        aligner_path: the Aligner; if not given, the one in --out_dir.
         questions_path: JSON Lines with "split" and "question"; those of the split "test" are asked.
         out_dir: where the report goes.
         max_new_tokens: longest answer, in tokens; a longer one is cut and counts as it stands.
@@ -47,6 +47,7 @@ def main(
         allow_other_base: use the Aligner on other weights than those it was trained on.
     """
     started = time.perf_counter()
+    aligner_path = aligner_path or out_dir / "aligner.safetensors"
     if batch_size < 1:
         raise ValueError(f"--batch_size is {batch_size}, it must be at least 1")
     rows = [row for _, row in read_records(questions_path)]

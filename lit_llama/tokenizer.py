@@ -97,7 +97,16 @@ class Tokenizer:
         return self.encode_batch([text], bos)[0]
 
     def encode_batch(self, texts: Sequence[str], bos: bool = False) -> list[list[int]]:
-        """Token ids of many texts, in parallel where the tokenizer can."""
+        """Token ids of many texts, in parallel where the tokenizer can.
+
+        Raises:
+            ValueError: a text holds lone surrogates, as bytes that are not UTF-8 become.
+        """
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"a text holds bytes that are not UTF-8, at character {error.start}") from None
         front = [self.bos_id] if bos and self.bos_id is not None else []
         return [front + ids for ids in self._backend.encode_batch(texts)]
 

@@ -399,7 +399,11 @@ def _load_state(path: Path, adapter: Module, optimizer: Optimizer, identity: dic
 def _set_aside(out_dir: Path) -> None:
     """Move the files of an earlier run to `out_dir/previous-N`, lest they be taken for this one's."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    earlier = [path for path in out_dir.iterdir() if path.suffix in (".safetensors", ".pt", ".csv", ".png")]
+    earlier = [
+        path
+        for path in out_dir.iterdir()
+        if path.suffix in (".safetensors", ".pt", ".csv", ".png") or path.stem == "report"
+    ]
     if earlier:
         number = next(n for n in itertools.count(1) if not (out_dir / f"previous-{n}").exists())
         previous = out_dir / f"previous-{number}"
@@ -490,7 +494,7 @@ def total_steps(examples: int, batch_size: int, epochs: int, max_steps: int | No
     steps = max_steps or epochs * steps_per_epoch(examples, batch_size)
     if warmup_steps > steps:
         length = "--max_steps" if max_steps else f"the {epochs} epochs' length of"
-        raise ValueError(f"--warmup_steps {warmup_steps} is more than {length} {steps}: the peak would not be reached")
+        raise ValueError(f"--warmup_steps {warmup_steps} is more than {length} {steps}: lower --warmup_steps")
     return steps
 
 

@@ -162,3 +162,8 @@ def test_streamed_text_is_the_whole_text(sentencepiece_dir, tmp_path, kind, text
     pieces = [stream.push(id) for id in ids]
     assert not any("\ufffd" in piece for piece in pieces)
     assert "".join(pieces) + stream.flush() == tokenizer.decode(ids)
+
+
+def test_bytes_that_are_no_text_are_refused(base_dir):
+    with pytest.raises(ValueError, match="not UTF-8, at character 3"):
+        Tokenizer(base_dir).encode("caf\udce9")
