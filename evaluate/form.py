@@ -62,9 +62,9 @@ def main(
     def answers(prefix: Aligner | None, name: str) -> list[str]:
         texts: list[str] = []
         for i in tqdm(range(0, len(questions), batch_size), desc=f"answers of the {name} model", leave=False):
-            prompts = [tokenizer.encode(style.render(q, ""), bos=style.bos) for q in questions[i : i + batch_size]]
+            prompts = [tokenizer.encode(style.prompt(q), bos=style.bos) for q in questions[i : i + batch_size]]
             rows = generate(model, prompts, max_new_tokens, prefix=prefix, stop_ids=style.stop_ids)
-            texts += [tokenizer.decode(row) for row in rows]
+            texts += [style.cut(tokenizer.decode(row)) for row in rows]
         return texts
 
     check = FORMS[form].check

@@ -11,21 +11,18 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
-import numpy as np
 import torch
 
 from lit_llama.checkpoint import PRECISIONS, Precision, load_base, read_config
-from lit_llama.data import SplitSummary, TextExample, TooLong, write_dataset
-from lit_llama.files import atomic_file, read_records, read_text, require_extra
+from lit_llama.files import atomic_file, read_records, read_text
 from lit_llama.generation import TextStream, check_prompts, check_sampling, stream
 from lit_llama.model import LLaMA, Prefix
 from lit_llama.prompts import PromptStyle
-from lit_llama.prompts import prompt_style as get_prompt_style
 from lit_llama.tokenizer import Tokenizer
 
 
@@ -164,7 +161,7 @@ def answer(
     if num_samples > 1 and sampling["temperature"] == 0:
         raise ValueError(f"--num_samples {num_samples} with --temperature 0 repeats one answer: raise the temperature")
     check_sampling(**sampling)
-    encoded = [tokenizer.encode(style.render(*prompt), bos=style.bos) for prompt in prompts]
+    encoded = [tokenizer.encode(style.prompt(*prompt), bos=style.bos) for prompt in prompts]
     check_prompts(model, encoded)
     generator = torch.Generator(model.device).manual_seed(seed)
     rows: list[dict[str, str]] = []
@@ -174,122 +171,31 @@ def answer(
             for _ in range(num_samples):
                 if rows:
                     print()
-                decoder, response = TextStream(tokenizer), []
+                decoder, text, shown, n = TextStream(tokenizer), "", "", 0
                 started = time.perf_counter()
                 for [token] in stream(
                     model, [ids], prefix=prefix, stop_ids=style.stop_ids, generator=generator, **sampling
                 ):
                     assert token is not None  # a lone row has a token until the stream ends
-                    response.append(token)
-                    print(decoder.push(token), end="", flush=True)
+                    n += 1
+                    text += decoder.push(token)
+                    certain = style.cut(text, more_may_follow=True)
+                    print(certain[len(shown) :], end="", flush=True)
+                    shown = certain
+                    if style.ended(text):
+                        break
                 seconds += time.perf_counter() - started
-                new_tokens += len(response)
-                print(decoder.flush())
+                new_tokens += n
+                response = style.cut(text + decoder.flush())
+                print(response[len(shown) :])
                 row = {"instruction": instruction, "input": input} if input else {"prompt": instruction}
-                rows.append({**row, "response": tokenizer.decode(response), "model": model_name})
+                rows.append({**row, "response": response, "model": model_name})
     finally:  # what was answered before an interruption is kept
         if output_file is not None and rows:
             with atomic_file(output_file) as temporary:
                 lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
                 temporary.write_text("".join(lines), encoding="utf-8")
     print(f"{new_tokens} tokens, {new_tokens / max(seconds, 1e-9):.1f} tokens/s, {peak_memory()}", file=sys.stderr)
-
-
-def prepare_supervised(
-    columns: Mapping[str, Sequence[str]],
-    hub_file: tuple[str, str],
-    data_path: Path | None,
-    *,
-    output_dir: Path,
-    prompt_style: str,
-    validation_share: float,
-    checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
-    max_seq_length: int = 512,
-    too_long: TooLong = "truncate",
-    seed: int = 1337,
-) -> None:
-    """What every script does that tokenises instructions and responses.
-
-    Args:
-        columns: for "instruction", "input" and "response", the names that the file may have for them; an absent input
-            is empty.
-        hub_file: dataset and file on the Hugging Face hub, fetched if there is no `data_path`.
-        data_path: JSON or JSON Lines, perhaps gzipped, or a folder of such files.
-        output_dir: the folder to write.
-        prompt_style: by name.
-        validation_share: share of the examples drawn for validation.
-        checkpoint_dir: folder of the base model, for its tokenizer.
-        max_seq_length: window in tokens.
-        too_long: "truncate" longer examples at the window's end or "skip" them; either way they are counted.
-        seed: of the draw of validation examples.
-
-    Raises:
-        FileNotFoundError: something is missing.
-        ValueError: an option is out of range, or the data are malformed; the message names the place.
-        OSError: the hub cannot be reached.
-    """
-    if not 0 < validation_share < 1:
-        raise ValueError(f"--validation_share is {validation_share}, it must lie between 0 and 1")
-    tokenizer = Tokenizer(checkpoint_dir)
-    style = get_prompt_style(prompt_style, tokenizer)
-    path = data_path or fetch_dataset(*hub_file)
-    examples = [TextExample(**_pick(columns, place, row)) for place, row in read_records(path)]
-    order = np.random.default_rng(seed).permutation(len(examples))
-    cut = max(1, round(validation_share * len(examples)))
-    splits = {"train": [examples[i] for i in order[cut:]], "validation": [examples[i] for i in order[:cut]]}
-    summaries = write_dataset(output_dir, splits, tokenizer, style, max_seq_length, too_long, source=path.name)
-    repeated = len(examples) - len(set(examples))
-    if repeated:
-        print(f"{repeated} of {len(examples)} examples repeat another one word for word", file=sys.stderr)
-    report_dataset(output_dir, summaries)
-
-
-def _pick(columns: Mapping[str, Sequence[str]], place: str, row: dict[str, Any]) -> dict[str, str]:
-    picked = {"input": ""}
-    for field, names in columns.items():
-        value = next((row[name] for name in names if name in row), None)
-        if value is None and field == "input":
-            continue
-        if not isinstance(value, str):
-            wanted = " or ".join(map(repr, names))
-            raise ValueError(f"{place}: expected a text under {wanted}, found {value!r} in {sorted(row)}")
-        picked[field] = value
-    return picked
-
-
-def fetch_dataset(repo_id: str, filename: str) -> Path:
-    """A file of a public dataset on the Hugging Face hub, from the local cache if it was fetched before.
-
-    Raises:
-        OSError: the hub cannot be reached.
-    """
-    hub = require_extra("huggingface_hub", "hub")
-    try:
-        return Path(hub.hf_hub_download(repo_id, filename, repo_type="dataset"))
-    except Exception as error:  # of many kinds, depending on the HTTP library under the hub's client
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OSError(
-            f"{filename} of the dataset {repo_id} cannot be fetched from the Hugging Face hub ({reason}): "
-            "give a local copy as --data_path"
-        ) from None
-
-
-def report_dataset(folder: Path, summaries: dict[str, SplitSummary]) -> None:
-    """Say on stderr what became of the examples of each split of a new data set."""
-    for split, summary in summaries.items():
-        tokens = sum(summary.lengths)
-        percentiles = np.percentile(summary.lengths, [5, 50, 95, 100]).astype(int)
-        print(
-            f"{split}: {len(summary.lengths)} examples, {tokens} tokens, {summary.scored_tokens / tokens:.0%} scored; "
-            "lengths 5%, 50%, 95%, longest: " + ", ".join(map(str, percentiles)),
-            file=sys.stderr,
-        )
-        if summary.truncated or summary.skipped:
-            print(
-                f"{split}: longer than the window: {summary.truncated} examples truncated, {summary.skipped} left out",
-                file=sys.stderr,
-            )
-    print(f"data set: {folder}", file=sys.stderr)
 
 
 def open_base(checkpoint_dir: Path, precision: Precision) -> tuple[LLaMA, Tokenizer]:

@@ -6,10 +6,14 @@ memory-mapped, never unpickled:
     SPLIT.ids.bin      token ids of all examples, one after the other
     SPLIT.scored.bin   one byte per token: 1 if the loss scores it
     SPLIT.offsets.bin  int64, where each example begins, and the end
+
+An item of a data set for supervised tuning is one example; one of preference pairs is two, chosen and rejected.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,10 +24,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_llama.files import atomic_folder, read_json, write_json
-from lit_llama.prompts import PromptStyle
+from lit_llama.prompts import Message, PromptStyle
 from lit_llama.tokenizer import Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DATASET_FILE = "dataset.json"
 TooLong = Literal["truncate", "skip"]
 
@@ -40,39 +44,44 @@ class Example(NamedTuple):
     scored: np.ndarray
 
 
-class TextExample(NamedTuple):
-    """One example before tokenisation."""
-
-    instruction: str
-    input: str
-    response: str
+Kind = Literal["supervised", "pairs"]
+ScoredTurns = Literal["all", "last"]
+Conversation = Sequence[Message]
+Item = Sequence[Conversation]  # what is learned together: one conversation, or the chosen and the rejected one
 
 
-def tokenize(tokenizer: Tokenizer, style: PromptStyle, examples: Sequence[TextExample]) -> list[Example]:
-    """Tokenise examples for supervised tuning: the response and the token that ends it are scored.
+def tokenize(
+    tokenizer: Tokenizer, style: PromptStyle, conversations: Sequence[Conversation], scored_turns: ScoredTurns = "all"
+) -> list[Example]:
+    """Tokenise conversations: the assistant's turns and the tokens that end them are scored, all turns or the last.
 
-    Prompt and response are tokenised apart and then joined, so that the mask is exact and generation, which
-    tokenises the prompt alone, meets the tokens of training.
+    Raises:
+        ValueError: the style has no place for a conversation.
     """
-    prompts = tokenizer.encode_batch([style.render(e.instruction, e.input) for e in examples], bos=style.bos)
-    responses = tokenizer.encode_batch([e.response for e in examples])
-    tokenized = []
-    for prompt, response in zip(prompts, responses, strict=True):
-        ids = np.array([*prompt, *response, style.end_id])
-        tokenized.append(Example(ids, np.arange(len(ids)) >= len(prompt)))
-    return tokenized
+    segments = [style.segments(messages) for messages in conversations]
+    encoded = iter(tokenizer.encode_batch([segment.text for pieces in segments for segment in pieces]))
+    front = [tokenizer.bos_id] if style.bos and tokenizer.bos_id is not None else []
+    examples = []
+    for pieces in segments:
+        ids, scored = list(front), [False] * len(front)
+        for i, piece in enumerate(pieces, start=1):
+            tokens = [*next(encoded), *([style.end_id] if piece.is_response else [])]
+            ids += tokens
+            scored += [piece.is_response and (scored_turns == "all" or i == len(pieces))] * len(tokens)
+        examples.append(Example(np.array(ids), np.array(scored)))
+    return examples
 
 
 @dataclass
 class SplitSummary:
-    """What became of the examples of a split.
+    """What became of the items of a split.
 
     Args:
         lengths: tokens in each example that was written.
         sha256: of the token ids and of which are scored.
         scored_tokens: tokens that the loss scores.
-        truncated: examples cut at the window's end, and so without the token that ends the response.
-        skipped: examples left out: too long, or with a prompt that fills the window alone.
+        truncated: items cut at the window's end, and so without the token that ends the response.
+        skipped: items left out: too long, or with a prompt that fills the window alone.
     """
 
     lengths: list[int] = field(default_factory=list)
@@ -84,23 +93,30 @@ class SplitSummary:
 
 def write_dataset(
     folder: Path,
-    splits: Mapping[str, Sequence[TextExample]],
+    items: Iterable[tuple[str, Item]],
     tokenizer: Tokenizer,
     style: PromptStyle,
     max_seq_length: int,
     too_long: TooLong,
     source: str,
+    *,
+    kind: Kind = "supervised",
+    scored_turns: ScoredTurns = "all",
+    total: int | None = None,
 ) -> dict[str, SplitSummary]:
-    """Tokenise the splits of a data set and write them, all or nothing.
+    """Tokenise a data set and write it, all or nothing, holding a thousand items in memory at a time.
 
     Args:
         folder: the data set; must not exist yet.
-        splits: examples by the split's name.
+        items: each with the name of its split, "train" or "validation".
         tokenizer: the base model's.
         style: how prompts are made.
         max_seq_length: window in tokens.
         too_long: whether longer examples are truncated or skipped.
         source: where the text came from, recorded in `dataset.json`.
+        kind: items of one conversation ("supervised"), or of a chosen and a rejected one ("pairs").
+        scored_turns: of a conversation's responses, "all" are scored or the "last".
+        total: how many items there are, for the progress bar.
 
     Returns:
         What became of each split.
@@ -110,20 +126,33 @@ def write_dataset(
     """
     if max_seq_length < 2:
         raise ValueError(f"--max_seq_length is {max_seq_length}, it must be at least 2")
-    summaries: dict[str, SplitSummary] = {}
-    with atomic_folder(folder) as temporary:
-        for split, texts in splits.items():
-            summaries[split] = _write_split(temporary, split, texts, tokenizer, style, max_seq_length, too_long)
-            if not summaries[split].lengths:
+    items = iter(items)
+    with atomic_folder(folder) as temporary, contextlib.ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(_SplitWriter(temporary, split, tokenizer, max_seq_length, too_long))
+            for split in ("train", "validation")
+        }
+        progress = stack.enter_context(tqdm(total=total, desc="tokenising", unit="example", leave=False))
+        while chunk := list(itertools.islice(items, 1000)):
+            conversations = [conversation for _, item in chunk for conversation in item]
+            examples = iter(tokenize(tokenizer, style, conversations, scored_turns))
+            for split, item in chunk:
+                writers[split].write([next(examples) for _ in item])
+            progress.update(len(chunk))
+        summaries = {split: writer.finish() for split, writer in writers.items()}
+        for split, summary in summaries.items():
+            if not summary.lengths:
                 raise ValueError(
-                    f"{source}: no {split} example is left of {len(texts)} ({summaries[split].skipped} too long): "
+                    f"{source}: no {split} example is left ({summary.skipped} too long): "
                     "give more data or a larger --max_seq_length"
                 )
         header = {
             "format_version": FORMAT_VERSION,
+            "kind": kind,
             "tokenizer": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "prompt_style": style.name,
+            "scored_turns": scored_turns,
             "max_seq_length": max_seq_length,
             "source": source,
             "splits": {
@@ -141,41 +170,48 @@ def write_dataset(
     return summaries
 
 
-def _write_split(
-    folder: Path,
-    split: str,
-    texts: Sequence[TextExample],
-    tokenizer: Tokenizer,
-    style: PromptStyle,
-    max_seq_length: int,
-    too_long: TooLong,
-) -> SplitSummary:
-    summary = SplitSummary()
-    digest = hashlib.sha256()
-    id_dtype = _id_dtype(tokenizer.vocab_size)
-    with (
-        open(folder / f"{split}.ids.bin", "wb") as ids_file,
-        open(folder / f"{split}.scored.bin", "wb") as scored_file,
-        tqdm(total=len(texts), desc=f"tokenising {split}", unit="example", leave=False) as progress,
-    ):
-        for start in range(0, len(texts), 1000):
-            for ids, scored in tokenize(tokenizer, style, texts[start : start + 1000]):
-                progress.update()
-                if len(ids) > max_seq_length:
-                    ids, scored = ids[:max_seq_length], scored[:max_seq_length]
-                    if too_long == "skip" or not scored.any():
-                        summary.skipped += 1
-                        continue
-                    summary.truncated += 1
-                for file, array in ((ids_file, ids.astype(id_dtype)), (scored_file, scored.astype(np.uint8))):
-                    file.write(array.tobytes())
-                    digest.update(array.tobytes())
-                summary.lengths.append(len(ids))
-                summary.scored_tokens += int(scored.sum())
-    offsets = np.concatenate([[0], np.cumsum(summary.lengths)])
-    (folder / f"{split}.offsets.bin").write_bytes(offsets.astype("<i8").tobytes())
-    summary.sha256 = digest.hexdigest()
-    return summary
+class _SplitWriter:
+    """The files of one split, as they are written."""
+
+    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, max_seq_length: int, too_long: TooLong) -> None:
+        self._offsets_path = folder / f"{split}.offsets.bin"
+        self._files = [open(folder / f"{split}.{name}.bin", "wb") for name in ("ids", "scored")]  # noqa: SIM115
+        self._dtypes = _id_dtype(tokenizer.vocab_size), "u1"
+        self._max_seq_length, self._too_long = max_seq_length, too_long
+        self._digest = hashlib.sha256()
+        self._summary = SplitSummary()
+
+    def __enter__(self) -> "_SplitWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files:
+            file.close()
+
+    def write(self, item: list[Example]) -> None:
+        """Add the examples of one item, or leave all of them out."""
+        window = self._max_seq_length
+        if any(len(example.ids) > window for example in item):
+            item = [Example(ids[:window], scored[:window]) for ids, scored in item]
+            if self._too_long == "skip" or not all(example.scored.any() for example in item):
+                self._summary.skipped += 1
+                return
+            self._summary.truncated += 1
+        for example in item:
+            for file, array, dtype in zip(self._files, example, self._dtypes, strict=True):
+                data = array.astype(dtype).tobytes()
+                file.write(data)
+                self._digest.update(data)
+            self._summary.lengths.append(len(example.ids))
+            self._summary.scored_tokens += int(example.scored.sum())
+
+    def finish(self) -> SplitSummary:
+        """Close the files and say what is in them."""
+        self.__exit__()
+        offsets = np.concatenate([[0], np.cumsum(self._summary.lengths)])
+        self._offsets_path.write_bytes(offsets.astype("<i8").tobytes())
+        self._summary.sha256 = self._digest.hexdigest()
+        return self._summary
 
 
 def _id_dtype(vocab_size: int) -> str:
@@ -183,25 +219,33 @@ def _id_dtype(vocab_size: int) -> str:
 
 
 class TokenDataset:
-    """One split of a tokenised data set, memory-mapped.
+    """One split of a tokenised data set, memory-mapped: a sequence of items.
 
     Args:
         folder: the data set.
         split: "train" or "validation".
         tokenizer: the tokenizer of the model that will read it.
         max_seq_length: longest example that is accepted, in tokens.
+        kind: what an item must be: one example, or a pair of chosen and rejected.
 
     Attributes:
         header: the content of `dataset.json`.
-        lengths: tokens in each example.
+        lengths: tokens in each item.
         sha256: of the split's content.
 
     Raises:
         FileNotFoundError: there is no such data set or split.
-        ValueError: it was made with another tokenizer, has a longer example, or is damaged.
+        ValueError: it was made with another tokenizer, is of another kind, has a longer example, or is damaged.
     """
 
-    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, max_seq_length: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        tokenizer: Tokenizer,
+        max_seq_length: int | None = None,
+        kind: Kind = "supervised",
+    ) -> None:
         file = folder / DATASET_FILE
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file; expected a data set made by one of scripts/prepare_*.py")
@@ -210,6 +254,11 @@ class TokenDataset:
             raise ValueError(f"{file} is not a data set of format version {FORMAT_VERSION}: prepare it again")
         if self.header["tokenizer"] != tokenizer.fingerprint:
             raise ValueError(f"{folder} was prepared with another tokenizer than the base model's: prepare it again")
+        if self.header["kind"] != kind:
+            raise ValueError(
+                f"{folder} holds {_KINDS[self.header['kind']]}, expected {_KINDS[kind]}: prepare the data with "
+                f"--kind {kind}"
+            )
         if split not in self.header["splits"]:
             raise FileNotFoundError(f"{folder} has no split named {split}; it has {', '.join(self.header['splits'])}")
         sizes = self.header["splits"][split]
@@ -221,7 +270,8 @@ class TokenDataset:
         self._ids = self._map(folder / f"{split}.ids.bin", _id_dtype(self.header["vocab_size"]), sizes["tokens"])
         self._scored = self._map(folder / f"{split}.scored.bin", "u1", sizes["tokens"])
         self._offsets = self._map(folder / f"{split}.offsets.bin", "<i8", sizes["examples"] + 1)
-        self.lengths = np.diff(self._offsets)
+        self._per_item = 2 if kind == "pairs" else 1
+        self.lengths = np.diff(self._offsets[:: self._per_item])
         self.sha256: str = sizes["sha256"]
 
     @staticmethod
@@ -236,14 +286,19 @@ class TokenDataset:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> Example:
-        at = slice(self._offsets[index], self._offsets[index + 1])
-        return Example(self._ids[at], self._scored[at].astype(bool))
+    def __getitem__(self, index: int) -> list[Example]:
+        """The examples of an item: one, or chosen and rejected."""
+        bounds = self._offsets[index * self._per_item : (index + 1) * self._per_item + 1]
+        spans = [slice(*span) for span in itertools.pairwise(bounds)]
+        return [Example(self._ids[span], self._scored[span].astype(bool)) for span in spans]
 
     def prompt(self, index: int) -> list[int]:
-        """The token ids of an example before its first scored one."""
-        ids, scored = self[index]
+        """The token ids of an item before its first scored one."""
+        ids, scored = self[index][0]
         return ids[: scored.argmax()].tolist()
+
+
+_KINDS = {"supervised": "examples for supervised tuning", "pairs": "pairs of a chosen and a rejected response"}
 
 
 class Batch(NamedTuple):
@@ -278,17 +333,17 @@ def step_batches(
     """Which examples optimizer step `step` reads: a function of its arguments alone, so a run can resume anywhere.
 
     Each epoch is a new permutation, cut into steps of `batch_size`, the last of which may be smaller. Within a step
-    examples are sorted by length before they are cut into micro batches, so that padding is small.
+    items are sorted by length before they are cut into micro batches, so that padding is small.
 
     Args:
         dataset: what is read.
         step: optimizer step, counted from 0.
-        batch_size: examples per step.
-        micro_batch_size: examples per forward.
+        batch_size: items per step.
+        micro_batch_size: items per forward.
         seed: of the permutations.
 
     Returns:
-        Micro batches of example indices.
+        Micro batches of item indices.
     """
     epoch, place = divmod(step, steps_per_epoch(len(dataset), batch_size))
     order = np.random.default_rng([seed, epoch]).permutation(len(dataset))
@@ -297,11 +352,11 @@ def step_batches(
 
 
 def by_length(dataset: TokenDataset, indices: np.ndarray, micro_batch_size: int) -> list[list[int]]:
-    """Cut examples into micro batches of similar length."""
+    """Cut items into micro batches of similar length."""
     ordered = indices[np.argsort(dataset.lengths[indices], kind="stable")]
     return [ordered[i : i + micro_batch_size].tolist() for i in range(0, len(ordered), micro_batch_size)]
 
 
-def steps_per_epoch(examples: int, batch_size: int) -> int:
-    """Optimizer steps that read every example once."""
-    return -(-examples // batch_size)
+def steps_per_epoch(items: int, batch_size: int) -> int:
+    """Optimizer steps that read every item once."""
+    return -(-items // batch_size)

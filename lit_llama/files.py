@@ -1,5 +1,6 @@
 """Reading and writing files so that an interruption leaves the old file good and an error names the place."""
 
+import codecs
 import gzip
 import importlib
 import json
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 
 def require_extra(module: str, extra: str) -> ModuleType:
@@ -131,13 +132,13 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The objects of a JSON array or of a JSON Lines file, each with its place for error messages.
+def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSON array or of a JSON Lines file, one at a time, each with its place for error messages.
 
     Args:
         path: the file, perhaps gzipped, or a folder of them.
 
-    Returns:
+    Yields:
         (place, object) pairs; a place reads "FILE, line 3" or "FILE, example 3".
 
     Raises:
@@ -148,21 +149,48 @@ def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
         files = sorted(file for file in path.iterdir() if file.name.removesuffix(".gz").endswith((".json", ".jsonl")))
         if not files:
             raise FileNotFoundError(f"{path} holds no .json or .jsonl file")
-        return [record for file in files for record in read_records(file)]
-    text = read_text(path)
-    if not text.strip():
+        for file in files:
+            yield from read_records(file)
+        return
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    found = False
+    try:
+        with cast(BinaryIO, gzip.open(path) if path.suffix == ".gz" else open(path, "rb")) as file:
+            if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+                file.seek(0)
+            begin = file.tell()
+            is_array = file.read(4096).lstrip().startswith(b"[")
+            file.seek(begin)
+            for place, value in (_array_entries if is_array else _lines)(path, file):
+                found = True
+                if not isinstance(value, dict):
+                    raise ValueError(f"{place}: expected an object, found {type(value).__name__}")
+                yield place, value
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is no complete gzip file ({error})") from None
+    if not found:
         raise ValueError(f"{path} is empty; expected a JSON array or JSON Lines of objects")
-    if text.lstrip().startswith("["):
-        records = [(f"{path}, example {i}", value) for i, value in enumerate(read_json(path), start=1)]
-    else:
-        records = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    records.append((f"{path}, line {number}", json.loads(line)))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from None
-    for place, value in records:
-        if not isinstance(value, dict):
-            raise ValueError(f"{place}: expected an object, found {type(value).__name__}")
-    return records
+
+
+def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(file, start=1):
+        place = f"{path}, line {number}"
+        try:
+            text = line.decode()
+            if text.strip():
+                yield place, json.loads(text)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{place}: byte 0x{line[error.start]:02x} is not UTF-8") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{place}: not JSON ({error.msg})") from None
+
+
+def _array_entries(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
+    ijson = require_extra("ijson", "data")
+    try:
+        for number, value in enumerate(ijson.items(file, "item", use_float=True), start=1):
+            yield f"{path}, example {number}", value
+    except (ijson.JSONError, UnicodeDecodeError):
+        read_json(path)  # names the line
+        raise

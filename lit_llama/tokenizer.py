@@ -5,6 +5,7 @@ Both are read from the base model's folder as they came, with what `tokenizer_co
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ class Tokenizer:
         eos_id: id of the end-of-sequence token.
         stop_ids: every id at which generation stops.
         adds_bos: whether plain text is meant to start with `bos_id`.
+        adds_space: whether encoding puts a space before a text.
         chat_template: Jinja source of the model's chat format, None if it has none.
         special_tokens: content of the special tokens, as the chat template wants to know them.
         fingerprint: SHA-256 of the tokenizer file.
@@ -85,9 +87,10 @@ class Tokenizer:
         bos_id = self._special_id("bos_token")
         self.bos_id: int | None = self._backend.bos_id if bos_id is None else bos_id
         self.adds_bos: bool = self.bos_id is not None and bool(settings.get("add_bos_token", self._backend.adds_bos))
-        self.special_tokens.setdefault("eos_token", self._backend.token(eos_id))
+        self.adds_space = "".join(map(self.token, self.encode("a"))).startswith("\u2581")
+        self.special_tokens.setdefault("eos_token", self.token(eos_id))
         if self.bos_id is not None:
-            self.special_tokens.setdefault("bos_token", self._backend.token(self.bos_id))
+            self.special_tokens.setdefault("bos_token", self.token(self.bos_id))
 
         template = folder / "chat_template.jinja"
         self.chat_template: str | None = read_text(template) if template.is_file() else _default_template(settings)
@@ -113,6 +116,10 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
         return self._backend.decode(list(ids), skip_special_tokens)
+
+    def token(self, id: int) -> str:
+        """The text of one token as the vocabulary has it."""
+        return self._backend.token(id)
 
     def is_special(self, id: int) -> bool:
         """Whether an id is a marker rather than text."""
@@ -185,16 +192,20 @@ class _SentencePiece:
         self._markers = re.compile("(" + "|".join(map(re.escape, markers)) + ")") if markers else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self._encode(text) for text in texts]
-
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for i, part in enumerate(self._markers.split(text) if self._markers else [text]):
-            if i % 2:
-                ids.append(self._added.get(part, self._processor.piece_to_id(part)))
-            elif part:
-                ids.extend(self._processor.encode(part))
-        return ids
+        # Markers stand at the odd places. The text between them is encoded all at once, for the processor's threads.
+        split = [self._markers.split(text) if self._markers else [text] for text in texts]
+        between = [part for parts in split for part in parts[::2] if part]
+        encoded = iter(self._processor.encode(between, num_threads=os.cpu_count() or 1) if between else [])
+        rows: list[list[int]] = []
+        for parts in split:
+            ids: list[int] = []
+            for i, part in enumerate(parts):
+                if i % 2:
+                    ids.append(self._added.get(part, self._processor.piece_to_id(part)))
+                elif part:
+                    ids.extend(next(encoded))
+            rows.append(ids)
+        return rows
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         if skip_special_tokens:

@@ -260,7 +260,7 @@ def _step(
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     for indices in mine:
-        batch = collate([dataset[i] for i in indices])
+        batch = collate([example for i in indices for example in dataset[i]])
         batch_loss = loss(batch.to(fabric.device))
         batch_loss.backward()
         sums[0] += batch_loss.detach()
@@ -419,7 +419,7 @@ def evaluate(fabric: Fabric, loss: Callable[[Batch], Tensor], dataset: TokenData
     batches = by_length(dataset, np.arange(len(dataset)), micro_batch_size)[fabric.global_rank :: fabric.world_size]
     total = torch.zeros(2, dtype=torch.float64)  # loss, scored tokens
     for indices in batches:
-        batch = collate([dataset[i] for i in indices])
+        batch = collate([example for i in indices for example in dataset[i]])
         total += torch.tensor([float(loss(batch.to(fabric.device))), float(batch.scored[:, 1:].sum())])
     loss_sum, scored = _sum_over_devices(fabric, total).tolist()
     return loss_sum / scored

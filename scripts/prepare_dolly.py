@@ -10,10 +10,11 @@ Objects with "instruction", "response" and perhaps "context", written by Databri
 from pathlib import Path
 from typing import Any
 
-from lit_llama.cli import prepare_supervised, run
+from lit_llama.cli import run
+from lit_llama.prepare import instruction_columns, prepare
 
-COLUMNS = {"instruction": ["instruction"], "input": ["context"], "response": ["response"]}
-HUB_FILE = ("databricks/databricks-dolly-15k", "databricks-dolly-15k.jsonl")
+READ = instruction_columns(instruction=["instruction"], input=["context"], response=["response"])
+HUB_FILES = ("databricks/databricks-dolly-15k", ["databricks-dolly-15k.jsonl"])
 
 
 def main(
@@ -29,13 +30,13 @@ def main(
         data_path: a JSON or JSON Lines file, perhaps gzipped, or a folder of such files; if not given, the public
             dataset is fetched from the Hugging Face hub.
         output_dir: the folder to write; must not exist yet.
-        prompt_style: "alpaca", "metamath", "chat" (the model's own template) or "none".
+        prompt_style: "alpaca", "metamath", "beaver", "hh", "chat" (the model's own template) or "none".
         validation_share: share of the examples that is kept for validation, drawn at random.
-        options: those of every such script, see `prepare_supervised`.
+        options: those of every such script, see `prepare`.
     """
-    prepare_supervised(
-        COLUMNS,
-        HUB_FILE,
+    prepare(
+        READ,
+        HUB_FILES,
         data_path,
         output_dir=output_dir,
         prompt_style=prompt_style,

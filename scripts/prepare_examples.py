@@ -10,10 +10,12 @@ evaluate/form.py asks them.
 from pathlib import Path
 from typing import Literal
 
-from lit_llama.cli import report_dataset, run
-from lit_llama.data import TextExample, write_dataset
+from lit_llama.cli import run
+from lit_llama.data import Item, write_dataset
 from lit_llama.files import read_records
 from lit_llama.forms import FORMS
+from lit_llama.prepare import report
+from lit_llama.prompts import Message
 from lit_llama.prompts import prompt_style as get_prompt_style
 from lit_llama.tokenizer import Tokenizer
 
@@ -37,16 +39,17 @@ def main(
         max_seq_length: longer examples are truncated.
     """
     tokenizer = Tokenizer(checkpoint_dir)
-    splits: dict[str, list[TextExample]] = {"train": [], "validation": []}
+    items: list[tuple[str, Item]] = []
     for place, row in read_records(questions_path):
         missing = {"split", "topic", "question", "answer", "follow_up"} - row.keys()
         if missing:
             raise ValueError(f"{place}: lacks {', '.join(sorted(missing))}")
-        if row["split"] in splits:
-            splits[row["split"]].append(TextExample(row["question"], "", FORMS[form].render(row)))
+        if row["split"] in ("train", "validation"):
+            conversation = [Message("user", row["question"]), Message("assistant", FORMS[form].render(row))]
+            items.append((row["split"], [conversation]))
     style = get_prompt_style(prompt_style, tokenizer)
     source = f"{questions_path.name} as {form}"
-    report_dataset(output_dir, write_dataset(output_dir, splits, tokenizer, style, max_seq_length, "truncate", source))
+    report(output_dir, write_dataset(output_dir, items, tokenizer, style, max_seq_length, "truncate", source))
 
 
 if __name__ == "__main__":

@@ -134,6 +134,22 @@ def train_tokenizer(folder: Path) -> int:
     return tokenizer.get_vocab_size()
 
 
+def byte_fallback_tokenizer(folder):
+    """A tokenizer.json as Llama 2's: SentencePiece's pieces, bytes as a fallback, BOS put in front by a template."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdehlotwk", "▁ok"]
+    vocabulary = {piece: id for id, piece in enumerate(pieces)}
+    merges = [("o", "k"), ("▁", "ok")]
+    vocabulary["ok"] = len(vocabulary)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
 def make_hf_checkpoint(folder: Path, seed: int = 0, **changes: Any) -> Path:
     """A tiny random LlamaForCausalLM with its tokenizer, as transformers saves it."""
     vocab_size = train_tokenizer(folder)

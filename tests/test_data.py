@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from conftest import load_script
 
-from lit_llama.data import TextExample, TokenDataset, collate, step_batches, steps_per_epoch, tokenize, write_dataset
-from lit_llama.prompts import prompt_style
+from lit_llama.data import TokenDataset, collate, step_batches, steps_per_epoch, tokenize, write_dataset
+from lit_llama.files import read_records
+from lit_llama.prompts import Message, prompt_style
 from lit_llama.tokenizer import Tokenizer
 
 
@@ -19,21 +20,25 @@ def tokenizer(base_dir):
     return Tokenizer(base_dir)
 
 
+def turns(instruction, input, response):
+    return [Message("user", instruction, input), Message("assistant", response)]
+
+
 def write(folder, tokenizer, responses, max_seq_length=512, too_long="truncate"):
-    texts = [TextExample("Say", "", response) for response in responses]
+    items = [("train", [turns("Say", "", response)]) for response in responses]
     style = prompt_style("none", tokenizer)
-    splits = {"train": texts, "validation": texts[:1]}
-    return write_dataset(folder, splits, tokenizer, style, max_seq_length, too_long, "test")
+    items.append(("validation", items[0][1]))
+    return write_dataset(folder, items, tokenizer, style, max_seq_length, too_long, "test")
 
 
 @pytest.mark.parametrize("style", ["none", "alpaca", "chat"])
 def test_response_and_end_alone_are_scored(tokenizer, style):
     style = prompt_style(style, tokenizer)
-    [example] = tokenize(tokenizer, style, [TextExample("Say hi", "now", "hi there")])
+    [example] = tokenize(tokenizer, style, [turns("Say hi", "now", "hi there")])
     scored, prompt = example.ids[example.scored].tolist(), example.ids[~example.scored].tolist()
     assert scored == [*tokenizer.encode("hi there"), style.end_id]
-    assert tokenizer.decode(prompt, skip_special_tokens=False) == style.render("Say hi", "now")
-    assert prompt == tokenizer.encode(style.render("Say hi", "now"))
+    assert tokenizer.decode(prompt, skip_special_tokens=False) == style.prompt("Say hi", "now")
+    assert prompt == tokenizer.encode(style.prompt("Say hi", "now"))
 
 
 def test_written_examples_come_back(tokenizer, tmp_path):
@@ -41,7 +46,7 @@ def test_written_examples_come_back(tokenizer, tmp_path):
     dataset = TokenDataset(tmp_path / "data", "train", tokenizer)
     assert len(dataset) == 3
     for index, response in enumerate(["one", "two 🙂 words", "three"]):
-        ids, scored = dataset[index]
+        [(ids, scored)] = dataset[index]
         assert tokenizer.decode(ids[scored].tolist()) == response
         assert dataset.prompt(index) == tokenizer.encode("Say")
         assert dataset.lengths[index] == len(ids)
@@ -54,12 +59,12 @@ def test_too_long_examples_are_counted(tokenizer, tmp_path):
     window = prompt + len(tokenizer.encode(exact)) + 1
     summary = write(tmp_path / "cut", tokenizer, [exact, long], window)["train"]
     assert (len(summary.lengths), summary.truncated, summary.skipped) == (2, 1, 0)
-    cut = TokenDataset(tmp_path / "cut", "train", tokenizer)[1]
+    cut = TokenDataset(tmp_path / "cut", "train", tokenizer)[1][0]
     assert len(cut.ids) == window
     assert cut.ids[-1] != tokenizer.eos_id
     summary = write(tmp_path / "skip", tokenizer, [exact, long], window, "skip")["train"]
     assert (len(summary.lengths), summary.truncated, summary.skipped) == (1, 0, 1)
-    with pytest.raises(ValueError, match=r"no train example is left of 1 \(1 too long\)"):
+    with pytest.raises(ValueError, match=r"no train example is left \(1 too long\)"):
         write(tmp_path / "none", tokenizer, [long], max_seq_length=prompt)
     assert not (tmp_path / "none").exists()
 
@@ -69,12 +74,12 @@ def test_too_long_examples_are_reported(command, tmp_path, base_dir):
     (tmp_path / "a.json").write_text(json.dumps(rows))
     paths = {"data_path": tmp_path / "a.json", "checkpoint_dir": base_dir, "validation_share": 0.4}
     _, _, err = command("scripts/prepare_alpaca.py", output_dir=tmp_path / "cut", max_seq_length=128, **paths)
-    counts = [int(n) for n in re.findall(r"longer than the window: (\d+) examples truncated, 0 left out", err)]
+    counts = [int(n) for n in re.findall(r"longer than the window: (\d+) truncated, 0 left out", err)]
     assert sum(counts) == 2
     _, _, err = command(
         "scripts/prepare_alpaca.py", output_dir=tmp_path / "skip", max_seq_length=128, too_long="skip", **paths
     )
-    counts = [int(n) for n in re.findall(r"longer than the window: 0 examples truncated, (\d+) left out", err)]
+    counts = [int(n) for n in re.findall(r"longer than the window: 0 truncated, (\d+) left out", err)]
     assert sum(counts) == 2
 
 
@@ -107,7 +112,7 @@ def test_damaged_data_is_refused(tokenizer, tmp_path):
 
 def test_padding_is_never_scored(tokenizer):
     style = prompt_style("none", tokenizer)
-    examples = tokenize(tokenizer, style, [TextExample("a", "", "b"), TextExample("a", "", "much longer text")])
+    examples = tokenize(tokenizer, style, [turns("a", "", "b"), turns("a", "", "much longer text")])
     batch = collate(examples)
     assert batch.ids.shape == batch.scored.shape == (2, len(examples[1].ids))
     assert batch.scored.sum(1).tolist() == [example.scored.sum() for example in examples]
@@ -185,35 +190,235 @@ def test_split_is_seeded(tmp_path, base_dir, tokenizer):
         prepare(tmp_path / "a.json", validation_share=0.25, seed=seed, **paths)
         dataset = TokenDataset(tmp_path / folder, "validation", tokenizer)
         assert len(dataset) == 5
-        return [dataset[i].ids.tolist() for i in range(5)]
+        return [dataset[i][0].ids.tolist() for i in range(5)]
 
     assert validation("one", 1) == validation("same", 1) != validation("other", 2)
 
 
-LAYOUTS = {
-    "alpaca": ({"instruction": "Add.", "input": "1 2", "output": "3"}, "alpaca"),
-    "dolly": ({"instruction": "Add.", "context": "1 2", "response": "3", "category": "math"}, "alpaca"),
-    "metamath": ({"query": "1 + 2?", "response": "3", "type": "GSM_AnsAug"}, "metamath"),
-    "gsm8k": ({"question": "1 + 2?", "answer": "3"}, "metamath"),
+QUESTION, ANSWER, WORSE = "1 + 2?", "3", "4"
+SHAREGPT = [{"from": "human", "value": QUESTION}]
+HH = "\n\nHuman: {}\n\nAssistant: {}"
+SAFETY = {"is_response_0_safe": False, "is_response_1_safe": True, "safer_response_id": 1, "better_response_id": 0}
+LAYOUTS = {  # name: script, record, prompt style; the first three have an input
+    "alpaca": ("alpaca", {"instruction": "Add.", "input": "1 2", "output": ANSWER}, "alpaca"),
+    "dolly": ("dolly", {"instruction": "Add.", "context": "1 2", "response": ANSWER, "category": "math"}, "alpaca"),
+    "input": (
+        "pairs",
+        {"instruction": "Add.", "input": "1 2", "chosen": ANSWER, "rejected": WORSE},
+        "chat",
+    ),
+    "metamath": ("metamath", {"query": QUESTION, "response": ANSWER, "type": "GSM_AnsAug"}, "metamath"),
+    "gsm8k": ("metamath", {"question": QUESTION, "answer": ANSWER}, "metamath"),
+    "openai": (
+        "chat",
+        {"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]},
+        "chat",
+    ),
+    "sharegpt": ("chat", {"conversations": [*SHAREGPT, {"from": "gpt", "value": ANSWER}]}, "chat"),
+    "hh": ("hh", {"chosen": HH.format(QUESTION, ANSWER), "rejected": HH.format(QUESTION, WORSE)}, "hh"),
+    "beaver": ("beaver", {"prompt": QUESTION, "response_0": WORSE, "response_1": ANSWER, **SAFETY}, "beaver"),
+    "pairs": ("pairs", {"prompt": QUESTION, "chosen": ANSWER, "rejected": WORSE}, "chat"),
+    "orca": ("pairs", {"system": "", "question": QUESTION, "chosen": ANSWER, "rejected": WORSE}, "chat"),
+    "sharegpt-pairs": (
+        "pairs",
+        {
+            "conversations": SHAREGPT,
+            "chosen": {"from": "gpt", "value": ANSWER},
+            "rejected": {"from": "gpt", "value": WORSE},
+        },
+        "chat",
+    ),
+    "implicit-prompt": (
+        "pairs",
+        {
+            name: [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": answer}]
+            for name, answer in (("chosen", ANSWER), ("rejected", WORSE))
+        },
+        "chat",
+    ),
 }
+WITH_PAIRS = ("hh", "beaver", "pairs")
+
+
+def prepare(script, rows, folder, base_dir, **options):
+    folder.mkdir(exist_ok=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"output_dir": folder / "data", "validation_share": 0.5, "checkpoint_dir": base_dir} | options
+    load_script(f"scripts/prepare_{script}.py").main(folder / "rows.jsonl", **options)
+    return folder / "data"
+
+
+def scored_text(tokenizer, example):
+    return tokenizer.decode(example.ids[example.scored].tolist())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(tmp_path, base_dir, tokenizer, layout):
-    """Each layout's columns, from a gzipped file in a folder, come out as prompt and response."""
-    row, style_name = LAYOUTS[layout]
-    (tmp_path / "raw").mkdir()
-    with gzip.open(tmp_path / "raw" / "part.jsonl.gz", "wt") as file:
-        file.write(f"{json.dumps(row)}\n" * 2)
-    script = load_script(f"scripts/prepare_{'metamath' if layout == 'gsm8k' else layout}.py")
-    script.main(tmp_path / "raw", output_dir=tmp_path / "data", validation_share=0.5, checkpoint_dir=base_dir)
-    dataset = TokenDataset(tmp_path / "data", "train", tokenizer)
-    assert dataset.header["prompt_style"] == style_name
+    """Each layout comes out as prompt and responses."""
+    script, row, style_name = LAYOUTS[layout]
+    folder = prepare(script, [row, row], tmp_path, base_dir)
+    kind = "pairs" if script in WITH_PAIRS else "supervised"
+    dataset = TokenDataset(folder, "train", tokenizer, kind=kind)
+    assert (dataset.header["prompt_style"], len(dataset)) == (style_name, 1)
     style = prompt_style(style_name, tokenizer)
-    prompt = style.render("Add.", "1 2") if "instruction" in row else style.render("1 + 2?", "")
+    prompt = style.prompt("Add.", "1 2") if "instruction" in row else style.prompt(QUESTION)
     assert tokenizer.decode(dataset.prompt(0), skip_special_tokens=False) == prompt
-    ids, scored = dataset[0]
-    assert tokenizer.decode(ids[scored].tolist()) == "3"
+    answers = [ANSWER, WORSE] if kind == "pairs" else [ANSWER]
+    assert [scored_text(tokenizer, example).strip() for example in dataset[0]] == answers
+    assert dataset.lengths[0] == sum(len(example.ids) for example in dataset[0])
+    assert all(example.ids[-1] == style.end_id and example.scored[-1] for example in dataset[0])
+
+
+@pytest.mark.parametrize("layout", ["hh", "beaver", "sharegpt-pairs"])
+def test_chosen_answers_alone(tmp_path, base_dir, tokenizer, layout):
+    script, row, _ = LAYOUTS[layout]
+    folder = prepare(script, [row, row], tmp_path, base_dir, kind="supervised")
+    [example] = TokenDataset(folder, "train", tokenizer)[0]
+    assert scored_text(tokenizer, example).strip() == ANSWER
+    with pytest.raises(ValueError, match=r"holds examples for supervised tuning, expected pairs .* --kind pairs"):
+        TokenDataset(folder, "train", tokenizer, kind="pairs")
+    pairs = prepare(script, [row, row], tmp_path / "pairs", base_dir)
+    with pytest.raises(ValueError, match="holds pairs of a chosen and a rejected response, expected"):
+        TokenDataset(pairs, "train", tokenizer)
+
+
+def test_better_is_not_safer(tmp_path, base_dir, tokenizer):
+    _, row, _ = LAYOUTS["beaver"]
+    folder = prepare("beaver", [row, row], tmp_path, base_dir, chosen_by="better")
+    chosen, rejected = TokenDataset(folder, "train", tokenizer, kind="pairs")[0]
+    assert [scored_text(tokenizer, example).strip() for example in (chosen, rejected)] == [WORSE, ANSWER]
+
+
+TURNS = [("system", "Be brief."), ("user", "one"), ("assistant", "uno"), ("user", "two"), ("assistant", "dos")]
+
+
+def test_every_turn_of_the_assistant_is_scored(tmp_path, base_dir, tokenizer):
+    """The ids are those of the chat template over the whole conversation; scored are the answers and their ends."""
+    rows = [{"messages": [{"role": role, "content": content} for role, content in TURNS]}] * 2
+    end = tokenizer.encode("<|end|>")
+    for scored_turns, expected in (
+        ("all", [*tokenizer.encode("uno"), *end, *tokenizer.encode("dos"), *end]),
+        ("last", [*tokenizer.encode("dos"), *end]),
+    ):
+        folder = prepare("chat", rows, tmp_path / scored_turns, base_dir, scored_turns=scored_turns)
+        [(ids, scored)] = TokenDataset(folder, "train", tokenizer)[0]
+        text = "<|system|>Be brief.<|end|>\n<|user|>one<|end|>\n<|assistant|>uno<|end|>\n"
+        text += "<|user|>two<|end|>\n<|assistant|>dos<|end|>"
+        assert tokenizer.decode(ids.tolist(), skip_special_tokens=False) == text
+        assert ids[scored].tolist() == expected
+
+
+def test_pairs_score_the_last_turn(tmp_path, base_dir, tokenizer):
+    dialogue = "\n\nHuman: one\n\nAssistant: uno\n\nHuman: two\n\nAssistant:"
+    rows = [{"chosen": f"{dialogue} dos", "rejected": f"{dialogue} tres"}] * 2
+    chosen, rejected = TokenDataset(prepare("hh", rows, tmp_path, base_dir), "train", tokenizer, kind="pairs")[0]
+    assert scored_text(tokenizer, chosen) == " dos"
+    assert scored_text(tokenizer, rejected) == " tres"
+    text = tokenizer.decode(chosen.ids.tolist(), skip_special_tokens=False)
+    assert text == "\n\nHuman: one\n\nAssistant: uno<|end|>\n\nHuman: two\n\nAssistant: dos<|end|>"
+
+
+def test_a_pair_is_cut_or_left_out_whole(command, tmp_path, base_dir):
+    rows = [{"prompt": f"{n}", "chosen": "a", "rejected": "b " * (100 if n == 3 else 1)} for n in range(8)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    paths = {"data_path": tmp_path / "a.jsonl", "checkpoint_dir": base_dir, "max_seq_length": 64}
+    _, _, err = command("scripts/prepare_pairs.py", output_dir=tmp_path / "skip", too_long="skip", **paths)
+    assert "train: 6 pairs" in err
+    assert "longer than the window: 0 truncated, 1 left out" in err
+    _, _, err = command("scripts/prepare_pairs.py", output_dir=tmp_path / "cut", **paths)
+    assert "train: 7 pairs" in err
+    assert "longer than the window: 1 truncated, 0 left out" in err
+
+
+@pytest.mark.parametrize(
+    ("script", "row", "message"),
+    [
+        ("alpaca", {"instruction": "a", "output": " "}, "1 records left out: without a response"),
+        ("alpaca", {"instruction": "", "output": "b"}, "1 records left out: without a prompt"),
+        (
+            "hh",
+            {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"},
+            "different prompts",
+        ),
+        ("hh", {"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a"}, "the last turn is not the assistant's"),
+        ("pairs", {"prompt": "a", "chosen": "b", "rejected": " b"}, "chosen and rejected are the same"),
+        ("chat", {"messages": [{"role": "user", "content": "a"}]}, "without a turn of the assistant"),
+        (
+            "beaver",
+            {"prompt": "a", "response_0": "b", "response_1": "c", **SAFETY, "is_response_1_safe": False},
+            "without a safe answer",
+        ),
+    ],
+)
+def test_what_is_left_out_is_counted(command, tmp_path, base_dir, script, row, message):
+    sound = next(sound for name, sound, _ in LAYOUTS.values() if name == script)
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [sound, row, sound])))
+    paths = {"data_path": tmp_path / "a.jsonl", "checkpoint_dir": base_dir, "output_dir": tmp_path / "data"}
+    status, _, err = command(f"scripts/prepare_{script}.py", **paths)
+    assert status == 0, err
+    assert "1 records left out: " in err
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("script", "row", "message"),
+    [
+        ("chat", {"text": "a"}, "line 1: expected a list under 'messages' or 'conversations', found ['text']"),
+        (
+            "chat",
+            {"messages": [{"role": "tool", "content": "a"}]},
+            "line 1: unknown role 'tool'; there are system, user",
+        ),
+        ("chat", {"messages": [{"role": "user", "content": ["a"]}]}, "line 1: expected a text under 'content'"),
+        ("hh", {"chosen": "hi", "rejected": "ho"}, "line 1: expected a dialogue that begins with"),
+        ("hh", {"chosen": 1}, "line 1: expected a text under 'chosen', found 1"),
+        ("beaver", {"prompt": "a", "safer_response_id": 2}, "expected 0 or 1 under 'safer_response_id', found 2"),
+        ("beaver", {"prompt": "a", "safer_response_id": 1}, "expected true or false under 'is_response_0_safe'"),
+        ("pairs", {"prompt": "a", "chosen": "b"}, "expected a text or messages under 'rejected', found None"),
+        ("pairs", {"chosen": "b", "rejected": "c"}, "has 0 usable examples, expected at least 2"),
+        ("pairs", {"prompt": "a", "chosen": SHAREGPT, "rejected": "c"}, "expected the assistant's answers, found user"),
+    ],
+)
+def test_malformed_records_are_refused(command, tmp_path, base_dir, script, row, message):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    paths = {"data_path": tmp_path / "a.jsonl", "checkpoint_dir": base_dir, "output_dir": tmp_path / "data"}
+    status, out, err = command(f"scripts/prepare_{script}.py", **paths)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert message in err
+    assert not (tmp_path / "data").exists()
+
+
+def test_styles_for_one_turn_refuse_conversations(command, tmp_path, base_dir):
+    rows = [{"messages": [{"role": role, "content": content} for role, content in TURNS]}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    paths = {"data_path": tmp_path / "a.json", "checkpoint_dir": base_dir, "output_dir": tmp_path / "data"}
+    _, _, err = command("scripts/prepare_chat.py", prompt_style="alpaca", **paths)
+    assert (
+        "example 1: the prompt style alpaca has place for one instruction, not for the turns system, user: use" in err
+    )
+    _, _, err = command("scripts/prepare_chat.py", prompt_style="hh", **paths)
+    assert "example 1: this prompt style has no place for a system message: use chat" in err
+
+
+def test_gzipped_files_in_a_folder(tmp_path, base_dir, tokenizer):
+    row = {"instruction": "Add.", "input": "1 2", "output": "3"}
+    (tmp_path / "raw").mkdir()
+    with gzip.open(tmp_path / "raw" / "a.jsonl.gz", "wt", encoding="utf-8-sig") as file:
+        file.write(f"{json.dumps(row)}\n" * 2)
+    with gzip.open(tmp_path / "raw" / "b.json.gz", "wt", encoding="utf-8-sig") as file:
+        json.dump([row, row], file)
+    paths = {"output_dir": tmp_path / "data", "checkpoint_dir": base_dir}
+    load_script("scripts/prepare_alpaca.py").main(tmp_path / "raw", validation_share=0.25, **paths)
+    assert len(TokenDataset(tmp_path / "data", "train", tokenizer)) == 3
+
+
+def test_records_are_read_one_at_a_time(tmp_path):
+    """A long file is not parsed before its first record is given out."""
+    (tmp_path / "a.json").write_text(json.dumps([{"n": n, "x": "y" * 1000} for n in range(1000)])[:-1] + ", broken")
+    records = read_records(tmp_path / "a.json")
+    assert next(records) == (f"{tmp_path / 'a.json'}, example 1", {"n": 0, "x": "y" * 1000})
+    with pytest.raises(ValueError, match=r"a\.json, line 1: not JSON"):
+        list(records)
 
 
 def test_repeated_examples_are_reported(command, tmp_path, base_dir):
@@ -232,7 +437,7 @@ def test_dataset_out_of_reach_is_said_plainly(command, monkeypatch, tmp_path, ba
     status, _, err = command("scripts/prepare_dolly.py", checkpoint_dir=base_dir, output_dir=tmp_path / "data")
     assert (status, err.count("\n")) == (1, 1)
     assert "databricks-dolly-15k cannot be fetched from the Hugging Face hub (name resolution failed)" in err
-    assert "--data_path" in err
+    assert "give a local copy of databricks-dolly-15k.jsonl as --data_path" in err
 
 
 def test_broken_gzip_and_empty_folder(command, tmp_path, base_dir):

@@ -2,29 +2,27 @@
 
 import pytest
 import transformers
-from conftest import DEMO_BASE
+from conftest import DEMO_BASE, byte_fallback_tokenizer
 
-from lit_llama.prompts import prompt_style, render_chat
+from lit_llama.prompts import Message, prompt_style, render_chat
 from lit_llama.tokenizer import Tokenizer
 
 
 def test_alpaca(base_dir):
     style = prompt_style("alpaca", Tokenizer(base_dir))
-    assert style.render("Add.", "1 2").endswith("\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:")
-    assert style.render("Add.", "").endswith("request.\n\n### Instruction:\nAdd.\n\n### Response:")
+    assert style.prompt("Add.", "1 2").endswith("\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:")
+    assert style.prompt("Add.").endswith("request.\n\n### Instruction:\nAdd.\n\n### Response:")
 
 
 def test_metamath(base_dir):
     style = prompt_style("metamath", Tokenizer(base_dir))
-    assert style.render("1 + 1?", "").endswith(
-        "\n\n### Instruction:\n1 + 1?\n\n### Response: Let's think step by step."
-    )
+    assert style.prompt("1 + 1?").endswith("\n\n### Instruction:\n1 + 1?\n\n### Response: Let's think step by step.")
 
 
 def test_none(base_dir):
     style = prompt_style("none", Tokenizer(base_dir))
-    assert style.render("once upon", "") == "once upon"
-    assert style.render("once", "upon") == "once\nupon"
+    assert style.prompt("once upon") == "once upon"
+    assert style.prompt("once", "upon") == "once\nupon"
 
 
 def test_chat_is_transformers(hf_checkpoint, base_dir):
@@ -38,14 +36,14 @@ def test_chat_is_transformers(hf_checkpoint, base_dir):
     assert text == expected.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert "{{ 7 * 7 }}" in text
     style = prompt_style("chat", tokenizer)
-    assert style.render("do", "this") == "<|user|>do\n\nthis<|end|>\n<|assistant|>"
+    assert style.prompt("do", "this") == "<|user|>do\n\nthis<|end|>\n<|assistant|>"
     assert style.end_id == expected.convert_tokens_to_ids("<|end|>")
 
 
 def test_chat_of_the_demo_base():
     tokenizer = Tokenizer(DEMO_BASE)
     style = prompt_style("chat", tokenizer)
-    assert style.render("Why?", "").endswith("<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n")
+    assert style.prompt("Why?").endswith("<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n")
     assert style.end_id == tokenizer.encode("<|im_end|>")[0]
 
 
@@ -65,8 +63,105 @@ def test_template_may_refuse(base_dir):
 
 def test_unknown_style_and_missing_template(base_dir):
     tokenizer = Tokenizer(base_dir)
-    with pytest.raises(ValueError, match="no prompt style named 'shout'; there are chat, alpaca, metamath, none"):
+    with pytest.raises(
+        ValueError, match="no prompt style named 'shout'; there are chat, alpaca, metamath, none, hh, beaver"
+    ):
         prompt_style("shout", tokenizer)
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         prompt_style("chat", tokenizer)
+
+
+CONVERSATION = [Message("user", "one "), Message("assistant", " uno"), Message("user", "two")]
+
+
+def test_dialogues(base_dir):
+    tokenizer = Tokenizer(base_dir)
+    style = prompt_style("hh", tokenizer)
+    assert style.render(CONVERSATION) == "\n\nHuman: one\n\nAssistant: uno<|end|>\n\nHuman: two\n\nAssistant:"
+    style = prompt_style("beaver", tokenizer)
+    text = "BEGINNING OF CONVERSATION: USER: one ASSISTANT: uno<|end|>USER: two ASSISTANT:"
+    assert style.render(CONVERSATION) == text
+    pieces = [
+        ("BEGINNING OF CONVERSATION: USER: one ASSISTANT:", False),
+        (" uno", True),
+        ("USER: two ASSISTANT:", False),
+    ]
+    assert style.segments(CONVERSATION) == pieces
+
+
+def test_a_tokenizer_that_adds_the_space_itself(tmp_path):
+    """SentencePiece begins a text with a space, so that one more between prompt and response would be two."""
+    byte_fallback_tokenizer(tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    [_, response] = prompt_style("hh", tokenizer).segments([Message("user", "a"), Message("assistant", "ok")])
+    assert response == ("ok", True)
+    assert list(map(tokenizer.token, tokenizer.encode(response.text))) == ["▁ok"]
+    conversation = [Message("user", "a"), Message("assistant", "ok"), Message("user", "b")]
+    texts = [segment.text for segment in prompt_style("hh", tokenizer).segments(conversation)]
+    assert texts == ["\n\nHuman: a\n\nAssistant:", "ok", "\n\nHuman: b\n\nAssistant:"]
+
+
+# What chat models write around an answer: Llama 2's spaces, Llama 3's trimming, ChatML, a template without markers.
+TEMPLATES = {
+    "llama-2": (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'].strip() + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}",
+        [("[INST] one [/INST]", False), (" uno ", True), ("[INST] two [/INST]", False)],
+    ),
+    "llama-3": (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n\n' + m['content'] | trim + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n\n' }}{% endif %}",
+        [
+            ("<|user|>\n\none<|end|><|assistant|>\n\n", False),
+            ("uno", True),
+            ("<|user|>\n\ntwo<|end|><|assistant|>\n\n", False),
+        ],
+    ),
+    "plain": (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
+        [("user: one \nassistant: ", False), (" uno", True), ("\nuser: two\nassistant: ", False)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_segments_are_the_templates_text(base_dir, name):
+    tokenizer = Tokenizer(base_dir)
+    tokenizer.chat_template, expected = TEMPLATES[name]
+    style = prompt_style("chat", tokenizer)
+    segments = style.segments(CONVERSATION)
+    assert segments == expected
+    assert style.end_id == tokenizer.eos_id
+    text = "".join(segment.text + style.end * segment.is_response for segment in segments)
+    assert text == render_chat(tokenizer, [{"role": m.role, "content": m.content} for m in CONVERSATION])
+
+
+def test_template_that_rewrites_earlier_turns(base_dir):
+    tokenizer = Tokenizer(base_dir)
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] + '<|end|>' }}{% endfor %}"
+    with pytest.raises(ValueError, match="prompt style chat rewrites earlier turns"):
+        prompt_style("chat", tokenizer).segments(CONVERSATION)
+
+
+def test_an_answer_is_cut_out(base_dir):
+    tokenizer = Tokenizer(base_dir)
+    hh, alpaca = prompt_style("hh", tokenizer), prompt_style("alpaca", tokenizer)
+    text = " Fine.\n\nHuman: And you?\n\nAssistant: Fine."
+    assert hh.cut(text) == "Fine."
+    assert (hh.ended(" Fine.\n\nHuman"), hh.ended(text)) == (False, True)
+    assert alpaca.cut("Fine.\n\n### Heading\n\n### Instruction:\nMore") == "Fine.\n\n### Heading"
+    assert prompt_style("beaver", tokenizer).cut(" Fine. USER: no") == "Fine."
+    assert prompt_style("chat", tokenizer).cut(" as it is\n") == " as it is\n"
+
+
+@pytest.mark.parametrize("text", [" Fine.\n\nHuman: And you?", " Fine.\n\nHumming", " a\n\nb \n"])
+def test_a_stream_shows_nothing_that_is_cut_later(base_dir, text):
+    """Shown piece by piece, the answer is the one that is cut out of the whole."""
+    style, shown = prompt_style("hh", Tokenizer(base_dir)), ""
+    for end in range(len(text) + 1):
+        certain = style.cut(text[:end], more_may_follow=True)
+        assert certain.startswith(shown)
+        shown = certain
+    assert style.cut(text).startswith(shown)

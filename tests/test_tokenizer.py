@@ -3,13 +3,12 @@
 import json
 
 import pytest
-import tokenizers
-from conftest import AWKWARD, DEMO_BASE, ROOT
+from conftest import AWKWARD, DEMO_BASE, ROOT, byte_fallback_tokenizer
 from test_convert import train_sentencepiece
 
-from lit_llama.data import TextExample, tokenize
+from lit_llama.data import tokenize
 from lit_llama.generation import TextStream
-from lit_llama.prompts import prompt_style
+from lit_llama.prompts import Message, prompt_style
 from lit_llama.tokenizer import Tokenizer
 
 LLAMA2 = ROOT.parent / "shared" / "data" / "tokenizer" / "llama2-tokenizer.model"
@@ -84,22 +83,6 @@ def test_tokens_added_to_sentencepiece(sentencepiece_dir, tmp_path):
     tokenizer.check_vocabulary(size + 2)
 
 
-def byte_fallback_tokenizer(folder):
-    """A tokenizer.json as Llama 2's: SentencePiece's pieces, bytes as a fallback, BOS put in front by a template."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdehlotwk", "▁ok"]
-    vocabulary = {piece: id for id, piece in enumerate(pieces)}
-    merges = [("o", "k"), ("▁", "ok")]
-    vocabulary["ok"] = len(vocabulary)
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
-    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(steps)
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-
-
 def test_template_that_puts_bos_in_front(tmp_path):
     byte_fallback_tokenizer(tmp_path)
     tokenizer = Tokenizer(tmp_path)
@@ -109,7 +92,7 @@ def test_template_that_puts_bos_in_front(tmp_path):
     for name, bos in (("alpaca", True), ("none", True)):
         style = prompt_style(name, tokenizer)
         assert style.bos is bos
-        [example] = tokenize(tokenizer, style, [TextExample("hello", "", "ok")])
+        [example] = tokenize(tokenizer, style, [[Message("user", "hello"), Message("assistant", "ok")]])
         assert example.ids[0] == 1
         assert example.ids.tolist().count(1) == 1
 

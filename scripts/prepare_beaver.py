@@ -1,0 +1,75 @@
+"""Tokenise PKU-SafeRLHF (arXiv 2406.15513), questions with two answers that were compared for safety and helpfulness.
+
+    python scripts/prepare_beaver.py
+    python scripts/prepare_beaver.py --kind supervised --output_dir data/beaver-safer
+
+Objects with "prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe", "safer_response_id" and
+"better_response_id". Without a file, the training set is fetched. Questions without a safe answer are left out, as the
+Aligner authors do.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any, Literal
+
+from lit_llama.cli import run
+from lit_llama.data import Item, Kind
+from lit_llama.prepare import LeftOutError, preference, prepare, text
+from lit_llama.prompts import Message
+
+HUB_FILES = (
+    "PKU-Alignment/PKU-SafeRLHF",
+    ["data/Alpaca-7B/train.jsonl", "data/Alpaca2-7B/train.jsonl", "data/Alpaca3-8B/train.jsonl"],
+)
+
+
+def main(
+    data_path: Path | None = None,
+    output_dir: Path = Path("data/beaver"),
+    kind: Kind = "pairs",
+    chosen_by: Literal["safer", "better"] = "safer",
+    prompt_style: str = "beaver",
+    validation_share: float = 0.05,
+    **options: Any,
+) -> None:
+    """Prepare.
+
+    Args:
+        data_path: a JSON or JSON Lines file, perhaps gzipped, or a folder of such files; if not given, the public
+            dataset is fetched from the Hugging Face hub.
+        output_dir: the folder to write; must not exist yet.
+        kind: "pairs" for preference tuning, or the chosen answers alone for "supervised" tuning.
+        chosen_by: the chosen answer is that of "safer_response_id" or of "better_response_id", the more helpful one.
+        prompt_style: "beaver", "alpaca", "hh", "chat" (the model's own template) or "none".
+        validation_share: share of the examples that is kept for validation, drawn at random.
+        options: those of every such script, see `prepare`.
+    """
+    prepare(
+        functools.partial(read, kind=kind, chosen_by=chosen_by),
+        HUB_FILES,
+        data_path,
+        output_dir=output_dir,
+        kind=kind,
+        prompt_style=prompt_style,
+        validation_share=validation_share,
+        **options,
+    )
+
+
+def read(row: dict[str, Any], kind: Kind, chosen_by: str) -> Item:
+    """A question with its chosen and its rejected answer."""
+    column = f"{chosen_by}_response_id"
+    if row.get(column) not in (0, 1):
+        raise ValueError(f"expected 0 or 1 under {column!r}, found {row.get(column)!r} in {sorted(row)}")
+    safe = [row.get(f"is_response_{i}_safe") for i in (0, 1)]
+    if not all(isinstance(value, bool) for value in safe):
+        raise ValueError(f"expected true or false under 'is_response_0_safe' and 'is_response_1_safe', found {safe}")
+    if not any(safe):
+        raise LeftOutError("without a safe answer")
+    answers = [text(row, f"response_{i}") for i in (0, 1)]
+    chosen = row[column]
+    return preference([Message("user", text(row, "prompt"))], answers[chosen], answers[1 - chosen], kind)
+
+
+if __name__ == "__main__":
+    run(main)
