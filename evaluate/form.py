@@ -20,6 +20,7 @@ from lit_llama.files import atomic_file, read_records, write_json
 from lit_llama.forms import FORMS
 from lit_llama.generation import generate
 from lit_llama.prompts import prompt_style
+from lit_llama.quantization import Quantize
 
 
 def main(
@@ -31,6 +32,7 @@ def main(
     max_new_tokens: int = 64,
     batch_size: int = 24,
     precision: Precision = "auto",
+    quantize: Quantize | None = None,
     allow_other_base: bool = False,
 ) -> None:
     """Evaluate.
@@ -44,6 +46,7 @@ def main(
         max_new_tokens: longest answer, in tokens; a longer one is cut and counts as it stands.
         batch_size: questions answered at once.
         precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
+        quantize: keep the base's blocks in 4 bits ("nf4") or 8 bits ("int8").
         allow_other_base: use the Aligner on other weights than those it was trained on.
     """
     started = time.perf_counter()
@@ -55,7 +58,7 @@ def main(
     if not questions:
         raise ValueError(f"{questions_path} has no question of the split 'test'")
     aligner = load_aligner(aligner_path)
-    model, tokenizer = open_base(checkpoint_dir, precision)
+    model, tokenizer = open_base(checkpoint_dir, precision, quantize)
     info = check_adapter(aligner_path, model, allow_other_base)
     style = prompt_style(info.prompt_style or "alpaca", tokenizer)
 

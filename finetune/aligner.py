@@ -12,14 +12,23 @@ from pathlib import Path
 import torch
 
 from lit_llama.aligner import Aligner
-from lit_llama.checkpoint import PRECISIONS, Precision, load_base, read_config, save_aligner
+from lit_llama.checkpoint import PRECISIONS, Precision, load_base, parameter_shapes, read_config, save_aligner
 from lit_llama.cli import run
 from lit_llama.data import TokenDataset
 from lit_llama.generation import generate
 from lit_llama.losses import supervised_loss
 from lit_llama.prompts import prompt_style
+from lit_llama.quantization import Quantize
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.training import Decay, check_hyperparameters, fit, launch, schedule, total_steps
+from lit_llama.training import (
+    Decay,
+    check_hyperparameters,
+    fit,
+    launch,
+    make_loggers,
+    schedule,
+    total_steps,
+)
 
 
 def main(
@@ -40,13 +49,19 @@ def main(
     # they in fact ran is a rise over all of training, --warmup_steps = --max_steps, to a peak of 4.5e-3.
     warmup_steps: int = 10,
     max_seq_length: int = 512,
+    pack: bool = False,
+    max_grad_norm: float | None = None,
+    seed: int = 1337,
     eval_interval: int = 48,
     save_interval: int = 100,
-    max_grad_norm: float | None = None,
     resume: bool = False,
+    logger: list[str] | None = None,
     precision: Precision = "auto",  # paper: bf16-true
+    quantize: Quantize | None = None,
+    activation_checkpointing: bool = False,
     devices: int = 1,
-    seed: int = 1337,
+    num_nodes: int = 1,
+    shard_base: bool = False,
 ) -> None:
     """Fine-tune.
 
@@ -66,13 +81,19 @@ def main(
         max_steps: optimizer steps.
         warmup_steps: optimizer steps over which the learning rate rises.
         max_seq_length: longer examples are refused; prepare the data with this length.
+        pack: put the examples of a forward into one row, without attention between them, instead of padding them.
+        max_grad_norm: scale larger gradients down to this norm.
+        seed: of initialisation and the order of examples.
         eval_interval: optimizer steps between validations, which also show a few answers.
         save_interval: optimizer steps between states to resume from; one is also saved every 10 minutes.
-        max_grad_norm: scale larger gradients down to this norm.
         resume: continue the run in --out_dir from its last state, to the bit; if there is none, begin.
+        logger: "tensorboard" or "wandb", beside metrics.csv; may be given twice.
         precision: of the base model; "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
-        devices: how many to use.
-        seed: of initialisation and the order of examples.
+        quantize: keep the base's blocks in 4 bits ("nf4") or 8 bits ("int8").
+        activation_checkpointing: compute activations again for the backward pass instead of keeping them.
+        devices: how many to use on each node.
+        num_nodes: machines, each of which runs this script; see howto/resume_and_scale.md.
+        shard_base: spread the base over all devices, for one that does not fit a device.
     """
     hyperparameters = dict(locals())
     check_hyperparameters(hyperparameters)
@@ -86,17 +107,15 @@ def main(
 
     torch.manual_seed(seed)
     aligner = Aligner(config, aligner_length, aligner_start_layer, aligner_init_std)
-    fabric = launch(devices)
+    fabric, mesh = launch(devices, num_nodes, shard_base, make_loggers(logger or [], out_dir, resume))
     aligner.to(fabric.device)
-    model = load_base(checkpoint_dir, PRECISIONS[precision], fabric.device)
+    model = load_base(checkpoint_dir, PRECISIONS[precision], fabric.device, mesh=mesh, quantize=quantize)
+    if activation_checkpointing:
+        model.checkpoint_activations()
     optimizer = torch.optim.AdamW(aligner.parameters(), weight_decay=weight_decay)
     trainable = sum(parameter.numel() for parameter in aligner.parameters())
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(shape.numel() for shape in parameter_shapes(config).values())
     fabric.print(f"{trainable:,} trainable parameters on a base of {total:,}", file=sys.stderr)
-
-    free = {"checkpoint_dir", "data_dir", "out_dir", "devices", "save_interval", "resume"}  # may change on resuming
-    identity = {f"--{name}": value for name, value in hyperparameters.items() if name not in free}
-    identity |= {"base": model.fingerprint, "training data": train.sha256, "validation data": validation.sha256}
 
     def save(step: int, validation_loss: float, seconds: float) -> None:
         save_aligner(
@@ -126,7 +145,8 @@ def main(
         save=save,
         show=show_answers,
         out_dir=out_dir,
-        identity=identity,
+        hyperparameters=hyperparameters,
+        fingerprints={"base": model.fingerprint, "training data": train.sha256, "validation data": validation.sha256},
         resume=resume,
         max_steps=max_steps,
         batch_size=batch_size,
@@ -136,6 +156,7 @@ def main(
         eval_interval=eval_interval,
         save_interval=save_interval,
         seed=seed,
+        pack=pack,
     )
     fabric.print(
         f"validation loss {result.base_validation_loss:.4f} before, {result.validation_loss:.4f} after step "

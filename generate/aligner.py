@@ -12,6 +12,7 @@ from pathlib import Path
 from lit_llama.checkpoint import Precision, check_adapter, load_aligner
 from lit_llama.cli import answer, open_base, read_prompts, run
 from lit_llama.prompts import prompt_style as get_prompt_style
+from lit_llama.quantization import Quantize
 
 
 def main(
@@ -27,6 +28,7 @@ def main(
     num_samples: int = 1,
     seed: int = 1337,
     precision: Precision = "auto",
+    quantize: Quantize | None = None,
     output_file: Path | None = None,
     allow_other_base: bool = False,
 ) -> None:
@@ -37,8 +39,8 @@ def main(
         aligner_path: the Aligner.
         prompt: what to answer; may be given several times. Without it and a file, standard input is one prompt.
         prompts_file: JSON or JSON Lines with "prompt" or "instruction", or a text file with one prompt per line.
-        prompt_style: "chat" (the model's own template), "alpaca" or "none"; if not given, the one that the Aligner was
-            trained with.
+        prompt_style: "chat" (the model's own template), "alpaca", "metamath", "hh", "beaver" or "none"; if
+            not given, the one that the Aligner was trained with.
         max_new_tokens: longest answer, in tokens.
         temperature: 0 takes the likeliest token; larger is more random.
         top_k: sample among the k likeliest tokens only.
@@ -46,12 +48,13 @@ def main(
         num_samples: answers to each prompt.
         seed: of sampling.
         precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
+        quantize: keep the base's blocks in 4 bits ("nf4") or 8 bits ("int8").
         output_file: also write prompt, response and model as JSON Lines here.
         allow_other_base: use the Aligner on other weights than those it was trained on.
     """
     prompts = read_prompts(prompt, prompts_file)
     aligner = load_aligner(aligner_path)
-    model, tokenizer = open_base(checkpoint_dir, precision)
+    model, tokenizer = open_base(checkpoint_dir, precision, quantize)
     info = check_adapter(aligner_path, model, allow_other_base)
     answer(
         model,

@@ -12,6 +12,7 @@ from pathlib import Path
 from lit_llama.checkpoint import Precision
 from lit_llama.cli import answer, open_base, read_prompts, run
 from lit_llama.prompts import prompt_style as get_prompt_style
+from lit_llama.quantization import Quantize
 
 
 def main(
@@ -26,6 +27,7 @@ def main(
     num_samples: int = 1,
     seed: int = 1337,
     precision: Precision = "auto",
+    quantize: Quantize | None = None,
     output_file: Path | None = None,
 ) -> None:
     """Generate.
@@ -34,7 +36,7 @@ def main(
         checkpoint_dir: folder of the base model.
         prompt: what to answer; may be given several times. Without it and a file, standard input is one prompt.
         prompts_file: JSON or JSON Lines with "prompt" or "instruction", or a text file with one prompt per line.
-        prompt_style: "chat" (the model's own template), "alpaca" or "none".
+        prompt_style: "chat" (the model's own template), "alpaca", "metamath", "hh", "beaver" or "none".
         max_new_tokens: longest answer, in tokens.
         temperature: 0 takes the likeliest token; larger is more random.
         top_k: sample among the k likeliest tokens only.
@@ -42,10 +44,11 @@ def main(
         num_samples: answers to each prompt.
         seed: of sampling.
         precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
+        quantize: keep the base's blocks in 4 bits ("nf4") or 8 bits ("int8").
         output_file: also write prompt, response and model as JSON Lines here.
     """
     prompts = read_prompts(prompt, prompts_file)
-    model, tokenizer = open_base(checkpoint_dir, precision)
+    model, tokenizer = open_base(checkpoint_dir, precision, quantize)
     answer(
         model,
         tokenizer,

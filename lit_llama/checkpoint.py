@@ -20,11 +20,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from lit_llama.aligner import Aligner
 from lit_llama.files import atomic_file, read_json, write_json
 from lit_llama.model import PRESETS, LLaMA, LLaMAConfig
+from lit_llama.quantization import Quantize, is_quantized, quantize_layers, quantize_weight
+from lit_llama.sharding import local_rows, shard
 from lit_llama.tokenizer import TOKENIZER_FILES, Tokenizer
 
 CONFIG_FILE = "lit_config.json"
@@ -254,14 +257,19 @@ def load_base(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     config: LLaMAConfig | None = None,
+    *,
+    mesh: DeviceMesh | None = None,
+    quantize: Quantize | None = None,
 ) -> LLaMA:
-    """Load a base model, frozen and in evaluation mode.
+    """Load a base model, frozen, one tensor at a time.
 
     Args:
         path: a folder written by one of the conversion scripts, or a plain Lit-LLaMA `.pth` file.
         dtype: of the weights in memory; if None, bfloat16 on a GPU that has it and float32 elsewhere.
         device: where to put the weights.
         config: sizes of a `.pth` file that are no known preset's.
+        mesh: shard the weights over these processes, see `lit_llama.sharding`.
+        quantize: keep the blocks' weights in 4 or 8 bits, see `lit_llama.quantization`.
 
     Returns:
         The model; its `fingerprint` is the weights'.
@@ -283,16 +291,28 @@ def load_base(
     if expected.keys() != tensors.keys():
         _refuse_names(path, expected.keys() - tensors.keys(), tensors.keys() - expected.keys())
     dtype = dtype or default_dtype(device)
+    if mesh is not None:
+        shard(model, mesh)
+    if quantize is not None:
+        quantize_layers(model, quantize, dtype)
     weights: dict[str, Tensor] = {}
     digest = hashlib.sha256()
     for name, shape in sorted(expected.items()):
         tensor = tensors[name]
         _check_shape(name, tensor.shape, shape, str(path))
         digest.update(f"{name} {tuple(shape)}".encode() + _sample(tensor))
-        weights[name] = tensor.to(device=device, dtype=dtype)
-    model.load_state_dict(weights, assign=True)
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if mesh is not None:
+            weights[name] = local_rows(tensor, model.get_parameter(name), dtype)
+        elif is_quantized(layer):
+            quantize_weight(layer, tensor, device, dtype)
+        else:
+            weights[name] = tensor.to(device=device, dtype=dtype)
+    model.load_state_dict(weights, assign=True, strict=quantize is None)  # names were compared above
     model.fingerprint = digest.hexdigest()
-    return model.requires_grad_(False).eval()
+    # The 4-bit kernels that bitsandbytes has for evaluation on a CPU give wrong gradients. Nothing else tells the
+    # modes apart.
+    return model.requires_grad_(False).train(quantize is not None)
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

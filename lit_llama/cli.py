@@ -23,6 +23,7 @@ from lit_llama.files import atomic_file, read_records, read_text
 from lit_llama.generation import TextStream, check_prompts, check_sampling, stream
 from lit_llama.model import LLaMA, Prefix
 from lit_llama.prompts import PromptStyle
+from lit_llama.quantization import Quantize
 from lit_llama.tokenizer import Tokenizer
 
 
@@ -198,12 +199,13 @@ def answer(
     print(f"{new_tokens} tokens, {new_tokens / max(seconds, 1e-9):.1f} tokens/s, {peak_memory()}", file=sys.stderr)
 
 
-def open_base(checkpoint_dir: Path, precision: Precision) -> tuple[LLaMA, Tokenizer]:
+def open_base(checkpoint_dir: Path, precision: Precision, quantize: Quantize | None = None) -> tuple[LLaMA, Tokenizer]:
     """Load a base model, on the GPU if there is one, and its tokenizer.
 
     Args:
         checkpoint_dir: folder of the base model.
         precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
+        quantize: keep the blocks' weights in 4 or 8 bits.
 
     Raises:
         FileNotFoundError: something is missing.
@@ -212,7 +214,7 @@ def open_base(checkpoint_dir: Path, precision: Precision) -> tuple[LLaMA, Tokeni
     config, tokenizer = read_config(checkpoint_dir), Tokenizer(checkpoint_dir)
     tokenizer.check_vocabulary(config.vocab_size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return load_base(checkpoint_dir, PRECISIONS[precision], device), tokenizer
+    return load_base(checkpoint_dir, PRECISIONS[precision], device, quantize=quantize), tokenizer
 
 
 def peak_memory() -> str:

@@ -218,6 +218,44 @@ def _id_dtype(vocab_size: int) -> str:
     return "<u2" if vocab_size <= 2**16 else "<u4"
 
 
+class Batch(NamedTuple):
+    """Examples as the model reads them: each a row padded on the right, or all packed into one row.
+
+    Args:
+        ids: token ids (B, T).
+        scored: bool (B, T), tokens that the loss scores; never padding, nor the first of an example, which nothing
+            predicts.
+        lengths: of the examples in a packed row.
+    """
+
+    ids: Tensor
+    scored: Tensor
+    lengths: list[int] | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        return self._replace(ids=self.ids.to(device), scored=self.scored.to(device))
+
+
+def collate(examples: Sequence[Example], pack: bool = False) -> Batch:
+    """Make a batch of examples.
+
+    Padding needs no mask: attention is causal, so what stands there reaches no scored token.
+
+    Args:
+        examples: at least one.
+        pack: put all into one row, without padding.
+    """
+    lengths = [len(example.ids) for example in examples]
+    shape = (1, sum(lengths)) if pack else (len(examples), max(lengths))
+    ids, scored = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
+    starts = np.cumsum([0, *lengths[:-1]]) if pack else np.arange(len(examples)) * shape[1]
+    for example, start in zip(examples, starts.tolist(), strict=True):
+        end = start + len(example.ids)
+        ids.view(-1)[start:end] = torch.from_numpy(example.ids.astype(np.int64))
+        scored.view(-1)[start + 1 : end] = torch.from_numpy(example.scored[1:])
+    return Batch(ids, scored, lengths if pack else None)
+
+
 class TokenDataset:
     """One split of a tokenised data set, memory-mapped: a sequence of items.
 
@@ -292,6 +330,20 @@ class TokenDataset:
         spans = [slice(*span) for span in itertools.pairwise(bounds)]
         return [Example(self._ids[span], self._scored[span].astype(bool)) for span in spans]
 
+    def batch(self, indices: Sequence[int], pack: bool = False) -> Batch:
+        """The examples of some items in one batch."""
+        return collate([example for index in indices for example in self[index]], pack)
+
+    def padding(self, micro_batches: Iterable[Sequence[int]]) -> float:
+        """Share of positions that are padding where these micro batches are not packed."""
+        tokens = positions = 0
+        lengths = np.diff(self._offsets).reshape(len(self), self._per_item)
+        for indices in micro_batches:
+            chosen = lengths[indices]
+            tokens += chosen.sum()
+            positions += chosen.size * chosen.max()
+        return float(1 - tokens / positions)
+
     def prompt(self, index: int) -> list[int]:
         """The token ids of an item before its first scored one."""
         ids, scored = self[index][0]
@@ -299,32 +351,6 @@ class TokenDataset:
 
 
 _KINDS = {"supervised": "examples for supervised tuning", "pairs": "pairs of a chosen and a rejected response"}
-
-
-class Batch(NamedTuple):
-    """Examples padded on the right to the longest.
-
-    Args:
-        ids: token ids (B, T).
-        scored: bool (B, T), tokens that the loss scores; never padding.
-    """
-
-    ids: Tensor
-    scored: Tensor
-
-    def to(self, device: torch.device) -> "Batch":
-        return Batch(self.ids.to(device), self.scored.to(device))
-
-
-def collate(examples: Sequence[Example]) -> Batch:
-    """Pad examples to one batch. Attention is causal, so what stands in the padding reaches no scored token."""
-    longest = max(len(example.ids) for example in examples)
-    ids = torch.zeros(len(examples), longest, dtype=torch.long)
-    scored = torch.zeros(len(examples), longest, dtype=torch.bool)
-    for row, example in enumerate(examples):
-        ids[row, : len(example.ids)] = torch.from_numpy(example.ids.astype(np.int64))
-        scored[row, : len(example.ids)] = torch.from_numpy(example.scored)
-    return Batch(ids, scored)
 
 
 def step_batches(

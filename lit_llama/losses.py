@@ -13,12 +13,12 @@ def supervised_loss(model: LLaMA, prefix: Prefix | None, batch: Batch) -> Tensor
     Args:
         model: the base model.
         prefix: the adapter, if any.
-        batch: B examples of T tokens.
+        batch: examples, padded or packed.
 
     Returns:
         The sum over scored tokens, a float32 scalar. It is no mean, because micro batches hold different numbers of
         scored tokens and the mean is over all those of an optimizer step.
     """
-    predicts_scored = batch.scored[:, 1:]  # position t predicts token t + 1
-    logits = model(batch.ids[:, :-1], prefix, logits_at=predicts_scored)  # (n, V)
-    return F.cross_entropy(logits.float(), batch.ids[:, 1:][predicts_scored], reduction="sum")
+    predicts_scored = F.pad(batch.scored[:, 1:], (0, 1))  # position t predicts token t + 1
+    logits = model(batch.ids, prefix, logits_at=predicts_scored, lengths=batch.lengths)  # (n, V)
+    return F.cross_entropy(logits.float(), batch.ids[batch.scored], reduction="sum")

@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,22 @@ class Prefix(Protocol):
         ...
 
 
+class Places(NamedTuple):
+    """Where the tokens of a forward stand; the same for every layer.
+
+    Args:
+        rope: cosine and sine of the rotary angles, (1 or B, 1, T, hs / 2) each.
+        mask: bool (B, 1, T, S), which cached positions each query sees; None means causal attention within a sequence.
+        positions: (B, T), where to store keys and values in the cache; None stores them from 0.
+        lengths: of the sequences that the only row holds, one after the other; None means that a row is a sequence.
+    """
+
+    rope: tuple[Tensor, Tensor]
+    mask: Tensor | None
+    positions: Tensor | None
+    lengths: list[int] | None
+
+
 class LayerCache:
     """Keys and values that one layer has computed, its prefix's included.
 
@@ -263,6 +280,7 @@ class LLaMA(nn.Module):
         logits_at: Tensor | None = None,
         cache: KVCache | None = None,
         positions: Tensor | None = None,
+        lengths: list[int] | None = None,
     ) -> Tensor:
         """Next-token logits.
 
@@ -272,6 +290,8 @@ class LLaMA(nn.Module):
             logits_at: bool (B, T); compute logits at these positions alone.
             cache: filled as a side effect. Without `positions` the rows start at 0 (prefill).
             positions: (B, T), where in the cached sequences `ids` stand (decode); needs `cache`.
+            lengths: the only row holds sequences of these lengths, one after the other, that do not see each other
+                (packing); T is their sum.
 
         Returns:
             Logits (B, T, V), or (n, V) for the n positions chosen by `logits_at`, row by row.
@@ -280,32 +300,40 @@ class LLaMA(nn.Module):
             ValueError: more positions than the model's window.
         """
         T = ids.size(1)
-        if T > self.config.block_size:
-            raise ValueError(f"sequence of {T} tokens exceeds the model's window of {self.config.block_size}")
-        if positions is None:
-            mask = None  # plain causal attention
-            angles = torch.arange(T, device=ids.device)[None]  # (1, T)
-        else:
-            assert cache is not None, "positions without a cache"
-            mask = torch.arange(cache.length, device=ids.device) <= positions[:, None, :, None]  # (B, 1, T, S)
-            angles = positions
-        angles = angles[:, None, :, None] * self._frequencies_on(ids.device)  # (1 or B, 1, T, hs / 2)
-        rope = angles.cos(), angles.sin()
-
+        longest = max(lengths) if lengths else T
+        if longest > self.config.block_size:
+            raise ValueError(f"sequence of {longest} tokens exceeds the model's window of {self.config.block_size}")
+        places = self._places(ids, cache, positions, lengths)
         x = self.transformer.wte(ids)  # (B, T, C)
         for i, block in enumerate(self.transformer.h):
             x = block(
-                x,
-                rope,
-                mask,
-                positions,
-                None if prefix is None else prefix.layer(i),
-                None if cache is None else cache.layers[i],
+                x, places, None if prefix is None else prefix.layer(i), None if cache is None else cache.layers[i]
             )
         if logits_at is not None:
             x = x[logits_at]  # (n, C)
         x = self.transformer.ln_f(x)
         return F.linear(x, self.transformer.wte.weight) if self.lm_head is None else self.lm_head(x)
+
+    def _places(
+        self, ids: Tensor, cache: KVCache | None, positions: Tensor | None, lengths: list[int] | None
+    ) -> Places:
+        T, mask = ids.size(1), None
+        if positions is not None:
+            assert cache is not None, "positions without a cache"
+            mask = torch.arange(cache.length, device=ids.device) <= positions[:, None, :, None]  # (B, 1, T, S)
+            at = positions
+        elif lengths is not None:
+            assert (ids.size(0), T) == (1, sum(lengths)), "lengths that do not fill one row"
+            at = torch.cat([torch.arange(length, device=ids.device) for length in lengths])[None]  # (1, T)
+        else:
+            at = torch.arange(T, device=ids.device)[None]  # (1, T)
+        angles = at[:, None, :, None] * self._frequencies_on(ids.device)  # (1 or B, 1, T, hs / 2)
+        return Places((angles.cos(), angles.sin()), mask, positions, lengths)
+
+    def checkpoint_activations(self) -> None:
+        """From now on keep only the input of each block for the backward pass, and compute the rest again there."""
+        for block in self.transformer.h:
+            block.recompute = True  # type: ignore[assignment]
 
     def _frequencies_on(self, device: torch.device) -> Tensor:
         if self.rope_frequencies.device != device:
@@ -333,17 +361,15 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config)
         self.rms_2 = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
+        self.recompute = False
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        positions: Tensor | None,
-        prefix: LayerPrefix | None,
-        cache: LayerCache | None,
-    ) -> Tensor:
-        x = x + self.attn(self.rms_1(x), rope, mask, positions, prefix, cache)
+    def forward(self, x: Tensor, places: Places, prefix: LayerPrefix | None, cache: LayerCache | None) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, places, prefix, cache, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
+        return self._forward(x, places, prefix, cache)
+
+    def _forward(self, x: Tensor, places: Places, prefix: LayerPrefix | None, cache: LayerCache | None) -> Tensor:
+        x = x + self.attn(self.rms_1(x), places, prefix, cache)
         return x + self.mlp(self.rms_2(x))
 
 
@@ -356,22 +382,12 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_size, bias=False)
         self.c_proj = nn.Linear(self.n_head * self.head_size, config.n_embd, bias=False)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        positions: Tensor | None,
-        prefix: LayerPrefix | None,
-        cache: LayerCache | None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, places: Places, prefix: LayerPrefix | None, cache: LayerCache | None) -> Tensor:
         """Attend to the sequence, add the prefix's contribution, project.
 
         Args:
             x: (B, T, C).
-            rope: cosine and sine of the rotary angles, (1 or B, 1, T, hs / 2) each.
-            mask: bool (B, 1, T, S), which cached positions each query sees; None means causal attention within `x`.
-            positions: (B, T), where to store keys and values in the cache; None stores them from 0.
+            places: where its tokens stand.
             prefix: what this layer attends to beside the sequence, if anything.
             cache: this layer's, if any.
 
@@ -379,13 +395,17 @@ class CausalSelfAttention(nn.Module):
             (B, T, C).
         """
         q, k, v = self.qkv(x)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q, k = apply_rope(q, *places.rope), apply_rope(k, *places.rope)
         if cache is not None:
-            if positions is None:
+            if places.positions is None:
                 cache.prefill(k, v)
             else:
-                k, v = cache.append(k, v, positions)  # (B, nkv, S, hs)
-        y = self.attend(q, k, v, mask, is_causal=mask is None)  # (B, nh, T, hs)
+                k, v = cache.append(k, v, places.positions)  # (B, nkv, S, hs)
+        if places.lengths is None:
+            y = self.attend(q, k, v, places.mask, is_causal=places.mask is None)  # (B, nh, T, hs)
+        else:  # sequence by sequence, so that no mask of T x T is ever made
+            split = zip(*(heads.split(places.lengths, dim=2) for heads in (q, k, v)), strict=True)
+            y = torch.cat([self.attend(*heads, is_causal=True) for heads in split], dim=2)  # (1, nh, T, hs)
         if prefix is not None:
             y = y + self.prefix_contribution(q, prefix, cache)
         return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)

@@ -3,7 +3,6 @@
 A script brings a function that reads one record; everything else is here.
 """
 
-import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -147,7 +146,7 @@ def fetch_dataset(repo_id: str, names: Sequence[str]) -> list[Path]:
     """
     hub = require_extra("huggingface_hub", "hub")
     try:
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are no news
+        hub.utils.logging.set_verbosity_error()  # its retries are no news
         return [Path(hub.hf_hub_download(repo_id, name, repo_type="dataset")) for name in names]
     except Exception as error:  # of many kinds, depending on the HTTP library under the hub's client
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

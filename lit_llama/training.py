@@ -4,31 +4,54 @@ import csv
 import itertools
 import math
 import os
+import platform
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import yaml
 from lightning.fabric import Fabric
+from lightning.fabric.loggers.logger import Logger
+from lightning.fabric.loggers.tensorboard import TensorBoardLogger
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Module
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from lit_llama.data import Batch, TokenDataset, by_length, collate, step_batches, steps_per_epoch
+from lit_llama.data import Batch, TokenDataset, by_length, step_batches, steps_per_epoch
 from lit_llama.files import atomic_file, require_extra
+from lit_llama.sharding import shard
 
 Decay = Literal["none", "linear"]
 METRICS = ["step", "train_loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second", "seconds"]
 SAVE_SECONDS = 600  # between states, however long a step takes
 KEEP_STATES = 2
 MAX_SKIPPED = 5  # steps in a row without a finite loss and gradient
+MAY_CHANGE = {  # on resuming; everything else changes the result
+    "checkpoint_dir",
+    "data_dir",
+    "out_dir",
+    "save_interval",
+    "resume",
+    "logger",
+    "devices",
+    "num_nodes",
+    "shard_base",
+    "activation_checkpointing",
+}
 
 
 @dataclass(frozen=True)
@@ -58,7 +81,8 @@ def fit(
     save: Callable[[int, float, float], None],
     *,
     out_dir: Path,
-    identity: dict[str, Any],
+    hyperparameters: dict[str, Any],
+    fingerprints: dict[str, str],
     resume: bool,
     max_steps: int,
     batch_size: int,
@@ -68,12 +92,13 @@ def fit(
     eval_interval: int,
     save_interval: int,
     seed: int,
+    pack: bool = False,
     show: Callable[[], str] | None = None,
 ) -> FitResult:
     """Train an adapter.
 
-    Writes to `out_dir`: `metrics.csv` with a row per step, `loss.png`, and states from which a run continues to the
-    bit. The best adapter is written by `save`.
+    Writes to `out_dir`: `hyperparameters.yaml`, `metrics.csv` with a row per step, `loss.png`, and states from which a
+    run continues to the bit. The best adapter is written by `save`. Other loggers are Fabric's.
 
     A first Ctrl-C or SIGTERM ends the run after its step, with a state; a second one at once.
 
@@ -86,7 +111,8 @@ def fit(
         validation: what is measured, all of it, before the first step, every `eval_interval` steps and at the end.
         save: called with step, validation loss and seconds whenever the validation loss is the lowest so far.
         out_dir: where files go.
-        identity: everything that changes the result, by name; a state with another identity is refused.
+        hyperparameters: the script's keywords. A state is refused if one that changes the result was another.
+        fingerprints: of all else that changes the result, by name; likewise.
         resume: continue from the last state in `out_dir`, if there is one.
         max_steps: optimizer steps.
         batch_size: examples per step, over all devices.
@@ -96,7 +122,8 @@ def fit(
         eval_interval: steps between validations.
         save_interval: steps between states; one is also saved every 10 minutes.
         seed: of the order of examples.
-        show: called at each validation; its text is shown.
+        pack: put the examples of a forward into one row instead of padding them.
+        show: called at each validation, by all processes; its text is shown.
 
     Raises:
         FloatingPointError: losses or gradients are no longer finite; the best adapter so far stays on disk.
@@ -104,6 +131,7 @@ def fit(
         ValueError: the state to resume from belongs to another run.
     """
     main_process = fabric.is_global_zero
+    identity = {f"--{name}": value for name, value in hyperparameters.items() if name not in MAY_CHANGE} | fingerprints
     parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     progress = Progress()
     state_file = last_state(out_dir) if resume else None
@@ -111,8 +139,17 @@ def fit(
         progress = _load_state(state_file, adapter, optimizer, identity)
     elif main_process:
         _set_aside(out_dir)
+    if main_process:
+        _write_hyperparameters(out_dir / "hyperparameters.yaml", hyperparameters, fabric)
+    for logger in fabric.loggers:
+        logger.log_hyperparams({name: _plain(value) for name, value in hyperparameters.items()})
     started = time.perf_counter() - progress.seconds
     last_saved = time.monotonic()
+
+    if pack and main_process:
+        epoch = range(steps_per_epoch(len(train), batch_size))
+        plan = (micro for step in epoch for micro in step_batches(train, step, batch_size, micro_batch_size, seed))
+        print(f"packed; padding would be {train.padding(plan):.1%} of all positions", file=sys.stderr)
 
     with (
         tqdm(total=max_steps, initial=progress.step, desc="training", unit="step", disable=not main_process) as bar,
@@ -121,32 +158,36 @@ def fit(
     ):
 
         def validate() -> float:
-            validation_loss = evaluate(fabric, loss, validation, micro_batch_size)
+            validation_loss = evaluate(fabric, loss, validation, micro_batch_size, pack)
             progress.check_finite("validation loss", validation_loss, out_dir)
             better = progress.step > 0 and validation_loss < progress.best_loss
             if better:
                 progress.best_step, progress.best_loss = progress.step, validation_loss
+            shown = "" if show is None else f"\n{show()}"
             if main_process:
-                bar.write(f"step {progress.step}: validation loss {validation_loss:.4f}", file=sys.stderr)
-                if show is not None:
-                    bar.write(show(), file=sys.stderr)
+                bar.write(f"step {progress.step}: validation loss {validation_loss:.4f}{shown}", file=sys.stderr)
                 if better:
                     save(progress.step, validation_loss, time.perf_counter() - started)
             return validation_loss
 
+        def record(row: dict[str, float]) -> None:
+            metrics.write(row)
+            fabric.log_dict({name: value for name, value in row.items() if name != "step"}, step=int(row["step"]))
+
         if state_file is None:
             progress.base_loss = validate()
-            metrics.write({"step": 0, "validation_loss": progress.base_loss, "seconds": time.perf_counter() - started})
+            record({"step": 0, "validation_loss": progress.base_loss, "seconds": time.perf_counter() - started})
         while progress.step < max_steps:
             step_started = time.perf_counter()
             rate = learning_rate(progress.step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             chosen = step_batches(train, progress.step, batch_size, micro_batch_size, seed)
-            done = _step(fabric, parameters, optimizer, loss, train, chosen, max_grad_norm, stop.requested)
+            batches = _share(fabric, train, chosen, pack)
+            done = _step(fabric, parameters, optimizer, loss, batches, max_grad_norm, stop.requested)
             progress.step += 1
             progress.count_skipped(done, out_dir)
-            tokens_per_second = done.tokens / (time.perf_counter() - step_started)
+            tokens_per_second = train.lengths[np.concatenate(chosen)].sum() / (time.perf_counter() - step_started)
             bar.update()
             bar.set_postfix(loss=f"{done.loss:.3f}", tokens_per_s=f"{tokens_per_second:.0f}")
             row = {
@@ -160,7 +201,7 @@ def fit(
             if progress.step % eval_interval == 0 or finished:
                 row["validation_loss"] = validate()
             progress.seconds = time.perf_counter() - started
-            metrics.write({**row, "seconds": progress.seconds})
+            record({**row, "seconds": progress.seconds})
             if main_process and "validation_loss" in row:
                 plot_losses(metrics.rows, out_dir / "loss.png")
             due = progress.step % save_interval == 0 or time.monotonic() - last_saved > SAVE_SECONDS
@@ -232,14 +273,12 @@ class StepResult(NamedTuple):
     Args:
         loss: mean over its scored tokens.
         grad_norm: before clipping.
-        tokens: read.
         skipped: nothing was changed, because loss or gradient was not finite.
         stop: some process was asked to stop.
     """
 
     loss: float
     grad_norm: float
-    tokens: int
     skipped: bool
     stop: bool
 
@@ -249,22 +288,19 @@ def _step(
     parameters: list[torch.nn.Parameter],
     optimizer: Optimizer,
     loss: Callable[[Batch], Tensor],
-    dataset: TokenDataset,
-    chosen: list[list[int]],
+    batches: Iterable[Batch],
     max_grad_norm: float | None,
     stop: bool,
 ) -> StepResult:
-    """One optimizer step over all micro batches of all devices."""
-    mine = chosen[fabric.global_rank :: fabric.world_size]
+    """One optimizer step over all micro batches of all devices, `batches` being this one's."""
     sums = torch.tensor([0.0, 0.0, float(stop)], device=fabric.device)  # loss, scored tokens, requests to stop
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    for indices in mine:
-        batch = collate([example for i in indices for example in dataset[i]])
-        batch_loss = loss(batch.to(fabric.device))
+    for batch in batches:
+        batch_loss = loss(batch)
         batch_loss.backward()
         sums[0] += batch_loss.detach()
-        sums[1] += batch.scored[:, 1:].sum()
+        sums[1] += batch.scored.sum()
     loss_sum, scored, stops = _sum_over_devices(fabric, sums).tolist()
     for parameter in parameters:
         assert parameter.grad is not None
@@ -274,8 +310,21 @@ def _step(
     skipped = not (math.isfinite(loss_sum) and math.isfinite(grad_norm))
     if not skipped:
         optimizer.step()
-    tokens = int(sum(dataset.lengths[i] for indices in chosen for i in indices))
-    return StepResult(loss_sum / scored, grad_norm, tokens, skipped, stops > 0)
+    return StepResult(loss_sum / scored, grad_norm, skipped, stops > 0)
+
+
+def _share(fabric: Fabric, dataset: TokenDataset, chosen: list[list[int]], pack: bool) -> Iterator[Batch]:
+    """This process's micro batches.
+
+    Every process gets as many, because those that share a sharded base must compute in step: where there are too few,
+    one is repeated with nothing scored.
+    """
+    for start in range(0, len(chosen), fabric.world_size):
+        place = start + fabric.global_rank
+        batch = dataset.batch(chosen[min(place, len(chosen) - 1)], pack).to(fabric.device)
+        if place >= len(chosen):
+            batch = batch._replace(scored=torch.zeros_like(batch.scored))
+        yield batch
 
 
 class MetricsFile:
@@ -402,7 +451,8 @@ def _set_aside(out_dir: Path) -> None:
     earlier = [
         path
         for path in out_dir.iterdir()
-        if path.suffix in (".safetensors", ".pt", ".csv", ".png") or path.stem == "report"
+        if path.suffix in (".safetensors", ".pt", ".csv", ".png", ".yaml")
+        or path.stem in ("report", "tensorboard", "wandb")
     ]
     if earlier:
         number = next(n for n in itertools.count(1) if not (out_dir / f"previous-{n}").exists())
@@ -414,13 +464,13 @@ def _set_aside(out_dir: Path) -> None:
 
 
 @torch.no_grad()
-def evaluate(fabric: Fabric, loss: Callable[[Batch], Tensor], dataset: TokenDataset, micro_batch_size: int) -> float:
+def evaluate(
+    fabric: Fabric, loss: Callable[[Batch], Tensor], dataset: TokenDataset, micro_batch_size: int, pack: bool = False
+) -> float:
     """Mean loss of the scored tokens of a whole data set."""
-    batches = by_length(dataset, np.arange(len(dataset)), micro_batch_size)[fabric.global_rank :: fabric.world_size]
     total = torch.zeros(2, dtype=torch.float64)  # loss, scored tokens
-    for indices in batches:
-        batch = collate([example for i in indices for example in dataset[i]])
-        total += torch.tensor([float(loss(batch.to(fabric.device))), float(batch.scored[:, 1:].sum())])
+    for batch in _share(fabric, dataset, by_length(dataset, np.arange(len(dataset)), micro_batch_size), pack):
+        total += torch.tensor([float(loss(batch)), float(batch.scored.sum())])
     loss_sum, scored = _sum_over_devices(fabric, total).tolist()
     return loss_sum / scored
 
@@ -431,18 +481,100 @@ def _sum_over_devices(fabric: Fabric, value: Tensor) -> Tensor:
     return fabric.all_reduce(value.to(fabric.device), reduce_op="sum")  # type: ignore[return-value]
 
 
-def launch(devices: int) -> Fabric:
-    """Start the processes of a run: on GPUs if there are any, otherwise on the CPU.
+def launch(
+    devices: int = 1, num_nodes: int = 1, shard_base: bool = False, loggers: Sequence[Logger] = ()
+) -> tuple[Fabric, DeviceMesh | None]:
+    """Start the processes of a run, or join those that torchrun, `fabric run` or SLURM started.
+
+    Args:
+        devices: on each node: GPUs if there are any, otherwise processes on the CPU.
+        num_nodes: machines.
+        shard_base: the processes will hold a share of the base each, not a copy.
+        loggers: beside `metrics.csv`.
+
+    Returns:
+        The processes, and the mesh to shard the base over.
 
     Raises:
         ValueError: there are not as many devices.
     """
+    # Fabric's `setup_module` would apply `shard` too, but then initialise the weights at random before they are loaded.
+    world_size = devices * num_nodes
+    strategy = ModelParallelStrategy(shard, world_size, tensor_parallel_size=1) if shard_base else "auto"
     try:
-        fabric = Fabric(accelerator="auto", devices=devices)
-    except MisconfigurationException as error:
-        raise ValueError(f"--devices {devices}: {error}") from None
-    fabric.launch()
-    return fabric
+        fabric = Fabric(strategy=strategy, devices=devices, num_nodes=num_nodes, loggers=list(loggers))
+    except (MisconfigurationException, ValueError) as error:
+        raise ValueError(f"--devices {devices} --num_nodes {num_nodes}: {error}") from None
+    # Fabric takes processes that it did not start for runs of their own where it expects a single one.
+    started = world_size
+    if TorchElasticEnvironment.detect():
+        started = int(os.environ["WORLD_SIZE"])
+    elif SLURMEnvironment.detect():
+        started = int(os.environ["SLURM_NTASKS"])
+    if started != world_size:
+        raise ValueError(
+            f"{started} processes were started, --devices {devices} --num_nodes {num_nodes} make {world_size}: let "
+            "--devices be the processes on each node"
+        )
+    if os.environ.get("LT_CLI_USED") != "1":  # `fabric run` has launched already
+        fabric.launch()
+    return fabric, strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
+
+
+def make_loggers(names: Sequence[str], out_dir: Path, resume: bool) -> list[Logger]:
+    """Loggers of Fabric by name: "tensorboard", "wandb".
+
+    Args:
+        names: which.
+        out_dir: folder of the run; they write to folders in it.
+        resume: the run may go on from a state, so that what was logged after it is void.
+
+    Raises:
+        ValueError: no such logger.
+        ImportError: one is not installed.
+    """
+    loggers: list[Logger] = []
+    for name in names:
+        if name == "tensorboard":
+            require_extra("tensorboard", "tensorboard")
+            state = last_state(out_dir) if resume else None
+            purge: dict[str, Any] = {} if state is None else {"purge_step": int(state.stem.rpartition("-")[2]) + 1}
+            loggers.append(TensorBoardLogger(out_dir, name="tensorboard", version="", **purge))
+        elif name == "wandb":
+            require_extra("wandb", "wandb")
+            from lightning.pytorch.loggers import WandbLogger  # Fabric's loggers have the same face
+
+            loggers.append(WandbLogger(name=out_dir.name, save_dir=out_dir, project="aligner"))
+        else:
+            raise ValueError(f"--logger {name}: there are tensorboard and wandb, beside metrics.csv which is always on")
+    return loggers
+
+
+def _write_hyperparameters(path: Path, hyperparameters: dict[str, Any], fabric: Fabric) -> None:
+    """Write what `--config` reads, and as comments where the run took place."""
+    folder = Path(__file__).parent
+    git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or an installed copy
+        commit = "unknown"
+    device = torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else platform.processor()
+    notes = {
+        "repeat with": f"python {sys.argv[0]} --config {path.name} --out_dir ANOTHER",
+        "commit": commit,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "lightning", "tokenizers", "safetensors", "numpy")},
+        "device": f"{fabric.world_size} x {device or platform.machine()} ({fabric.device.type})",
+        "platform": platform.platform(),
+    }
+    lines = [f"# {name}: {value}\n" for name, value in notes.items()]
+    values = {name: _plain(value) for name, value in hyperparameters.items() if name != "resume"}
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(lines) + yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
 
 
 def check_hyperparameters(values: dict[str, Any]) -> None:
@@ -459,11 +591,16 @@ def check_hyperparameters(values: dict[str, Any]) -> None:
         for name, least in _LEAST.items()
         if values.get(name) is not None and not values[name] >= least
     ]
-    if not problems and values["batch_size"] % (values["micro_batch_size"] * values["devices"]):
-        problems.append(
-            f"--batch_size {values['batch_size']} is not a multiple of --micro_batch_size {values['micro_batch_size']}"
-            f" times --devices {values['devices']}"
-        )
+    if not problems:
+        at_once = values["micro_batch_size"] * values["devices"] * values["num_nodes"]
+        if values["batch_size"] % at_once:
+            problems.append(
+                f"--batch_size {values['batch_size']} is not a multiple of --micro_batch_size "
+                f"{values['micro_batch_size']} times --devices {values['devices']} times --num_nodes "
+                f"{values['num_nodes']}, {at_once}"
+            )
+        if values["quantize"] and values["shard_base"]:
+            problems.append("--quantize and --shard_base do not go together: a quantised 70B fits one GPU of 48 GB")
     if problems:
         raise ValueError("; ".join(problems))
 
@@ -482,6 +619,7 @@ _LEAST = {
     "save_interval": 1,
     "max_grad_norm": 0,
     "devices": 1,
+    "num_nodes": 1,
 }
 
 

@@ -1,7 +1,8 @@
-"""A training run in a process of its own, forked from a server that has imported everything and started no thread."""
+"""Processes of their own, forked from a server that has imported everything and started no thread."""
 
 import multiprocessing
 import os
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -13,17 +14,17 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["pytest", "transformers", "lit_llama.cli", "lit_llama.training"])
 
 
-def start(**options: Any) -> BaseProcess:
-    """Start `finetune/aligner.py` with these options."""
-    process = _context.Process(target=_run, kwargs=options, daemon=True)
+def start(target: Callable[..., None] = finetune, **options: Any) -> BaseProcess:
+    """Start `finetune/aligner.py`, or another function, with these options."""
+    process = _context.Process(target=_run, args=(target, options), daemon=True)
     process.start()
     return process
 
 
-def _run(**options: Any) -> None:
+def _run(target: Callable[..., None], options: dict[str, Any]) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     torch.set_num_threads(1)
     try:
-        finetune(**options)
+        target(**options)
     except KeyboardInterrupt:
         os._exit(130)
