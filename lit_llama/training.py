@@ -600,7 +600,7 @@ def check_hyperparameters(values: dict[str, Any]) -> None:
                 f"{values['num_nodes']}, {at_once}"
             )
         if values["quantize"] and values["shard_base"]:
-            problems.append("--quantize and --shard_base do not go together: a quantised 70B fits one GPU of 48 GB")
+            problems.append("--quantize and --shard_base do not go together: leave out one of them")
     if problems:
         raise ValueError("; ".join(problems))
 

@@ -22,7 +22,7 @@ from lit_llama.tokenizer import Tokenizer
 
 SCRIPTS = sorted(
     str(path.relative_to(ROOT))
-    for folder in ("evaluate", "finetune", "generate", "scripts")
+    for folder in ("benchmarks", "evaluate", "finetune", "generate", "scripts")
     for path in (ROOT / folder).glob("*.py")
 )
 
