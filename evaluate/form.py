@@ -141,15 +141,16 @@ def render(report: dict[str, Any], shown: int = 5) -> str:
         ("picture of the loss", str(aligner_path.with_name("loss.png"))),
     ]
     lines += [f"{name:32}{value}" for name, value in figures]
+    other = next(name for name in FORMS if name != report["form"])
     python = ".venv/bin/python" if Path(sys.prefix) == Path.cwd() / ".venv" else "python"
     lines += [
         "",
         "Try next:",
         f'  {python} generate/aligner.py --aligner_path {aligner_path} --prompt "Why is the sky blue?"',
         f'  {python} generate/base.py --prompt "Why is the sky blue?"',
-        f"  {python} scripts/prepare_examples.py --form json --output_dir data/json",
-        f"  {python} finetune/aligner.py --data_dir data/json --out_dir out/json",
-        f"  {python} evaluate/form.py --form json --aligner_path out/json/aligner.safetensors --out_dir out/json",
+        f"  {python} scripts/prepare_examples.py --form {other} --output_dir data/{other}",
+        f"  {python} finetune/aligner.py --data_dir data/{other} --out_dir out/{other}",
+        f"  {python} evaluate/form.py --form {other} --out_dir out/{other}",
     ]
     return "\n".join(lines) + "\n"
 

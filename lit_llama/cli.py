@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jsonargparse
 import torch
@@ -45,6 +45,7 @@ def run(main: Callable[..., Any]) -> None:
             as_positional=False,
             description=inspect.getdoc(sys.modules[main.__module__]),
             formatter_class=_HelpFormatter,
+            parser_class=_Parser,
         )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -55,6 +56,14 @@ def run(main: Callable[..., Any]) -> None:
     except (ValueError, OSError, ArithmeticError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    """Says in one line what is wrong with an option, without the usage of all of them."""
+
+    def error(self, message: str, *_: Any, **__: Any) -> NoReturn:
+        print(f"error: {' '.join(message.split())} (--help lists the options)", file=sys.stderr)
+        sys.exit(2)
 
 
 class _HelpFormatter(jsonargparse.DefaultHelpFormatter):

@@ -6,6 +6,7 @@ Weights are dequantised with the `gguf` library (https://github.com/ggml-org/ggm
 tokenizer is rebuilt from the vocabulary in the file.
 """
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,7 @@ def main(gguf_path: Path, output_dir: Path, dtype: DType = "float32", pre_tokeni
     with atomic_folder(output_dir) as folder:
         write_tokenizer(fields, folder)
         write_base(folder, config, tensors, NAMES, source, getattr(torch, dtype))
+    print(f"base model: {output_dir}", file=sys.stderr)
 
 
 class GGUFTensors(Mapping[str, torch.Tensor]):

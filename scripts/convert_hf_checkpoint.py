@@ -5,6 +5,7 @@
 Reads `LlamaForCausalLM` of any size, and Mistral without a sliding window; safetensors or `.bin`, single or sharded.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def main(checkpoint_dir: Path, output_dir: Path, dtype: DType | None = None) -> 
     with atomic_folder(output_dir) as folder:
         copy_tokenizer(checkpoint_dir, folder)
         write_base(folder, config, tensors, NAMES, source, dtype and getattr(torch, dtype), halved_rotary=True)
+    print(f"base model: {output_dir}", file=sys.stderr)
 
 
 def config_from_hf(fields: dict[str, Any], name: str) -> LLaMAConfig:

@@ -7,6 +7,7 @@ itself or the one above. The files are one model's slices for that many GPUs; th
 """
 
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def main(checkpoint_dir: Path, output_dir: Path, dtype: DType | None = None, blo
         copy_tokenizer(checkpoint_dir if beside else checkpoint_dir.parent, folder)
         source = {"format": "meta", "from": checkpoint_dir.name}
         write_base(folder, config, tensors, NAMES, source, dtype and getattr(torch, dtype))
+    print(f"base model: {output_dir}", file=sys.stderr)
 
 
 class MergedTensors(Mapping[str, torch.Tensor]):

