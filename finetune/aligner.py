@@ -7,6 +7,7 @@ Needs a base model converted by one of scripts/convert_*_checkpoint.py and data 
 """
 
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -16,19 +17,12 @@ from lit_llama.checkpoint import PRECISIONS, Precision, load_base, parameter_sha
 from lit_llama.cli import run
 from lit_llama.data import TokenDataset
 from lit_llama.generation import generate
+from lit_llama.launch import launch, make_loggers
 from lit_llama.losses import supervised_loss
 from lit_llama.prompts import prompt_style
 from lit_llama.quantization import Quantize
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.training import (
-    Decay,
-    check_hyperparameters,
-    fit,
-    launch,
-    make_loggers,
-    schedule,
-    total_steps,
-)
+from lit_llama.training import Decay, check_hyperparameters, fit, schedule, total_steps
 
 
 def main(
@@ -131,7 +125,8 @@ def main(
 
     def show_answers() -> str:
         prompts = [validation.prompt(i) for i in range(min(2, len(validation)))]
-        answers = generate(model, prompts, 32, prefix=aligner, stop_ids=style.stop_ids)
+        rows = generate(model, prompts, 32, prefix=aligner)  # without an end, as sharded bases compute in step
+        answers = [list(takewhile(lambda id: id not in style.stop_ids, row)) for row in rows]
         pairs = zip(map(tokenizer.decode, prompts), map(tokenizer.decode, answers), strict=True)
         return "\n".join(f"    ...{prompt[-60:]!r} -> {answer!r}" for prompt, answer in pairs)
 
@@ -146,7 +141,12 @@ def main(
         show=show_answers,
         out_dir=out_dir,
         hyperparameters=hyperparameters,
-        fingerprints={"base": model.fingerprint, "training data": train.sha256, "validation data": validation.sha256},
+        fingerprints={
+            "base": model.fingerprint,
+            "precision": str(model.dtype),
+            "training data": train.sha256,
+            "validation data": validation.sha256,
+        },
         resume=resume,
         max_steps=max_steps,
         batch_size=batch_size,

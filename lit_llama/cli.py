@@ -1,6 +1,6 @@
 """What the scripts share around the library: options, prompts in, text out, one line for an error.
 
-Scripts do not import each other, so this stands in the package; nothing else in it parses options or prints.
+Scripts do not import each other, so this stands in the package. It alone parses options.
 Generated text goes to stdout, everything else to stderr.
 """
 

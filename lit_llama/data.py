@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_llama.files import atomic_folder, read_json, write_json
-from lit_llama.prompts import Message, PromptStyle
+from lit_llama.prompts import Message, PromptStyle, prompt_style
 from lit_llama.tokenizer import Tokenizer
 
 FORMAT_VERSION = 2
@@ -45,6 +45,7 @@ class Example(NamedTuple):
 
 
 Kind = Literal["supervised", "pairs"]
+_PER_ITEM = {"supervised": 1, "pairs": 2}
 ScoredTurns = Literal["all", "last"]
 Conversation = Sequence[Message]
 Item = Sequence[Conversation]  # what is learned together: one conversation, or the chosen and the rejected one
@@ -124,9 +125,8 @@ def write_dataset(
     Raises:
         ValueError: no example of a split is left, the folder exists, or the window is too small.
     """
-    if max_seq_length < 2:
-        raise ValueError(f"--max_seq_length is {max_seq_length}, it must be at least 2")
-    items = iter(items)
+    check_window(max_seq_length)
+    items, per_item = iter(items), _PER_ITEM[kind]
     with atomic_folder(folder) as temporary, contextlib.ExitStack() as stack:
         writers = {
             split: stack.enter_context(_SplitWriter(temporary, split, tokenizer, max_seq_length, too_long))
@@ -137,6 +137,7 @@ def write_dataset(
             conversations = [conversation for _, item in chunk for conversation in item]
             examples = iter(tokenize(tokenizer, style, conversations, scored_turns))
             for split, item in chunk:
+                assert len(item) == per_item, f"an item of {len(item)} conversations in a data set of {kind}"
                 writers[split].write([next(examples) for _ in item])
             progress.update(len(chunk))
         summaries = {split: writer.finish() for split, writer in writers.items()}
@@ -152,6 +153,7 @@ def write_dataset(
             "tokenizer": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "prompt_style": style.name,
+            "prompt_fingerprint": style.fingerprint,
             "scored_turns": scored_turns,
             "max_seq_length": max_seq_length,
             "source": source,
@@ -168,6 +170,16 @@ def write_dataset(
         }
         write_json(temporary / DATASET_FILE, header)
     return summaries
+
+
+def check_window(max_seq_length: int) -> None:
+    """Refuse a window that has no place for a prompt and a response.
+
+    Raises:
+        ValueError: it is too small.
+    """
+    if max_seq_length < 2:
+        raise ValueError(f"--max_seq_length is {max_seq_length}, it must be at least 2")
 
 
 class _SplitWriter:
@@ -290,8 +302,18 @@ class TokenDataset:
         self.header: dict[str, Any] = read_json(file)
         if not isinstance(self.header, dict) or self.header.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"{file} is not a data set of format version {FORMAT_VERSION}: prepare it again")
+        needed = {"kind", "tokenizer", "vocab_size", "prompt_style", "prompt_fingerprint", "splits"}
+        missing = needed - self.header.keys()
+        if missing or self.header["kind"] not in _KINDS:
+            raise ValueError(f"{file} is damaged: it lacks {', '.join(sorted(missing)) or 'a known kind'}")
         if self.header["tokenizer"] != tokenizer.fingerprint:
             raise ValueError(f"{folder} was prepared with another tokenizer than the base model's: prepare it again")
+        style = prompt_style(self.header["prompt_style"], tokenizer)
+        if self.header["prompt_fingerprint"] != style.fingerprint:
+            raise ValueError(
+                f"{folder} was prepared with another {style.name} template or another token at the end of turns than "
+                "the base model's: prepare it again"
+            )
         if self.header["kind"] != kind:
             raise ValueError(
                 f"{folder} holds {_KINDS[self.header['kind']]}, expected {_KINDS[kind]}: prepare the data with "
@@ -308,7 +330,7 @@ class TokenDataset:
         self._ids = self._map(folder / f"{split}.ids.bin", _id_dtype(self.header["vocab_size"]), sizes["tokens"])
         self._scored = self._map(folder / f"{split}.scored.bin", "u1", sizes["tokens"])
         self._offsets = self._map(folder / f"{split}.offsets.bin", "<i8", sizes["examples"] + 1)
-        self._per_item = 2 if kind == "pairs" else 1
+        self._per_item = _PER_ITEM[kind]
         self.lengths = np.diff(self._offsets[:: self._per_item])
         self.sha256: str = sizes["sha256"]
 

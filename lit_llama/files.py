@@ -57,8 +57,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         ValueError: `path` exists and is not empty.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists: remove it or choose another folder to write to")
+    check_new_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -72,6 +71,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         _flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new_folder(path: Path) -> None:
+    """Make sure that a folder can be written without losing anything.
+
+    Raises:
+        ValueError: `path` exists and is not empty.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists: remove it or choose another folder to write to")
 
 
 def _flush(path: Path, mode: int | None = None) -> None:
@@ -191,6 +200,6 @@ def _array_entries(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
     try:
         for number, value in enumerate(ijson.items(file, "item", use_float=True), start=1):
             yield f"{path}, example {number}", value
-    except (ijson.JSONError, UnicodeDecodeError):
+    except (ijson.JSONError, UnicodeDecodeError) as error:
         read_json(path)  # names the line
-        raise
+        raise ValueError(f"{path}: not JSON ({str(error).splitlines()[0]})") from None

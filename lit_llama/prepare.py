@@ -11,8 +11,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from lit_llama.data import Item, Kind, ScoredTurns, SplitSummary, TooLong, write_dataset
-from lit_llama.files import read_records, require_extra
+from lit_llama.data import Item, Kind, ScoredTurns, SplitSummary, TooLong, check_window, write_dataset
+from lit_llama.files import check_new_folder, read_records, require_extra
 from lit_llama.prompts import Message, Role
 from lit_llama.prompts import prompt_style as get_prompt_style
 from lit_llama.tokenizer import Tokenizer
@@ -24,14 +24,14 @@ class LeftOutError(Exception):
 
 def prepare(
     read: Callable[[dict[str, Any]], Item],
+    kind: Kind,
+    scored_turns: ScoredTurns,
     hub_files: tuple[str, Sequence[str]],
     data_path: Path | None,
     *,
     output_dir: Path,
     prompt_style: str,
     validation_share: float,
-    kind: Kind = "supervised",
-    scored_turns: ScoredTurns = "last",
     checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
     max_seq_length: int = 512,
     too_long: TooLong = "truncate",
@@ -44,13 +44,13 @@ def prepare(
     Args:
         read: one record to its item: a conversation, or the chosen and the rejected one; raises `LeftOutError` for a
             record that is not wanted and `ValueError` for one that is malformed.
+        kind: what `read` returns.
+        scored_turns: of a conversation's responses, "all" are scored or the "last".
         hub_files: dataset and files on the Hugging Face hub, fetched if there is no `data_path`.
         data_path: JSON or JSON Lines, perhaps gzipped, or a folder of such files.
         output_dir: the folder to write.
         prompt_style: by name.
         validation_share: share of the items drawn for validation.
-        kind: what `read` returns.
-        scored_turns: of a conversation's responses, "all" are scored or the "last".
         checkpoint_dir: folder of the base model, for its tokenizer.
         max_seq_length: window in tokens.
         too_long: "truncate" longer examples at the window's end or "skip" them; either way they are counted.
@@ -63,6 +63,10 @@ def prepare(
     """
     if not 0 < validation_share < 1:
         raise ValueError(f"--validation_share is {validation_share}, it must lie between 0 and 1")
+    if seed < 0:
+        raise ValueError(f"--seed is {seed}, it must be at least 0")
+    check_window(max_seq_length)
+    check_new_folder(output_dir)
     tokenizer = Tokenizer(checkpoint_dir)
     style = get_prompt_style(prompt_style, tokenizer)
     paths = [data_path] if data_path else fetch_dataset(*hub_files)
@@ -79,6 +83,8 @@ def prepare(
                         raise LeftOutError("without a response")
                     if not any(message.content.strip() for message in item[0][:-1]):
                         raise LeftOutError("without a prompt")
+                    if any(not _is_text(part) for turns in item for message in turns for part in message):
+                        raise LeftOutError("with a lone surrogate, which stands for no character")
                     if check_style:
                         for conversation in item:
                             style.segments(conversation)
@@ -97,8 +103,9 @@ def prepare(
             f"{source} has {count} usable examples, expected at least 2, one of them for validation"
             + (f" (left out: {left_out})" if left_out else "")
         )
+    validation_count = min(max(1, round(validation_share * count)), count - 1)
     drawn = np.zeros(count, dtype=bool)
-    drawn[np.random.default_rng(seed).permutation(count)[: max(1, round(validation_share * count))]] = True
+    drawn[np.random.default_rng(seed).permutation(count)[:validation_count]] = True
     summaries = write_dataset(
         output_dir,
         (("validation" if held_out else "train", item) for held_out, item in zip(drawn, items(), strict=True)),
@@ -116,6 +123,14 @@ def prepare(
     if different < count:
         print(f"{count - different} of {count} examples repeat another one word for word", file=sys.stderr)
     report(output_dir, summaries, "pairs" if kind == "pairs" else "examples")
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def report(folder: Path, summaries: dict[str, SplitSummary], items: str = "examples") -> None:
@@ -170,7 +185,7 @@ def instruction_columns(
 
 def preference(prompt: Sequence[Message], chosen: str, rejected: str, kind: Kind) -> Item:
     """The item of a preference: the pair, or for supervised tuning the chosen answer alone."""
-    if chosen.strip() == rejected.strip():
+    if kind == "pairs" and chosen.strip() == rejected.strip():
         raise LeftOutError("chosen and rejected are the same")
     item = [[*prompt, Message("assistant", answer)] for answer in (chosen, rejected)]
     return item if kind == "pairs" else item[:1]
@@ -195,6 +210,8 @@ _ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
 }
 
 

@@ -1,6 +1,7 @@
 """Prompt styles by name: how a conversation becomes text, where a turn ends, and how an answer is cut back out."""
 
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -66,6 +67,12 @@ class PromptStyle:
     tail: str = ""
     strips: bool = False
     markers: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that tokenised data depend on, beside the tokenizer."""
+        parts = self.prompt("instruction", "input"), self.lead, self.tail, self.end, self.end_id, self.bos
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def prompt(self, instruction: str, input: str = "") -> str:
         """The text that the assistant continues, for one instruction."""

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,21 +19,13 @@ import numpy as np
 import torch
 import yaml
 from lightning.fabric import Fabric
-from lightning.fabric.loggers.logger import Logger
-from lightning.fabric.loggers.tensorboard import TensorBoardLogger
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Module
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 from lit_llama.data import Batch, TokenDataset, by_length, step_batches, steps_per_epoch
 from lit_llama.files import atomic_file, require_extra
-from lit_llama.sharding import shard
 
 Decay = Literal["none", "linear"]
 METRICS = ["step", "train_loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second", "seconds"]
@@ -47,6 +39,7 @@ MAY_CHANGE = {  # on resuming; everything else changes the result
     "save_interval",
     "resume",
     "logger",
+    "precision",  # what it stands for must not change
     "devices",
     "num_nodes",
     "shard_base",
@@ -134,12 +127,14 @@ def fit(
     identity = {f"--{name}": value for name, value in hyperparameters.items() if name not in MAY_CHANGE} | fingerprints
     parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     progress = Progress()
+    out_dir.mkdir(parents=True, exist_ok=True)
     state_file = last_state(out_dir) if resume else None
     if state_file is not None:
         progress = _load_state(state_file, adapter, optimizer, identity)
-    elif main_process:
-        _set_aside(out_dir)
+    _check_same_step(fabric, progress.step, out_dir)
     if main_process:
+        if state_file is None:
+            _set_aside(out_dir)
         _write_hyperparameters(out_dir / "hyperparameters.yaml", hyperparameters, fabric)
     for logger in fabric.loggers:
         logger.log_hyperparams({name: _plain(value) for name, value in hyperparameters.items()})
@@ -147,8 +142,8 @@ def fit(
     last_saved = time.monotonic()
 
     if pack and main_process:
-        epoch = range(steps_per_epoch(len(train), batch_size))
-        plan = (micro for step in epoch for micro in step_batches(train, step, batch_size, micro_batch_size, seed))
+        steps = range(min(50, steps_per_epoch(len(train), batch_size)))  # enough to tell
+        plan = (micro for step in steps for micro in step_batches(train, step, batch_size, micro_batch_size, seed))
         print(f"packed; padding would be {train.padding(plan):.1%} of all positions", file=sys.stderr)
 
     with (
@@ -187,6 +182,9 @@ def fit(
             done = _step(fabric, parameters, optimizer, loss, batches, max_grad_norm, stop.requested)
             progress.step += 1
             progress.count_skipped(done, out_dir)
+            if done.skipped and main_process:
+                message = f"step {progress.step} skipped: loss or gradient is not finite ({progress.skipped} so far)"
+                bar.write(message, file=sys.stderr)
             tokens_per_second = train.lengths[np.concatenate(chosen)].sum() / (time.perf_counter() - step_started)
             bar.update()
             bar.set_postfix(loss=f"{done.loss:.3f}", tokens_per_s=f"{tokens_per_second:.0f}")
@@ -211,6 +209,7 @@ def fit(
                 if done.stop and not finished:
                     bar.write(f"stopped; {saved} is saved: continue with --resume true", file=sys.stderr)
             if done.stop and not finished:
+                fabric.barrier()  # a process that ends early may take the one that saves with it
                 raise KeyboardInterrupt
     return FitResult(progress.best_step, progress.best_loss, progress.base_loss, progress.seconds)
 
@@ -441,13 +440,12 @@ def _load_state(path: Path, adapter: Module, optimizer: Optimizer, identity: dic
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["random"])
     if state["cuda_random"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda_random"])
+        torch.cuda.set_rng_state_all(state["cuda_random"][: torch.cuda.device_count()])
     return Progress(**state["progress"])
 
 
 def _set_aside(out_dir: Path) -> None:
     """Move the files of an earlier run to `out_dir/previous-N`, lest they be taken for this one's."""
-    out_dir.mkdir(parents=True, exist_ok=True)
     earlier = [
         path
         for path in out_dir.iterdir()
@@ -475,79 +473,26 @@ def evaluate(
     return loss_sum / scored
 
 
+def _check_same_step(fabric: Fabric, step: int, out_dir: Path) -> None:
+    """Make sure that all processes begin at the same step.
+
+    Raises:
+        ValueError: they do not, as some do not see the states.
+    """
+    if fabric.world_size > 1:
+        bounds = torch.tensor([step, -step], device=fabric.device)
+        largest, negative_smallest = fabric.all_reduce(bounds, reduce_op="max").tolist()  # type: ignore[union-attr]
+        if largest != -negative_smallest:
+            raise ValueError(
+                f"processes found states of step {-negative_smallest} and {largest} in {out_dir}: "
+                "it must be a folder that all of them see"
+            )
+
+
 def _sum_over_devices(fabric: Fabric, value: Tensor) -> Tensor:
     if fabric.world_size == 1:
         return value
     return fabric.all_reduce(value.to(fabric.device), reduce_op="sum")  # type: ignore[return-value]
-
-
-def launch(
-    devices: int = 1, num_nodes: int = 1, shard_base: bool = False, loggers: Sequence[Logger] = ()
-) -> tuple[Fabric, DeviceMesh | None]:
-    """Start the processes of a run, or join those that torchrun, `fabric run` or SLURM started.
-
-    Args:
-        devices: on each node: GPUs if there are any, otherwise processes on the CPU.
-        num_nodes: machines.
-        shard_base: the processes will hold a share of the base each, not a copy.
-        loggers: beside `metrics.csv`.
-
-    Returns:
-        The processes, and the mesh to shard the base over.
-
-    Raises:
-        ValueError: there are not as many devices.
-    """
-    # Fabric's `setup_module` would apply `shard` too, but then initialise the weights at random before they are loaded.
-    world_size = devices * num_nodes
-    strategy = ModelParallelStrategy(shard, world_size, tensor_parallel_size=1) if shard_base else "auto"
-    try:
-        fabric = Fabric(strategy=strategy, devices=devices, num_nodes=num_nodes, loggers=list(loggers))
-    except (MisconfigurationException, ValueError) as error:
-        raise ValueError(f"--devices {devices} --num_nodes {num_nodes}: {error}") from None
-    # Fabric takes processes that it did not start for runs of their own where it expects a single one.
-    started = world_size
-    if TorchElasticEnvironment.detect():
-        started = int(os.environ["WORLD_SIZE"])
-    elif SLURMEnvironment.detect():
-        started = int(os.environ["SLURM_NTASKS"])
-    if started != world_size:
-        raise ValueError(
-            f"{started} processes were started, --devices {devices} --num_nodes {num_nodes} make {world_size}: let "
-            "--devices be the processes on each node"
-        )
-    if os.environ.get("LT_CLI_USED") != "1":  # `fabric run` has launched already
-        fabric.launch()
-    return fabric, strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
-
-
-def make_loggers(names: Sequence[str], out_dir: Path, resume: bool) -> list[Logger]:
-    """Loggers of Fabric by name: "tensorboard", "wandb".
-
-    Args:
-        names: which.
-        out_dir: folder of the run; they write to folders in it.
-        resume: the run may go on from a state, so that what was logged after it is void.
-
-    Raises:
-        ValueError: no such logger.
-        ImportError: one is not installed.
-    """
-    loggers: list[Logger] = []
-    for name in names:
-        if name == "tensorboard":
-            require_extra("tensorboard", "tensorboard")
-            state = last_state(out_dir) if resume else None
-            purge: dict[str, Any] = {} if state is None else {"purge_step": int(state.stem.rpartition("-")[2]) + 1}
-            loggers.append(TensorBoardLogger(out_dir, name="tensorboard", version="", **purge))
-        elif name == "wandb":
-            require_extra("wandb", "wandb")
-            from lightning.pytorch.loggers import WandbLogger  # Fabric's loggers have the same face
-
-            loggers.append(WandbLogger(name=out_dir.name, save_dir=out_dir, project="aligner"))
-        else:
-            raise ValueError(f"--logger {name}: there are tensorboard and wandb, beside metrics.csv which is always on")
-    return loggers
 
 
 def _write_hyperparameters(path: Path, hyperparameters: dict[str, Any], fabric: Fabric) -> None:
@@ -560,7 +505,7 @@ def _write_hyperparameters(path: Path, hyperparameters: dict[str, Any], fabric: 
         commit = "unknown"
     device = torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else platform.processor()
     notes = {
-        "repeat with": f"python {sys.argv[0]} --config {path.name} --out_dir ANOTHER",
+        "repeat with": f"python {sys.argv[0]} --config {path} --out_dir ANOTHER",
         "commit": commit,
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "lightning", "tokenizers", "safetensors", "numpy")},
@@ -591,6 +536,8 @@ def check_hyperparameters(values: dict[str, Any]) -> None:
         for name, least in _LEAST.items()
         if values.get(name) is not None and not values[name] >= least
     ]
+    if values["max_grad_norm"] == 0:
+        problems.append("--max_grad_norm is 0, it must be larger, or left out")
     if not problems:
         at_once = values["micro_batch_size"] * values["devices"] * values["num_nodes"]
         if values["batch_size"] % at_once:
@@ -609,6 +556,7 @@ _LEAST = {
     "seed": 0,
     "learning_rate": 0,
     "weight_decay": 0,
+    "aligner_init_std": 0,
     "warmup_steps": 0,
     "batch_size": 1,
     "micro_batch_size": 1,

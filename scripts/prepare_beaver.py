@@ -46,10 +46,11 @@ def main(
     """
     prepare(
         functools.partial(read, kind=kind, chosen_by=chosen_by),
+        kind,
+        "last",
         HUB_FILES,
         data_path,
         output_dir=output_dir,
-        kind=kind,
         prompt_style=prompt_style,
         validation_share=validation_share,
         **options,
@@ -67,7 +68,7 @@ def read(row: dict[str, Any], kind: Kind, chosen_by: str) -> Item:
     if not any(safe):
         raise LeftOutError("without a safe answer")
     answers = [text(row, f"response_{i}") for i in (0, 1)]
-    chosen = row[column]
+    chosen = int(row[column])
     return preference([Message("user", text(row, "prompt"))], answers[chosen], answers[1 - chosen], kind)
 
 

@@ -38,25 +38,28 @@ def main(
     """
     prepare(
         read,
+        "supervised",
+        scored_turns,
         HUB_FILES,
         data_path,
         output_dir=output_dir,
         prompt_style=prompt_style,
         validation_share=validation_share,
-        scored_turns=scored_turns,
         **options,
     )
 
 
 def read(row: dict[str, Any]) -> Item:
-    """The conversation up to the assistant's last turn."""
+    """The conversation from the user's first turn to the assistant's last."""
     if "messages" not in row and "conversations" not in row:
         raise ValueError(f"expected a list under 'messages' or 'conversations', found {sorted(row)}")
     turns = messages(row.get("messages", row.get("conversations")))
+    first = next((i for i, turn in enumerate(turns) if turn.role == "user"), len(turns))
+    turns = [turn for turn in turns[:first] if turn.role == "system"] + turns[first:]
     while turns and turns[-1].role != "assistant":
         turns.pop()
     if not turns:
-        raise LeftOutError("without a turn of the assistant")
+        raise LeftOutError("without an answer of the assistant to a user")
     return [turns]
 
 

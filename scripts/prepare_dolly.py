@@ -36,6 +36,8 @@ def main(
     """
     prepare(
         READ,
+        "supervised",
+        "last",
         HUB_FILES,
         data_path,
         output_dir=output_dir,

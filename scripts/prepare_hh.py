@@ -42,10 +42,11 @@ def main(
     """
     prepare(
         functools.partial(read, kind=kind),
+        kind,
+        "last",
         HUB_FILES,
         data_path,
         output_dir=output_dir,
-        kind=kind,
         prompt_style=prompt_style,
         validation_share=validation_share,
         **options,
@@ -55,7 +56,7 @@ def main(
 def read(row: dict[str, Any], kind: Kind) -> Item:
     """The dialogue with its chosen and its rejected end."""
     chosen, rejected = dialogue(text(row, "chosen")), dialogue(text(row, "rejected"))
-    if chosen[:-1] != rejected[:-1]:
+    if kind == "pairs" and chosen[:-1] != rejected[:-1]:
         raise LeftOutError("chosen and rejected answer different prompts")
     return preference(chosen[:-1], chosen[-1].content, rejected[-1].content, kind)
 

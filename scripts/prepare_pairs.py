@@ -7,7 +7,8 @@ Objects with "chosen", "rejected" and
 
 - "prompt", "question" or "instruction" (perhaps with "input" and "system"), each a text, or
 - "conversations", ShareGPT's preference layout of `from` and `value`, or "prompt" as a list of messages, or
-- neither, where chosen and rejected are whole conversations that differ in the last turn.
+- neither, where chosen and rejected are whole conversations that differ in the last turn; these may also stand beside
+  the prompt that they repeat.
 
 Without a file, Intel's Orca pairs are fetched.
 """
@@ -46,10 +47,11 @@ def main(
     """
     prepare(
         functools.partial(read, kind=kind),
+        kind,
+        "last",
         HUB_FILES,
         data_path,
         output_dir=output_dir,
-        kind=kind,
         prompt_style=prompt_style,
         validation_share=validation_share,
         **options,
@@ -58,22 +60,25 @@ def main(
 
 def read(row: dict[str, Any], kind: Kind) -> Item:
     """The prompt with its chosen and its rejected answer."""
-    for column in ("chosen", "rejected"):
-        if not row.get(column):
-            raise ValueError(
-                f"expected a text or messages under {column!r}, found {row.get(column)!r} in {sorted(row)}"
-            )
-    chosen, rejected = (messages(row[column], "assistant") for column in ("chosen", "rejected"))
+    chosen, rejected = (answers(row, column) for column in ("chosen", "rejected"))
     prompt = prompt_messages(row)
-    if not prompt:
-        prompt = chosen[:-1]
-        if prompt != rejected[:-1]:
+    if len(chosen) > 1 or len(rejected) > 1:  # whole conversations, which may repeat the prompt
+        if kind == "pairs" and chosen[:-1] != rejected[:-1]:
             raise LeftOutError("chosen and rejected answer different prompts")
-    elif len(chosen) > 1 or len(rejected) > 1:
-        raise ValueError("expected one answer each under 'chosen' and 'rejected' beside a prompt, found several turns")
-    if (chosen[-1].role, rejected[-1].role) != ("assistant", "assistant"):
-        raise ValueError(f"expected the assistant's answers, found {chosen[-1].role} and {rejected[-1].role}")
+        if prompt and prompt[-1].content != chosen[-2].content:
+            raise ValueError("expected one answer each under 'chosen' and 'rejected', or the prompt and an answer")
+        prompt = chosen[:-1]
     return preference(prompt, chosen[-1].content, rejected[-1].content, kind)
+
+
+def answers(row: dict[str, Any], column: str) -> list[Message]:
+    """An answer, or a conversation that ends in one."""
+    turns = messages(row[column], "assistant") if row.get(column) else []
+    if not turns:
+        raise ValueError(f"expected a text or messages under {column!r}, found {row.get(column)!r} in {sorted(row)}")
+    if turns[-1].role != "assistant":
+        raise ValueError(f"expected the assistant's answer at the end of {column!r}, found the {turns[-1].role}'s turn")
+    return turns
 
 
 def prompt_messages(row: dict[str, Any]) -> list[Message]:

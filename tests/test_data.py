@@ -195,7 +195,8 @@ def test_split_is_seeded(tmp_path, base_dir, tokenizer):
     assert validation("one", 1) == validation("same", 1) != validation("other", 2)
 
 
-QUESTION, ANSWER, WORSE = "1 + 2?", "3", "4"
+QUESTION, ANSWER, WORSE = "1 + 2?", "three", "four"
+OTHERS = {"1 + 2?": "5 + 6?", "1 2": "5 6", "three": "eleven", "four": "nine"}
 SHAREGPT = [{"from": "human", "value": QUESTION}]
 HH = "\n\nHuman: {}\n\nAssistant: {}"
 SAFETY = {"is_response_0_safe": False, "is_response_1_safe": True, "safer_response_id": 1, "better_response_id": 0}
@@ -228,6 +229,17 @@ LAYOUTS = {  # name: script, record, prompt style; the first three have an input
         },
         "chat",
     ),
+    "repeated-prompt": (
+        "pairs",
+        {
+            "prompt": QUESTION,
+            **{
+                name: [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": answer}]
+                for name, answer in (("chosen", ANSWER), ("rejected", WORSE))
+            },
+        },
+        "chat",
+    ),
     "implicit-prompt": (
         "pairs",
         {
@@ -256,17 +268,28 @@ def scored_text(tokenizer, example):
 def test_layouts(tmp_path, base_dir, tokenizer, layout):
     """Each layout comes out as prompt and responses."""
     script, row, style_name = LAYOUTS[layout]
-    folder = prepare(script, [row, row], tmp_path, base_dir)
+    text = json.dumps(row)
+    for old, new in OTHERS.items():
+        text = text.replace(old, new)
+    folder = prepare(script, [row, row, json.loads(text)], tmp_path, base_dir, validation_share=0.01)
     kind = "pairs" if script in WITH_PAIRS else "supervised"
-    dataset = TokenDataset(folder, "train", tokenizer, kind=kind)
-    assert (dataset.header["prompt_style"], len(dataset)) == (style_name, 1)
     style = prompt_style(style_name, tokenizer)
-    prompt = style.prompt("Add.", "1 2") if "instruction" in row else style.prompt(QUESTION)
-    assert tokenizer.decode(dataset.prompt(0), skip_special_tokens=False) == prompt
-    answers = [ANSWER, WORSE] if kind == "pairs" else [ANSWER]
-    assert [scored_text(tokenizer, example).strip() for example in dataset[0]] == answers
-    assert dataset.lengths[0] == sum(len(example.ids) for example in dataset[0])
-    assert all(example.ids[-1] == style.end_id and example.scored[-1] for example in dataset[0])
+
+    def found(split):
+        dataset = TokenDataset(folder, split, tokenizer, kind=kind)
+        assert dataset.header["prompt_style"] == style_name
+        for i in range(len(dataset)):
+            assert dataset.lengths[i] == sum(len(example.ids) for example in dataset[i])
+            assert all(example.ids[-1] == style.end_id and example.scored[-1] for example in dataset[i])
+            prompt = tokenizer.decode(dataset.prompt(i), skip_special_tokens=False)
+            yield prompt, [scored_text(tokenizer, example).strip() for example in dataset[i]]
+
+    first = style.prompt("Add.", "1 2") if "instruction" in row else style.prompt(QUESTION)
+    second = style.prompt("Add.", "5 6") if "instruction" in row else style.prompt("5 + 6?")
+    items = [(first, [ANSWER, WORSE])] * 2 + [(second, ["eleven", "nine"])]
+    expected = [(prompt, answers if kind == "pairs" else answers[:1]) for prompt, answers in items]
+    assert sorted([*found("train"), *found("validation")]) == sorted(expected)
+    assert len(list(found("validation"))) == 1
 
 
 @pytest.mark.parametrize("layout", ["hh", "beaver", "sharegpt-pairs"])
@@ -342,7 +365,9 @@ def test_a_pair_is_cut_or_left_out_whole(command, tmp_path, base_dir):
         ),
         ("hh", {"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a"}, "the last turn is not the assistant's"),
         ("pairs", {"prompt": "a", "chosen": "b", "rejected": " b"}, "chosen and rejected are the same"),
-        ("chat", {"messages": [{"role": "user", "content": "a"}]}, "without a turn of the assistant"),
+        ("chat", {"messages": [{"role": "user", "content": "a"}]}, "without an answer of the assistant"),
+        ("chat", {"messages": [{"role": "assistant", "content": "a"}]}, "without an answer of the assistant to a user"),
+        ("alpaca", {"instruction": "a \ud83d", "output": "b"}, "with a lone surrogate"),
         (
             "beaver",
             {"prompt": "a", "response_0": "b", "response_1": "c", **SAFETY, "is_response_1_safe": False},
@@ -376,7 +401,17 @@ def test_what_is_left_out_is_counted(command, tmp_path, base_dir, script, row, m
         ("beaver", {"prompt": "a", "safer_response_id": 1}, "expected true or false under 'is_response_0_safe'"),
         ("pairs", {"prompt": "a", "chosen": "b"}, "expected a text or messages under 'rejected', found None"),
         ("pairs", {"chosen": "b", "rejected": "c"}, "has 0 usable examples, expected at least 2"),
-        ("pairs", {"prompt": "a", "chosen": SHAREGPT, "rejected": "c"}, "expected the assistant's answers, found user"),
+        (
+            "pairs",
+            {"prompt": "a", "chosen": SHAREGPT, "rejected": "c"},
+            "at the end of 'chosen', found the user's turn",
+        ),
+        ("pairs", {"prompt": "a", "chosen": [[]], "rejected": "c"}, "expected a text or messages under 'chosen'"),
+        (
+            "pairs",
+            {name: [*SHAREGPT, {"from": "gpt", "value": name}] for name in ("chosen", "rejected")} | {"prompt": "a"},
+            "expected one answer each under 'chosen' and 'rejected', or the prompt and an answer",
+        ),
     ],
 )
 def test_malformed_records_are_refused(command, tmp_path, base_dir, script, row, message):
@@ -410,6 +445,58 @@ def test_gzipped_files_in_a_folder(tmp_path, base_dir, tokenizer):
     paths = {"output_dir": tmp_path / "data", "checkpoint_dir": base_dir}
     load_script("scripts/prepare_alpaca.py").main(tmp_path / "raw", validation_share=0.25, **paths)
     assert len(TokenDataset(tmp_path / "data", "train", tokenizer)) == 3
+
+
+def test_conversation_that_the_assistant_opens(tmp_path, base_dir, tokenizer):
+    """What it says before the user answers nothing and is left away."""
+    rows = [{"conversations": [{"from": "bing", "value": "Hello!"}, *SHAREGPT, {"from": "gpt", "value": ANSWER}]}] * 2
+    dataset = TokenDataset(prepare("chat", rows, tmp_path, base_dir), "train", tokenizer)
+    style = prompt_style("chat", tokenizer)
+    assert dataset.prompt(0) == tokenizer.encode(style.prompt(QUESTION))
+    assert scored_text(tokenizer, dataset[0][0]) == ANSWER
+
+
+def test_another_template_is_refused(tmp_path, base_dir, tokenizer):
+    folder = prepare("chat", [LAYOUTS["openai"][1]] * 2, tmp_path, base_dir)
+    other = Tokenizer(base_dir)
+    assert other.chat_template is not None
+    other.chat_template = other.chat_template.replace("<|user|>", "<|user|>\n").replace("'<|' +", "'<|>' +")
+    with pytest.raises(ValueError, match="prepared with another chat template or another token"):
+        TokenDataset(folder, "train", other)
+    header = json.loads((folder / "dataset.json").read_text())
+    for damage, message in (({"kind": "triples"}, "lacks a known kind"), ({}, "lacks splits")):
+        broken = {**header, **damage} if damage else {k: v for k, v in header.items() if k != "splits"}
+        (folder / "dataset.json").write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match=message):
+            TokenDataset(folder, "train", tokenizer)
+
+
+def test_what_only_some_readers_call_json(command, tmp_path, base_dir):
+    (tmp_path / "a.json").write_text('[{"instruction": "a", "output": "b", "score": NaN}]')
+    paths = {"data_path": tmp_path / "a.json", "checkpoint_dir": base_dir, "output_dir": tmp_path / "data"}
+    status, _, err = command("scripts/prepare_alpaca.py", **paths)
+    assert (status, err.count("\n")) == (1, 1)
+    assert "a.json: not JSON (" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": -1}, "--seed is -1, it must be at least 0"),
+        ({"max_seq_length": 1}, "--max_seq_length is 1, it must be at least 2"),
+        ({"validation_share": 1}, "--validation_share is 1.0, it must lie between 0 and 1"),
+        ({"kind": "pairs"}, "unrecognized arguments: --kind=pairs"),
+        ({"prompt_style": "shout"}, "no prompt style named 'shout'"),
+        ({"data_path": "nowhere.json"}, "nowhere.json: no such file"),
+    ],
+)
+def test_bad_options_of_preparation(command, tmp_path, base_dir, options, message):
+    (tmp_path / "a.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 4)
+    paths = {"data_path": tmp_path / "a.jsonl", "checkpoint_dir": base_dir, "output_dir": tmp_path / "data"}
+    status, out, err = command("scripts/prepare_alpaca.py", **(paths | options))
+    assert (status != 0, out, err.count("\n")) == (True, "", 1)
+    assert message in err
+    assert not (tmp_path / "data").exists()
 
 
 def test_records_are_read_one_at_a_time(tmp_path):

@@ -2,8 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+import unittest.mock
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,13 +15,15 @@ import training_process
 from conftest import ROOT, load_script
 from test_packing import random_examples
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from lit_llama.aligner import Aligner
 from lit_llama.checkpoint import load_base
-from lit_llama.data import collate
+from lit_llama.data import TokenDataset, collate, step_batches
 from lit_llama.generation import generate
 from lit_llama.losses import supervised_loss
-from lit_llama.training import last_state
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.training import _share, last_state
 
 STEPS = 8  # two epochs of 15 examples, so that two processes share the last three
 KINDS = {"one": (), "data parallel": ("--devices=2",), "sharded": ("--devices=2", "--shard_base=true")}
@@ -32,6 +38,47 @@ def odd_data_dir(base_dir, tmp_path_factory):
         folder / "a.json", output_dir=folder / "data", validation_share=0.25, checkpoint_dir=base_dir
     )
     return folder / "data"
+
+
+class Rank(NamedTuple):
+    """As much of Fabric as sharing the work needs."""
+
+    global_rank: int
+    world_size: int
+    device: torch.device = torch.device("cpu")
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("pack", [False, True])
+def test_every_example_is_scored_by_one_process(base_dir, odd_data_dir, world_size, pack):
+    dataset = TokenDataset(odd_data_dir, "train", Tokenizer(base_dir))
+    chosen = step_batches(dataset, 3, 4, 1, seed=0)  # the last three
+    shares = [list(_share(Rank(rank, world_size), dataset, chosen, pack)) for rank in range(world_size)]
+    assert len({len(share) for share in shares}) == 1  # they compute in step
+    scored = [batch for share in shares for batch in share if batch.scored.any()]
+    assert all((batch.lengths is not None) == pack for batch in scored)
+    found = sorted(batch.ids[batch.scored].tolist() for batch in scored)
+    expected = [dataset[index][0] for indices in chosen for index in indices]
+    assert found == sorted(ids[scored].tolist() for ids, scored in expected)
+
+
+@pytest.mark.parametrize("option", ["shard_base", "activation_checkpointing", "pack"])
+def test_options_reach_the_model(base_dir, data_dir, tmp_path, monkeypatch, option):
+    script = load_script("finetune/aligner.py")
+    seen = []
+
+    def look(model, aligner, batch):
+        weight = model.transformer.h[0].attn.c_attn.weight
+        seen.append((isinstance(weight, DTensor), model.transformer.h[0].recompute, batch.lengths is not None))
+        return supervised_loss(model, aligner, batch)
+
+    monkeypatch.setitem(script.main.__globals__, "supervised_loss", look)
+    paths = {"checkpoint_dir": base_dir, "data_dir": data_dir, "out_dir": tmp_path}
+    with unittest.mock.patch.dict(os.environ):  # where Fabric notes the address of a process group
+        script.main(max_steps=1, warmup_steps=1, **paths, **{option: True})
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    assert set(seen) == {(option == "shard_base", option == "activation_checkpointing", option == "pack")}
 
 
 def train(kind, base_dir, data_dir, out_dir, *more, launcher=(sys.executable,)):
@@ -71,6 +118,38 @@ def test_resuming_with_other_processes(runs, base_dir, odd_data_dir, tmp_path, b
 def test_torchrun(runs, base_dir, odd_data_dir, tmp_path):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     assert_same(train("sharded", base_dir, odd_data_dir, tmp_path, launcher=torchrun), runs["one"][1])
+
+
+@pytest.mark.parametrize("kind", ["data parallel", "sharded"])
+def test_a_signal_stops_all_processes_after_a_state(runs, base_dir, odd_data_dir, tmp_path, kind):
+    """Also where writing the state takes long: the process that writes it must not be ended by one that is done."""
+    (tmp_path / "slow.py").write_text(SLOW.format(root=str(ROOT)))
+    options = {"checkpoint_dir": base_dir, "data_dir": odd_data_dir, "out_dir": tmp_path / "out", "max_steps": 1000}
+    options |= {"aligner_length": 2, "batch_size": 4, "micro_batch_size": 1, "warmup_steps": 1, "eval_interval": 9999}
+    command = [sys.executable, tmp_path / "slow.py", *(f"--{name}={value}" for name, value in options.items())]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, *KINDS[kind]], stderr=subprocess.PIPE, text=True, env=environment)
+    metrics, deadline = tmp_path / "out" / "metrics.csv", time.monotonic() + 60
+    while not metrics.is_file() or metrics.read_text().count("\n") < 4:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "continue with --resume true" in err
+    assert last_state(tmp_path / "out") is not None
+
+
+SLOW = """
+import sys, time, torch
+sys.path.insert(0, {root!r} + "/finetune")
+import aligner
+from lit_llama.cli import run
+save = torch.save
+torch.save = lambda *args: (time.sleep(3), save(*args))
+run(aligner.main)
+"""
 
 
 def test_processes_that_nobody_asked_for_are_refused(command, base_dir, data_dir, tmp_path, monkeypatch):

@@ -1,0 +1,94 @@
+"""The processes of a run, and the loggers that it reports to beside its own files."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric import Fabric
+from lightning.fabric.loggers.logger import Logger
+from lightning.fabric.loggers.tensorboard import TensorBoardLogger
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.distributed.device_mesh import DeviceMesh
+
+from lit_llama.files import require_extra
+from lit_llama.sharding import shard
+from lit_llama.training import last_state
+
+
+def launch(
+    devices: int = 1, num_nodes: int = 1, shard_base: bool = False, loggers: Sequence[Logger] = ()
+) -> tuple[Fabric, DeviceMesh | None]:
+    """Start the processes of a run, or join those that torchrun, `fabric run` or SLURM started.
+
+    Args:
+        devices: on each node: GPUs if there are any, otherwise processes on the CPU.
+        num_nodes: machines.
+        shard_base: the processes will hold a share of the base each, not a copy.
+        loggers: beside `metrics.csv`.
+
+    Returns:
+        The processes, and the mesh to shard the base over.
+
+    Raises:
+        ValueError: there are not as many devices.
+    """
+    environments = TorchElasticEnvironment.detect(), SLURMEnvironment.detect(), "LT_CLI_USED" in os.environ
+    if num_nodes > 1 and not any([*environments, "MASTER_ADDR" in os.environ]):
+        raise ValueError(
+            f"--num_nodes {num_nodes}: start the script on each machine with torchrun, `fabric run` or SLURM, see "
+            "howto/resume_and_scale.md"
+        )
+    # Fabric's `setup_module` would apply `shard` too, but then initialise the weights at random before they are loaded.
+    world_size = devices * num_nodes
+    strategy = ModelParallelStrategy(shard, world_size, tensor_parallel_size=1) if shard_base else "auto"
+    try:
+        fabric = Fabric(strategy=strategy, devices=devices, num_nodes=num_nodes, loggers=list(loggers))
+    except (MisconfigurationException, ValueError) as error:
+        raise ValueError(f"--devices {devices} --num_nodes {num_nodes}: {error}") from None
+    # Fabric takes processes that it did not start for runs of their own where it expects a single one.
+    started = world_size
+    if TorchElasticEnvironment.detect():
+        started = int(os.environ["WORLD_SIZE"])
+    elif SLURMEnvironment.detect():
+        started = int(os.environ["SLURM_NTASKS"])
+    if started != world_size:
+        raise ValueError(
+            f"{started} processes were started, --devices {devices} --num_nodes {num_nodes} make {world_size}: let "
+            "--devices be the processes on each node"
+        )
+    if os.environ.get("LT_CLI_USED") != "1":  # `fabric run` has launched already
+        fabric.launch()
+    return fabric, strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
+
+
+def make_loggers(names: Sequence[str], out_dir: Path, resume: bool) -> list[Logger]:
+    """Loggers of Fabric by name: "tensorboard", "wandb".
+
+    Args:
+        names: which.
+        out_dir: folder of the run; they write to folders in it.
+        resume: the run may go on from a state, so that what was logged after it is void.
+
+    Raises:
+        ValueError: no such logger.
+        ImportError: one is not installed.
+    """
+    loggers: list[Logger] = []
+    for name in names:
+        if name == "tensorboard":
+            require_extra("tensorboard", "tensorboard")
+            state = last_state(out_dir) if resume else None
+            purge: dict[str, Any] = {} if state is None else {"purge_step": int(state.stem.rpartition("-")[2]) + 1}
+            loggers.append(TensorBoardLogger(out_dir, name="tensorboard", version="", **purge))
+        elif name == "wandb":
+            require_extra("wandb", "wandb")
+            from lightning.pytorch.loggers import WandbLogger  # Fabric's loggers have the same face
+
+            loggers.append(WandbLogger(name=out_dir.name, save_dir=out_dir, project="aligner"))
+        else:
+            raise ValueError(f"--logger {name}: there are tensorboard and wandb, beside metrics.csv which is always on")
+    return loggers
