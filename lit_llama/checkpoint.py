@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from lit_llama.aligner import Aligner
-from lit_llama.files import atomic_file, read_json, write_json
+from lit_llama.files import atomic_file, check_file, read_json, write_json
 from lit_llama.model import PRESETS, LLaMA, LLaMAConfig
 from lit_llama.quantization import Quantize, is_quantized, quantize_layers, quantize_weight
 from lit_llama.sharding import local_rows, shard
@@ -52,8 +52,7 @@ class TensorFiles(Mapping[str, Tensor]):
     def __init__(self, files: Sequence[Path], ignore: str = "") -> None:
         self._readers: dict[str, tuple[Path, Callable[[str], Tensor]]] = {}
         for file in files:
-            if not file.is_file():
-                raise FileNotFoundError(f"{file}: no such file")
+            check_file(file)
             for name, read in _open_tensors(file):
                 if re.fullmatch(ignore, name):
                     continue

@@ -100,6 +100,16 @@ def _umask() -> int:
     return umask
 
 
+def check_file(path: Path) -> None:
+    """Make sure that there is a file to read.
+
+    Raises:
+        FileNotFoundError: there is none, or a folder of that name.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is a folder, expected a file" if path.is_dir() else f"{path}: no such file")
+
+
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, unpacked if its name ends in `.gz`.
 
@@ -107,8 +117,7 @@ def read_text(path: Path) -> str:
         FileNotFoundError: there is no such file.
         ValueError: it is not UTF-8, and the message names the line; or it cannot be unpacked.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    check_file(path)
     data = path.read_bytes()
     if path.suffix == ".gz":
         try:
@@ -161,8 +170,7 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for file in files:
             yield from read_records(file)
         return
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    check_file(path)
     found = False
     try:
         with cast(BinaryIO, gzip.open(path) if path.suffix == ".gz" else open(path, "rb")) as file:

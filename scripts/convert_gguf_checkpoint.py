@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from lit_llama.checkpoint import DType, write_base
 from lit_llama.cli import run
-from lit_llama.files import atomic_folder, require_extra, write_json
+from lit_llama.files import atomic_folder, check_file, require_extra, write_json
 from lit_llama.model import LLaMAConfig, RopeScaling, rope_frequencies
 
 LAYER = "transformer.h.{}."
@@ -51,8 +51,7 @@ def main(gguf_path: Path, output_dir: Path, dtype: DType = "float32", pre_tokeni
         pre_tokenizer: how text is cut before BPE's merges: smollm, llama-bpe or gpt-2; for files that do not say.
     """
     gguf = require_extra("gguf", "gguf")
-    if not gguf_path.is_file():
-        raise FileNotFoundError(f"{gguf_path}: no such file")
+    check_file(gguf_path)
     try:
         reader = gguf.GGUFReader(gguf_path)
     except (ValueError, IndexError, KeyError) as error:

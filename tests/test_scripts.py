@@ -164,6 +164,7 @@ def test_samples(command, base_dir):
         ({"prompt": "x", "prompts_file": "y"}, "give --prompt or --prompts_file, not both"),
         ({"prompt": "x", "num_samples": 0}, "--num_samples is 0, it must be at least 1"),
         ({"prompts_file": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
+        ({"prompts_file": "/"}, "/ is a folder, expected a file"),
         ({"prompt": "x", "top_p": 2}, "top_p must be above 0 and at most 1, got 2.0"),
         ({"prompt": "x", "num_samples": 2}, "--num_samples 2 with --temperature 0 repeats one answer"),
         ({"prompt": "x", "prompt_style": "shout"}, "no prompt style named 'shout'"),
