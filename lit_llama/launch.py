@@ -1,10 +1,12 @@
 """The processes of a run, and the loggers that it reports to beside its own files."""
 
+import atexit
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric import Fabric
 from lightning.fabric.loggers.logger import Logger
 from lightning.fabric.loggers.tensorboard import TensorBoardLogger
@@ -62,7 +64,14 @@ def launch(
         )
     if os.environ.get("LT_CLI_USED") != "1":  # `fabric run` has launched already
         fabric.launch()
+    atexit.register(_leave)
     return fabric, strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
+
+
+def _leave() -> None:
+    """Close the process group: its threads abort an interpreter that exits while they run."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def make_loggers(names: Sequence[str], out_dir: Path, resume: bool) -> list[Logger]:

@@ -211,6 +211,7 @@ def fit(
             if done.stop and not finished:
                 fabric.barrier()  # a process that ends early may take the one that saves with it
                 raise KeyboardInterrupt
+    fabric.barrier()
     return FitResult(progress.best_step, progress.best_loss, progress.base_loss, progress.seconds)
 
 
