@@ -14,7 +14,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from lit_llama.aligner import Aligner
-from lit_llama.checkpoint import Precision, check_adapter, load_aligner
+from lit_llama.checkpoint import Precision, adapter_info, check_adapter, load_aligner
 from lit_llama.cli import open_base, peak_memory, run
 from lit_llama.files import atomic_file, read_records, write_json
 from lit_llama.forms import FORMS
@@ -46,7 +46,7 @@ def main(
         max_new_tokens: longest answer, in tokens; a longer one is cut and counts as it stands.
         batch_size: questions answered at once.
         precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
-        quantize: keep the base's blocks in 4 bits ("nf4") or 8 bits ("int8").
+        quantize: keep the base's blocks in 4 bits ("nf4") or 8 bits ("int8"); if not given, as the Aligner was trained.
         allow_other_base: use the Aligner on other weights than those it was trained on.
     """
     started = time.perf_counter()
@@ -58,6 +58,7 @@ def main(
     if not questions:
         raise ValueError(f"{questions_path} has no question of the split 'test'")
     aligner = load_aligner(aligner_path)
+    quantize = quantize or adapter_info(aligner_path).hyperparameters.get("quantize")
     model, tokenizer = open_base(checkpoint_dir, precision, quantize)
     info = check_adapter(aligner_path, model, allow_other_base)
     style = prompt_style(info.prompt_style or "alpaca", tokenizer)

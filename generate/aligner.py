@@ -9,7 +9,7 @@ Only the answers go to stdout. The authors' published `.pth` files (arXiv 2312.0
 
 from pathlib import Path
 
-from lit_llama.checkpoint import Precision, check_adapter, load_aligner
+from lit_llama.checkpoint import Precision, adapter_info, check_adapter, load_aligner
 from lit_llama.cli import answer, open_base, read_prompts, run
 from lit_llama.prompts import prompt_style as get_prompt_style
 from lit_llama.quantization import Quantize
@@ -48,12 +48,13 @@ def main(
         num_samples: answers to each prompt.
         seed: of sampling.
         precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
-        quantize: keep the base's blocks in 4 bits ("nf4") or 8 bits ("int8").
+        quantize: keep the base's blocks in 4 bits ("nf4") or 8 bits ("int8"); if not given, as the Aligner was trained.
         output_file: also write prompt, response and model as JSON Lines here.
         allow_other_base: use the Aligner on other weights than those it was trained on.
     """
     prompts = read_prompts(prompt, prompts_file)
     aligner = load_aligner(aligner_path)
+    quantize = quantize or adapter_info(aligner_path).hyperparameters.get("quantize")
     model, tokenizer = open_base(checkpoint_dir, precision, quantize)
     info = check_adapter(aligner_path, model, allow_other_base)
     answer(

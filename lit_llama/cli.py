@@ -6,6 +6,7 @@ Generated text goes to stdout, everything else to stderr.
 
 import inspect
 import json
+import re
 import resource
 import signal
 import sys
@@ -62,7 +63,11 @@ class _Parser(jsonargparse.ArgumentParser):
     """Says in one line what is wrong with an option, without the usage of all of them."""
 
     def error(self, message: str, *_: Any, **__: Any) -> NoReturn:
-        print(f"error: {' '.join(message.split())} (--help lists the options)", file=sys.stderr)
+        message = " ".join(message.split())
+        choice = re.search(r'key "(\w+)".*?Literal\[(.*?)\].*(?:Given|Got) value: (.*)', message)
+        if choice:
+            message = f"--{choice[1]} {choice[3]}: there are {choice[2]}"
+        print(f"error: {message} (--help lists the options)", file=sys.stderr)
         sys.exit(2)
 
 

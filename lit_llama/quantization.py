@@ -31,9 +31,9 @@ def quantize_layers(model: LLaMA, quantize: Quantize, dtype: torch.dtype) -> Non
         ImportError: bitsandbytes is not installed.
         ValueError: the layers are too narrow for 4 bits.
     """
-    bitsandbytes = require_extra("bitsandbytes", "quantize")
     # It says on each use that int8 casts its inputs to float16, and which faster kernels could be installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    bitsandbytes = require_extra("bitsandbytes", "quantize")
     options: dict[str, Any] = {"bias": False, "device": "meta"}
     for name, layer in list(model.transformer.h.named_modules()):
         if isinstance(layer, nn.Linear):

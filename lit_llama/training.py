@@ -40,6 +40,7 @@ MAY_CHANGE = {  # on resuming; everything else changes the result
     "resume",
     "logger",
     "precision",  # what it stands for must not change
+    "micro_batch_size",
     "devices",
     "num_nodes",
     "shard_base",
@@ -127,6 +128,8 @@ def fit(
     identity = {f"--{name}": value for name, value in hyperparameters.items() if name not in MAY_CHANGE} | fingerprints
     parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     progress = Progress()
+    if out_dir.is_file():
+        raise ValueError(f"{out_dir} is a file, expected the folder of a run")
     out_dir.mkdir(parents=True, exist_ok=True)
     state_file = last_state(out_dir) if resume else None
     if state_file is not None:
@@ -543,9 +546,9 @@ def check_hyperparameters(values: dict[str, Any]) -> None:
         at_once = values["micro_batch_size"] * values["devices"] * values["num_nodes"]
         if values["batch_size"] % at_once:
             problems.append(
-                f"--batch_size {values['batch_size']} is not a multiple of --micro_batch_size "
+                f"--batch_size {values['batch_size']} is not a multiple of {at_once}, which is --micro_batch_size "
                 f"{values['micro_batch_size']} times --devices {values['devices']} times --num_nodes "
-                f"{values['num_nodes']}, {at_once}"
+                f"{values['num_nodes']}: lower --micro_batch_size or raise --batch_size"
             )
         if values["quantize"] and values["shard_base"]:
             problems.append("--quantize and --shard_base do not go together: leave out one of them")

@@ -78,10 +78,10 @@ def test_training_and_generating(command, wide_dir, data_dir, tmp_path, mode):
     options = {"checkpoint_dir": wide_dir, "quantize": mode}
     training = {"data_dir": data_dir, "out_dir": tmp_path, "max_steps": 2, "warmup_steps": 1}
     assert command("finetune/aligner.py", **training, **options)[0] == 0
-    status, out, err = command(
-        "generate/aligner.py", aligner_path=tmp_path / "aligner.safetensors", prompt="Hi", max_new_tokens=4, **options
-    )
+    answer = {"aligner_path": tmp_path / "aligner.safetensors", "prompt": "Hi", "max_new_tokens": 12}
+    status, out, err = command("generate/aligner.py", **answer, **options)
     assert (status, len(out) > 0) == (0, True), err
+    assert command("generate/aligner.py", **answer, checkpoint_dir=wide_dir)[1] == out  # as it was trained
     status, _, err = command("finetune/aligner.py", **training, checkpoint_dir=wide_dir, resume="true")
     assert f"--quantize was {mode}, is None" in err
 
@@ -100,7 +100,7 @@ def test_what_cannot_be_quantised_is_refused(command, wide_dir, data_dir, tmp_pa
     status, _, err = command("finetune/aligner.py", **options)
     assert (status, err.splitlines()[-1]) == (1, "error: this needs bitsandbytes: pip install -e '.[quantize]'")
     status, _, err = command("finetune/aligner.py", **(options | {"quantize": "nf3"}))
-    assert status != 0
+    assert (status, err) == (2, "error: --quantize nf3: there are 'nf4', 'int8' (--help lists the options)\n")
 
 
 def test_too_narrow_for_four_bits(base_dir):

@@ -178,8 +178,11 @@ def test_divergence_is_one_line(command, base_dir, data_dir, tmp_path):
     ("options", "messages"),
     [
         ({"warmup_steps": 9, "max_steps": 5}, ["--warmup_steps 9 is more than --max_steps 5"]),
-        ({"batch_size": 6, "micro_batch_size": 4}, ["--batch_size 6 is not a multiple of --micro_batch_size 4"]),
-        ({"devices": 3}, ["--batch_size 4 is not a multiple of --micro_batch_size 4 times --devices 3", ", 12"]),
+        (
+            {"batch_size": 6, "micro_batch_size": 4},
+            ["--batch_size 6 is not a multiple of 4, which is --micro_batch_size 4"],
+        ),
+        ({"devices": 3}, ["--batch_size 4 is not a multiple of 12, which is --micro_batch_size 4 times --devices 3"]),
         ({"max_grad_norm": 0}, ["--max_grad_norm is 0, it must be larger"]),
         ({"aligner_init_std": -1}, ["--aligner_init_std is -1"]),
         ({"num_nodes": 2, "batch_size": 8}, ["--num_nodes 2: start the script on each machine with torchrun"]),
