@@ -91,7 +91,7 @@ def _open_tensors(file: Path) -> list[tuple[str, Callable[[str], Tensor]]]:
     except Exception as error:  # junk makes torch's unpickler raise errors of any kind
         raise ValueError(
             f"{file} is no file of tensors that torch can read without running code in it; nothing was run "
-            f"({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__})"
+            f"({type(error).__name__})"
         ) from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{file}: expected tensors by name, found {type(tensors).__name__}")
