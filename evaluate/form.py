@@ -1,6 +1,6 @@
-"""Does an Aligner give answers a form? Ask the held-out questions with and without it, and check each answer.
+"""Does an adapter give answers a form? Ask the held-out questions with and without it, and check each answer.
 
-    python evaluate/form.py --form captain --aligner_path out/demo/aligner.safetensors --out_dir out/demo
+    python evaluate/form.py --form captain --adapter_path out/demo/aligner.safetensors --out_dir out/demo
 
 Writes `report.json` and `report.txt` to `--out_dir` and prints the latter.
 """
@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from lit_llama.aligner import Aligner
-from lit_llama.checkpoint import Precision, adapter_info, check_adapter, load_aligner
+from lit_llama.checkpoint import Precision, adapter_info, check_adapter, load_adapter
 from lit_llama.cli import open_base, peak_memory, run
 from lit_llama.files import atomic_file, read_records, write_json
 from lit_llama.forms import FORMS
 from lit_llama.generation import generate
+from lit_llama.model import Adapter
 from lit_llama.prompts import prompt_style
 from lit_llama.quantization import Quantize
 
@@ -26,7 +26,7 @@ from lit_llama.quantization import Quantize
 def main(
     form: Literal["captain", "json", "followup"] = "captain",
     checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
-    aligner_path: Path | None = None,
+    adapter_path: Path | None = None,
     questions_path: Path = Path("examples/questions.jsonl"),
     out_dir: Path = Path("out/demo"),
     max_new_tokens: int = 64,
@@ -40,34 +40,34 @@ def main(
     Args:
         form: what to check for.
         checkpoint_dir: folder of the base model.
-        aligner_path: the Aligner; if not given, the one in --out_dir.
+        adapter_path: an adapter of any method; if not given, the Aligner in --out_dir.
         questions_path: JSON Lines with "split" and "question"; those of the split "test" are asked.
         out_dir: where the report goes.
         max_new_tokens: longest answer, in tokens; a longer one is cut and counts as it stands.
         batch_size: questions answered at once.
         precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
-        quantize: keep the base's blocks in 4 bits ("nf4") or 8 bits ("int8"); if not given, as the Aligner was trained.
-        allow_other_base: use the Aligner on other weights than those it was trained on.
+        quantize: keep the base's blocks in 4 bits ("nf4") or 8 bits ("int8"); if not given, as the adapter was trained.
+        allow_other_base: use the adapter on other weights than those it was trained on.
     """
     started = time.perf_counter()
-    aligner_path = aligner_path or out_dir / "aligner.safetensors"
+    adapter_path = adapter_path or out_dir / "aligner.safetensors"
     if batch_size < 1:
         raise ValueError(f"--batch_size is {batch_size}, it must be at least 1")
     rows = [row for _, row in read_records(questions_path)]
     questions = [row["question"] for row in rows if row.get("split") == "test" and "question" in row]
     if not questions:
         raise ValueError(f"{questions_path} has no question of the split 'test'")
-    aligner = load_aligner(aligner_path)
-    quantize = quantize or adapter_info(aligner_path).hyperparameters.get("quantize")
+    adapter = load_adapter(adapter_path)
+    quantize = quantize or adapter_info(adapter_path).hyperparameters.get("quantize")
     model, tokenizer = open_base(checkpoint_dir, precision, quantize)
-    info = check_adapter(aligner_path, model, allow_other_base)
+    info = check_adapter(adapter_path, model, allow_other_base)
     style = prompt_style(info.prompt_style or "alpaca", tokenizer)
 
-    def answers(prefix: Aligner | None, name: str) -> list[str]:
+    def answers(adapter: Adapter | None, name: str) -> list[str]:
         texts: list[str] = []
         for i in tqdm(range(0, len(questions), batch_size), desc=f"answers of the {name} model", leave=False):
             prompts = [tokenizer.encode(style.prompt(q), bos=style.bos) for q in questions[i : i + batch_size]]
-            rows = generate(model, prompts, max_new_tokens, prefix=prefix, stop_ids=style.stop_ids)
+            rows = generate(model, prompts, max_new_tokens, adapter=adapter, stop_ids=style.stop_ids)
             texts += [style.cut(tokenizer.decode(row)) for row in rows]
         return texts
 
@@ -81,7 +81,7 @@ def main(
             "aligned_has_form": check(text),
         }
         for question, base, text in zip(
-            questions, answers(None, "base"), answers(aligner.to(model.device), "aligned"), strict=True
+            questions, answers(None, "base"), answers(adapter.to(model.device), "aligned"), strict=True
         )
     ]
     evaluation_seconds = time.perf_counter() - started
@@ -91,15 +91,15 @@ def main(
         "base_compliance": sum(row["base_has_form"] for row in rows) / len(rows),
         "aligned_compliance": sum(row["aligned_has_form"] for row in rows) / len(rows),
         "held_out_prompts": len(rows),
-        "trainable_parameters": sum(parameter.numel() for parameter in aligner.parameters()),
+        "trainable_parameters": sum(parameter.numel() for parameter in adapter.parameters()),
         "base_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "adapter_bytes": aligner_path.stat().st_size,
+        "adapter_bytes": adapter_path.stat().st_size,
         "seconds": round((info.seconds or 0.0) + evaluation_seconds, 1),
         "training_seconds": round(info.seconds or 0.0, 1),
         "evaluation_seconds": round(evaluation_seconds, 1),
         "peak_memory": peak_memory(),
         "checkpoint_dir": str(checkpoint_dir),
-        "aligner_path": str(aligner_path),
+        "adapter_path": str(adapter_path),
         "out_dir": str(out_dir),
         "answers": rows,
     }
@@ -127,19 +127,19 @@ def render(report: dict[str, Any], shown: int = 5) -> str:
             lines.append(f"{question:{question_width}}  {base:{width}}  {aligned}".rstrip())
         lines.append("")
     n = report["held_out_prompts"]
-    aligner_path = Path(report["aligner_path"])
+    adapter_path = Path(report["adapter_path"])
     figures = [
         ("answers with the form, base", f"{report['base_compliance']:.1%} of {n}"),
         ("answers with the form, aligned", f"{report['aligned_compliance']:.1%} of {n}"),
         ("trainable parameters", f"{report['trainable_parameters']:,} beside {report['base_parameters']:,} frozen"),
-        ("adapter file", f"{report['adapter_bytes']:,} bytes, {aligner_path}"),
+        ("adapter file", f"{report['adapter_bytes']:,} bytes, {adapter_path}"),
         (
             "seconds",
             f"{report['training_seconds']:.0f} training, {report['evaluation_seconds']:.0f} asking",
         ),
         ("base model", report["checkpoint_dir"]),
         ("all answers", str(Path(report["out_dir"]) / "report.json")),
-        ("picture of the loss", str(aligner_path.with_name("loss.png"))),
+        ("picture of the loss", str(adapter_path.with_name("loss.png"))),
     ]
     lines += [f"{name:32}{value}" for name, value in figures]
     other = next(name for name in FORMS if name != report["form"])
@@ -147,7 +147,7 @@ def render(report: dict[str, Any], shown: int = 5) -> str:
     lines += [
         "",
         "Try next:",
-        f'  {python} generate/aligner.py --aligner_path {aligner_path} --prompt "Why is the sky blue?"',
+        f'  {python} generate/aligner.py --adapter_path {adapter_path} --prompt "Why is the sky blue?"',
         f'  {python} generate/base.py --prompt "Why is the sky blue?"',
         f"  {python} scripts/prepare_examples.py --form {other} --output_dir data/{other}",
         f"  {python} finetune/aligner.py --data_dir data/{other} --out_dir out/{other}",

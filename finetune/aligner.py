@@ -6,23 +6,18 @@
 Needs a base model converted by one of scripts/convert_*_checkpoint.py and data made by one of scripts/prepare_*.py.
 """
 
-import sys
-from itertools import takewhile
 from pathlib import Path
 
 import torch
 
 from lit_llama.aligner import Aligner
-from lit_llama.checkpoint import PRECISIONS, Precision, load_base, parameter_shapes, read_config, save_aligner
+from lit_llama.checkpoint import PRECISIONS, Precision, load_base, read_config
 from lit_llama.cli import run
-from lit_llama.data import TokenDataset
-from lit_llama.generation import generate
+from lit_llama.data import open_data
 from lit_llama.launch import launch, make_loggers
 from lit_llama.losses import supervised_loss
-from lit_llama.prompts import prompt_style
 from lit_llama.quantization import Quantize
-from lit_llama.tokenizer import Tokenizer
-from lit_llama.training import Decay, check_hyperparameters, fit, schedule, total_steps
+from lit_llama.training import Decay, check_hyperparameters, fit, total_steps
 
 
 def main(
@@ -91,78 +86,29 @@ def main(
     """
     hyperparameters = dict(locals())
     check_hyperparameters(hyperparameters)
-    config, tokenizer = read_config(checkpoint_dir), Tokenizer(checkpoint_dir)
-    tokenizer.check_vocabulary(config.vocab_size)
-    window = min(max_seq_length, config.block_size)
-    train = TokenDataset(data_dir, "train", tokenizer, window)
-    validation = TokenDataset(data_dir, "validation", tokenizer, window)
-    style = prompt_style(train.header["prompt_style"], tokenizer)
+    tokenizer, (train, validation) = open_data(checkpoint_dir, data_dir, max_seq_length)
     max_steps = total_steps(len(train), batch_size, epochs, max_steps, warmup_steps)
 
     torch.manual_seed(seed)
-    aligner = Aligner(config, aligner_length, aligner_start_layer, aligner_init_std)
+    aligner = Aligner(read_config(checkpoint_dir), aligner_length, aligner_start_layer, aligner_init_std)
     fabric, mesh = launch(devices, num_nodes, shard_base, make_loggers(logger or [], out_dir, resume))
     aligner.to(fabric.device)
     model = load_base(checkpoint_dir, PRECISIONS[precision], fabric.device, mesh=mesh, quantize=quantize)
     if activation_checkpointing:
         model.checkpoint_activations()
     optimizer = torch.optim.AdamW(aligner.parameters(), weight_decay=weight_decay)
-    trainable = sum(parameter.numel() for parameter in aligner.parameters())
-    total = sum(shape.numel() for shape in parameter_shapes(config).values())
-    fabric.print(f"{trainable:,} trainable parameters on a base of {total:,}", file=sys.stderr)
 
-    def save(step: int, validation_loss: float, seconds: float) -> None:
-        save_aligner(
-            out_dir / "aligner.safetensors",
-            aligner,
-            base=model,
-            prompt_style=style.name,
-            step=step,
-            validation_loss=validation_loss,
-            seconds=seconds,
-            hyperparameters=hyperparameters,
-        )
-
-    def show_answers() -> str:
-        prompts = [validation.prompt(i) for i in range(min(2, len(validation)))]
-        rows = generate(model, prompts, 32, prefix=aligner)  # without an end, as sharded bases compute in step
-        answers = [list(takewhile(lambda id: id not in style.stop_ids, row)) for row in rows]
-        pairs = zip(map(tokenizer.decode, prompts), map(tokenizer.decode, answers), strict=True)
-        return "\n".join(f"    ...{prompt[-60:]!r} -> {answer!r}" for prompt, answer in pairs)
-
-    result = fit(
+    fit(
         fabric,
+        model,
         aligner,
         optimizer,
-        loss=lambda batch: supervised_loss(model, aligner, batch),
-        train=train,
-        validation=validation,
-        save=save,
-        show=show_answers,
-        out_dir=out_dir,
-        hyperparameters=hyperparameters,
-        fingerprints={
-            "base": model.fingerprint,
-            "precision": str(model.dtype),
-            "training data": train.sha256,
-            "validation data": validation.sha256,
-        },
-        resume=resume,
-        max_steps=max_steps,
-        batch_size=batch_size,
-        micro_batch_size=micro_batch_size,
-        learning_rate=schedule(learning_rate, warmup_steps, max_steps, decay),
-        max_grad_norm=max_grad_norm,
-        eval_interval=eval_interval,
-        save_interval=save_interval,
-        seed=seed,
-        pack=pack,
-    )
-    fabric.print(
-        f"validation loss {result.base_validation_loss:.4f} before, {result.validation_loss:.4f} after step "
-        f"{result.step}; {result.seconds:.0f} s\n"
-        f"adapter: {out_dir / 'aligner.safetensors'}",
-        file=sys.stderr,
+        lambda batch: supervised_loss(model, aligner, batch),
+        tokenizer,
+        train,
+        validation,
+        max_steps,
+        hyperparameters,
     )
 
 

@@ -11,7 +11,7 @@ attention itself is `lit_llama.model.CausalSelfAttention.prefix_contribution`; t
 import torch
 import torch.nn as nn
 
-from lit_llama.model import LayerPrefix, LLaMAConfig
+from lit_llama.model import LayerAdapter, LayerPrefix, LLaMAConfig
 
 
 class Aligner(nn.Module):
@@ -25,9 +25,14 @@ class Aligner(nn.Module):
         start_layer: first layer that attends to the prefix, counted from 0.
         init_std: standard deviation of the tokens at the start.
 
+    Attributes:
+        sizes: those of the base model, and the arguments that built it, for its file.
+
     Raises:
         ValueError: fewer than one token, or no layer left to attend to them.
     """
+
+    method = "aligner"
 
     def __init__(self, config: LLaMAConfig, length: int = 1, start_layer: int = 2, init_std: float = 0.1) -> None:
         super().__init__()
@@ -35,12 +40,19 @@ class Aligner(nn.Module):
             raise ValueError(f"an Aligner needs at least one prefix token, got {length}")
         if not 0 <= start_layer < config.n_layer:
             raise ValueError(f"start layer {start_layer} is not one of the base's layers 0 to {config.n_layer - 1}")
-        self.n_layer, self.start_layer = config.n_layer, start_layer
+        self.start_layer = start_layer
+        self.sizes = {
+            "n_layer": config.n_layer,
+            "n_head": config.n_head,
+            "n_embd": config.n_embd,
+            "length": length,
+            "start_layer": start_layer,
+        }
         self.tokens = nn.Parameter(init_std * torch.randn(length, config.n_embd, dtype=torch.float32))
         self.gates = nn.Parameter(torch.zeros(config.n_layer - start_layer, config.n_head, dtype=torch.float32))
 
-    def layer(self, index: int) -> LayerPrefix | None:
+    def layer(self, index: int) -> LayerAdapter:
         """The same tokens for every layer, and the layer's own gates."""
         if index < self.start_layer:
-            return None
-        return LayerPrefix(self.tokens[None], self.gates[None, index - self.start_layer])
+            return LayerAdapter()
+        return LayerAdapter(LayerPrefix(self.tokens[None], self.gates[None, index - self.start_layer]))

@@ -23,8 +23,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
+from lit_llama.adapter import LLaMAAdapter
 from lit_llama.aligner import Aligner
 from lit_llama.files import atomic_file, check_file, read_json, write_json
+from lit_llama.lora import LoRA
 from lit_llama.model import PRESETS, LLaMA, LLaMAConfig
 from lit_llama.quantization import Quantize, is_quantized, quantize_layers, quantize_weight
 from lit_llama.sharding import local_rows, shard
@@ -359,6 +361,9 @@ def _infer_config(path: Path, tensors: TensorFiles) -> LLaMAConfig:
 
 
 FORMAT_VERSION = 1
+Method = Literal["aligner", "adapter", "lora"]
+AnyAdapter = Aligner | LLaMAAdapter | LoRA
+METHODS: dict[str, type[AnyAdapter]] = {"aligner": Aligner, "adapter": LLaMAAdapter, "lora": LoRA}
 
 
 @dataclass(frozen=True)
@@ -366,8 +371,8 @@ class AdapterInfo:
     """What an adapter file says about itself.
 
     Args:
-        method: "aligner", ...
-        config: the sizes that the adapter was built with.
+        method: a key of `METHODS`.
+        config: its `sizes`.
         base_name: name of the base model it was trained on.
         base_fingerprint: the base's `LLaMA.fingerprint`; empty if unknown.
         prompt_style: the style of its training prompts.
@@ -379,7 +384,7 @@ class AdapterInfo:
     """
 
     method: str
-    config: dict[str, int]
+    config: dict[str, Any]
     base_name: str = ""
     base_fingerprint: str = ""
     prompt_style: str | None = None
@@ -390,55 +395,65 @@ class AdapterInfo:
     format_version: int = FORMAT_VERSION
 
 
-def save_aligner(path: Path | str, aligner: Aligner, base: LLaMA | None = None, **training: Any) -> None:
-    """Write an Aligner to one safetensors file, atomically.
+def save_adapter(path: Path | str, adapter: AnyAdapter, base: LLaMA | None = None, **training: Any) -> None:
+    """Write an adapter to one safetensors file, atomically.
 
     Args:
         path: the file to write.
-        aligner: what to write.
+        adapter: what to write.
         base: the model it was trained on, to be recorded.
         training: `prompt_style`, `step`, `validation_loss`, `seconds`, `hyperparameters` of `AdapterInfo`.
     """
-    config = {
-        "n_layer": aligner.n_layer,
-        "n_head": aligner.gates.size(1),
-        "n_embd": aligner.tokens.size(1),
-        "length": aligner.tokens.size(0),
-        "start_layer": aligner.start_layer,
-    }
     if base is not None:
         training |= {"base_name": base.config.name, "base_fingerprint": base.fingerprint}
-    info = AdapterInfo("aligner", config, **training)
-    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in aligner.state_dict().items()}
+    info = AdapterInfo(adapter.method, adapter.sizes, **training)
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in adapter.state_dict().items()}
     metadata = {name: json.dumps(value, default=str) for name, value in asdict(info).items()}
     with atomic_file(Path(path)) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
 
-def load_aligner(path: Path | str) -> Aligner:
-    """Load an Aligner, this project's file or the authors'.
+def load_adapter(path: Path | str, method: Method | None = None) -> AnyAdapter:
+    """Load an adapter for use: this project's file of any method, or an Aligner of the authors'.
+
+    Args:
+        path: the file.
+        method: the only one that is accepted.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or not an Aligner.
+        ValueError: it is damaged, not an adapter, or of another method.
     """
     path = Path(path)
     info = adapter_info(path)
-    if info.method != "aligner":
-        raise ValueError(f"{path} is not an Aligner but {info.method!r}: use generate/{info.method}.py")
-    sizes = info.config
-    config = LLaMAConfig(n_layer=sizes["n_layer"], n_head=sizes["n_head"], n_embd=sizes["n_embd"])
-    aligner = Aligner(config, sizes["length"], sizes["start_layer"])
+    if method is not None and info.method != method:
+        raise ValueError(
+            f"{path} is of method {info.method!r}, expected {method!r}; generate/{info.method}.py is for it"
+        )
+    try:
+        base_sizes = {name: info.config[name] for name in info.config if name in LLaMAConfig.__dataclass_fields__}
+        own_sizes = {name: info.config[name] for name in info.config if name not in base_sizes}
+        adapter = METHODS[info.method](LLaMAConfig(**base_sizes), **own_sizes)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: the metadata are not an adapter's ({type(error).__name__}: {error})") from None
     tensors: Mapping[str, Tensor] = TensorFiles([path])
     if path.suffix != ".safetensors":
         tensors = _read_authors(path, tensors)
-    expected = aligner.state_dict()
+    expected = adapter.state_dict()
     if expected.keys() != tensors.keys():
         _refuse_names(path, expected.keys() - tensors.keys(), tensors.keys() - expected.keys())
     for name, tensor in expected.items():
         _check_shape(name, tensors[name].shape, tensor.shape, str(path))
-    aligner.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    return aligner
+    adapter.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    return adapter.eval()
+
+
+def adapter_fingerprint(adapter: AnyAdapter) -> str:
+    """Hash of what an adapter computes: its method, sizes and values."""
+    digest = hashlib.sha256(json.dumps([adapter.method, adapter.sizes]).encode())
+    for name, tensor in sorted(adapter.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def adapter_info(path: Path | str) -> AdapterInfo:
@@ -484,8 +499,8 @@ def check_adapter(path: Path, model: LLaMA, allow_other_base: bool = False) -> A
         ValueError: sizes differ, or the weights do and `allow_other_base` is false.
     """
     info = adapter_info(path)
-    for name in ("n_layer", "n_head", "n_embd"):
-        found, expected = info.config.get(name), getattr(model.config, name)
+    for name, found in info.config.items():
+        expected = getattr(model.config, name, found)  # what is none of the base's sizes fits any base
         if found != expected:
             raise ValueError(
                 f"{path} was made for another base: its {name} is {found}, {model.config.name or 'this base'} has "

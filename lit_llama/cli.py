@@ -19,11 +19,21 @@ from typing import Any, NoReturn
 import jsonargparse
 import torch
 
-from lit_llama.checkpoint import PRECISIONS, Precision, load_base, read_config
+from lit_llama.checkpoint import (
+    PRECISIONS,
+    Method,
+    Precision,
+    adapter_info,
+    check_adapter,
+    load_adapter,
+    load_base,
+    read_config,
+)
 from lit_llama.files import atomic_file, read_records, read_text
 from lit_llama.generation import TextStream, check_prompts, check_sampling, stream
-from lit_llama.model import LLaMA, Prefix
+from lit_llama.model import Adapter, LLaMA
 from lit_llama.prompts import PromptStyle
+from lit_llama.prompts import prompt_style as get_prompt_style
 from lit_llama.quantization import Quantize
 from lit_llama.tokenizer import Tokenizer
 
@@ -154,7 +164,7 @@ def answer(
     output_file: Path | None,
     num_samples: int,
     seed: int,
-    prefix: Prefix | None = None,
+    adapter: Adapter | None = None,
     **sampling: Any,
 ) -> None:
     """Print the model's answer to each prompt as it comes, then speed and memory on stderr.
@@ -168,7 +178,7 @@ def answer(
         output_file: JSON Lines of prompt, response and model, written at the end.
         num_samples: answers to each prompt.
         seed: of sampling.
-        prefix: the adapter, if any.
+        adapter: beside the base model, if any.
         sampling: `max_new_tokens`, `temperature`, `top_k`, `top_p` of `lit_llama.generation.stream`.
     """
     if num_samples < 1:
@@ -189,7 +199,7 @@ def answer(
                 decoder, text, shown, n = TextStream(tokenizer), "", "", 0
                 started = time.perf_counter()
                 for [token] in stream(
-                    model, [ids], prefix=prefix, stop_ids=style.stop_ids, generator=generator, **sampling
+                    model, [ids], adapter=adapter, stop_ids=style.stop_ids, generator=generator, **sampling
                 ):
                     assert token is not None  # a lone row has a token until the stream ends
                     n += 1
@@ -211,6 +221,67 @@ def answer(
                 lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
                 temporary.write_text("".join(lines), encoding="utf-8")
     print(f"{new_tokens} tokens, {new_tokens / max(seconds, 1e-9):.1f} tokens/s, {peak_memory()}", file=sys.stderr)
+
+
+def answer_with(
+    method: Method,
+    adapter_path: Path,
+    prompt: list[str] | None,
+    checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
+    prompts_file: Path | None = None,
+    prompt_style: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    num_samples: int = 1,
+    seed: int = 1337,
+    precision: Precision = "auto",
+    quantize: Quantize | None = None,
+    output_file: Path | None = None,
+    allow_other_base: bool = False,
+) -> None:
+    """Print the answers of a base model with an adapter.
+
+    Args:
+        method: what the adapter must be.
+        adapter_path: the adapter.
+        prompt: what to answer, from the command line.
+        checkpoint_dir: folder of the base model.
+        prompts_file: JSON or JSON Lines with "prompt" or "instruction", or a text file with one prompt per line.
+        prompt_style: "chat" (the model's own template), "alpaca", "metamath", "hh", "beaver" or "none"; if
+            not given, the one that the adapter was trained with.
+        max_new_tokens: longest answer, in tokens.
+        temperature: 0 takes the likeliest token; larger is more random.
+        top_k: sample among the k likeliest tokens only.
+        top_p: sample among the likeliest tokens that hold this probability together.
+        num_samples: answers to each prompt.
+        seed: of sampling.
+        precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
+        quantize: keep the base's blocks in 4 bits ("nf4") or 8 bits ("int8"); if not given, as the adapter was trained.
+        output_file: also write prompt, response and model as JSON Lines here.
+        allow_other_base: use the adapter on other weights than those it was trained on.
+    """
+    prompts = read_prompts(prompt, prompts_file)
+    adapter = load_adapter(adapter_path, method)
+    quantize = quantize or adapter_info(adapter_path).hyperparameters.get("quantize")
+    model, tokenizer = open_base(checkpoint_dir, precision, quantize)
+    info = check_adapter(adapter_path, model, allow_other_base)
+    answer(
+        model,
+        tokenizer,
+        get_prompt_style(prompt_style or info.prompt_style or "alpaca", tokenizer),  # the authors' files say nothing
+        prompts,
+        model_name=f"{model.config.name} + {adapter_path}",
+        output_file=output_file,
+        num_samples=num_samples,
+        seed=seed,
+        adapter=adapter.to(model.device),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
 
 
 def open_base(checkpoint_dir: Path, precision: Precision, quantize: Quantize | None = None) -> tuple[LLaMA, Tokenizer]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lit_llama.checkpoint import read_config
 from lit_llama.files import atomic_folder, read_json, write_json
 from lit_llama.prompts import Message, PromptStyle, prompt_style
 from lit_llama.tokenizer import Tokenizer
@@ -238,14 +239,22 @@ class Batch(NamedTuple):
         scored: bool (B, T), tokens that the loss scores; never padding, nor the first of an example, which nothing
             predicts.
         lengths: of the examples in a packed row.
+        reference: log-probability of each example's scored tokens under a reference (E), where it was computed before.
     """
 
     ids: Tensor
     scored: Tensor
     lengths: list[int] | None = None
+    reference: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        return self._replace(ids=self.ids.to(device), scored=self.scored.to(device))
+        reference = None if self.reference is None else self.reference.to(device)
+        return self._replace(ids=self.ids.to(device), scored=self.scored.to(device), reference=reference)
+
+    def scored_lengths(self) -> Tensor:
+        """Scored tokens of each example, (E)."""
+        rows = self.scored.unbind() if self.lengths is None else self.scored[0].split(self.lengths)
+        return torch.stack([row.sum() for row in rows])
 
 
 def collate(examples: Sequence[Example], pack: bool = False) -> Batch:
@@ -282,6 +291,8 @@ class TokenDataset:
         header: the content of `dataset.json`.
         lengths: tokens in each item.
         sha256: of the split's content.
+        reference: log-probabilities of the examples under a reference (items, 2), for batches to carry; see
+            `lit_llama.reference`.
 
     Raises:
         FileNotFoundError: there is no such data set or split.
@@ -333,6 +344,7 @@ class TokenDataset:
         self._per_item = _PER_ITEM[kind]
         self.lengths = np.diff(self._offsets[:: self._per_item])
         self.sha256: str = sizes["sha256"]
+        self.reference: Tensor | None = None
 
     @staticmethod
     def _map(file: Path, dtype: str, count: int) -> np.ndarray:
@@ -354,7 +366,8 @@ class TokenDataset:
 
     def batch(self, indices: Sequence[int], pack: bool = False) -> Batch:
         """The examples of some items in one batch."""
-        return collate([example for index in indices for example in self[index]], pack)
+        batch = collate([example for index in indices for example in self[index]], pack)
+        return batch if self.reference is None else batch._replace(reference=self.reference[indices].flatten())
 
     def padding(self, micro_batches: Iterable[Sequence[int]]) -> float:
         """Share of positions that are padding where these micro batches are not packed."""
@@ -370,6 +383,28 @@ class TokenDataset:
         """The token ids of an item before its first scored one."""
         ids, scored = self[index][0]
         return ids[: scored.argmax()].tolist()
+
+
+def open_data(
+    checkpoint_dir: Path, data_dir: Path, max_seq_length: int, kind: Kind = "supervised"
+) -> tuple[Tokenizer, tuple[TokenDataset, TokenDataset]]:
+    """What a run reads: the base model's tokenizer, and both splits of a data set.
+
+    Args:
+        checkpoint_dir: folder of the base model.
+        data_dir: the data set.
+        max_seq_length: longest example that is accepted, in tokens; the model's window may be shorter.
+        kind: what an item must be.
+
+    Raises:
+        FileNotFoundError: something is missing.
+        ValueError: something is damaged, or they do not belong together.
+    """
+    config, tokenizer = read_config(checkpoint_dir), Tokenizer(checkpoint_dir)
+    tokenizer.check_vocabulary(config.vocab_size)
+    window = min(max_seq_length, config.block_size)
+    train, validation = (TokenDataset(data_dir, split, tokenizer, window, kind) for split in ("train", "validation"))
+    return tokenizer, (train, validation)
 
 
 _KINDS = {"supervised": "examples for supervised tuning", "pairs": "pairs of a chosen and a rejected response"}

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_llama.model import KVCache, LLaMA, Prefix
+from lit_llama.model import Adapter, KVCache, LLaMA
 from lit_llama.tokenizer import Tokenizer
 
 
@@ -36,7 +36,7 @@ def stream(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
-    prefix: Prefix | None = None,
+    adapter: Adapter | None = None,
     stop_ids: frozenset[int] = frozenset(),
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -49,7 +49,7 @@ def stream(
         model: the base model.
         prompts: token ids of each row; lengths may differ.
         max_new_tokens: per row. A row also ends when the model's window is full.
-        prefix: the adapter, if any.
+        adapter: beside the base model, if any.
         stop_ids: tokens that end a row.
         temperature: 0 takes the likeliest token; larger is more random.
         top_k: sample among the k likeliest tokens only.
@@ -74,7 +74,7 @@ def stream(
     cache = KVCache(model.config, len(prompts), min(longest + max_new_tokens, window), model.device, model.dtype)
 
     last = torch.arange(longest, device=model.device) == lengths[:, None] - 1  # (B, T)
-    logits = model(ids.to(model.device), prefix, logits_at=last, cache=cache)  # (B, V)
+    logits = model(ids.to(model.device), adapter, logits_at=last, cache=cache)  # (B, V)
     positions = lengths
     running = [True] * len(prompts)
     for n in range(max_new_tokens):
@@ -86,7 +86,7 @@ def stream(
         yield [token if on else None for token, on in zip(tokens.tolist(), running, strict=True)]
         if n + 1 < max_new_tokens:
             at = positions.clamp(max=cache.length - 1)[:, None]  # rows that have ended write where nobody reads
-            logits = model(tokens[:, None], prefix, cache=cache, positions=at)[:, 0]
+            logits = model(tokens[:, None], adapter, cache=cache, positions=at)[:, 0]
             positions = positions + 1
 
 

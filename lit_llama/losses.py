@@ -1,24 +1,133 @@
-"""What training minimises. Always in float32, whatever the model computes in."""
+"""What training minimises and validation measures. Always in float32, whatever the model computes in.
 
+A loss returns sums over a micro batch and how many things they are sums over, because micro batches differ in that and
+the mean is over all of an optimizer step, or of a data set.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lit_llama.data import Batch
-from lit_llama.model import LLaMA, Prefix
+from lit_llama.model import Adapter, LLaMA
+
+PreferenceLoss = Literal["sigmoid", "ipo"]
+
+# What each loss measures, and the label of its axis in a picture.
+SUPERVISED_METRICS = {"loss": "cross-entropy per scored token (nats)"}
+PREFERENCE_METRICS = {
+    "loss": "loss per pair",
+    "accuracy": "reward accuracy",
+    "chosen_reward": "reward (nats)",
+    "rejected_reward": "reward (nats)",
+    "margin": "reward (nats)",
+    "chosen_logp": "log-probability of a response (nats)",
+    "rejected_logp": "log-probability of a response (nats)",
+    "chosen_length": "scored tokens of a response",
+    "rejected_length": "scored tokens of a response",
+}
 
 
-def supervised_loss(model: LLaMA, prefix: Prefix | None, batch: Batch) -> Tensor:
-    """Cross-entropy of the scored tokens, summed; logits are computed for those alone.
+class Sums(NamedTuple):
+    """What a loss adds up over a micro batch.
+
+    Args:
+        metrics: scalars by name; "loss" is the one that is minimised.
+        count: of what they are sums over: scored tokens, or pairs.
+    """
+
+    metrics: dict[str, Tensor]
+    count: Tensor
+
+
+def supervised_loss(model: LLaMA, adapter: Adapter | None, batch: Batch) -> Sums:
+    """Cross-entropy of the scored tokens.
 
     Args:
         model: the base model.
-        prefix: the adapter, if any.
+        adapter: what is tuned, if anything.
         batch: examples, padded or packed.
 
     Returns:
-        The sum over scored tokens, a float32 scalar. It is no mean, because micro batches hold different numbers of
-        scored tokens and the mean is over all those of an optimizer step.
+        "loss" over scored tokens.
     """
+    return Sums({"loss": -_scored_logprobs(model, adapter, batch).sum()}, batch.scored.sum())
+
+
+def response_logprobs(model: LLaMA, adapter: Adapter | None, batch: Batch) -> Tensor:
+    """Log-probability of each example's scored tokens together.
+
+    Args:
+        model: the base model.
+        adapter: beside it, if any.
+        batch: examples, padded or packed.
+
+    Returns:
+        (E,) float32, E being the number of examples.
+    """
+    tokens = _scored_logprobs(model, adapter, batch)
+    return torch.stack([part.sum() for part in tokens.split(batch.scored_lengths().tolist())])
+
+
+def _scored_logprobs(model: LLaMA, adapter: Adapter | None, batch: Batch) -> Tensor:
+    """Log-probability of each scored token, float32 (n); logits are computed for those alone."""
     predicts_scored = F.pad(batch.scored[:, 1:], (0, 1))  # position t predicts token t + 1
-    logits = model(batch.ids, prefix, logits_at=predicts_scored, lengths=batch.lengths)  # (n, V)
-    return F.cross_entropy(logits.float(), batch.ids[batch.scored], reduction="sum")
+    logits = model(batch.ids, adapter, logits_at=predicts_scored, lengths=batch.lengths)  # (n, V)
+    return -F.cross_entropy(logits.float(), batch.ids[batch.scored], reduction="none")
+
+
+def preference_loss(
+    policy: Tensor,
+    reference: Tensor,
+    lengths: Tensor,
+    beta: float = 0.1,
+    kind: PreferenceLoss = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> Sums:
+    """Direct Preference Optimization (arXiv 2305.18290), over pairs.
+
+    With the margin h of a pair, how much more the policy than the reference prefers the chosen response,
+
+        h = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)
+        "sigmoid":  -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)
+        "ipo":      (h - 1 / (2 beta))^2
+
+    e is the label smoothing, the share of pairs that are taken to be the wrong way round (conservative DPO, equation 3
+    of https://ericmitchell.ai/cdpo.pdf); IPO is equation 17 of arXiv 2310.12036, on summed log-probabilities.
+
+    Args:
+        policy: log-probabilities of the responses under the policy, (2 P): chosen, rejected, chosen, ...
+        reference: the same under the reference.
+        lengths: scored tokens of each response, (2 P); a pair without any is not counted.
+        beta: how strongly the policy is held to the reference; small is loose.
+        kind: "sigmoid" or "ipo".
+        label_smoothing: e, from 0 to below 1/2.
+
+    Returns:
+        The `PREFERENCE_METRICS` over pairs. A reward is beta (policy - reference); accuracy counts the pairs whose
+        chosen response has the higher one, and half of those where both are equal, as at a start from the reference.
+    """
+    rewards = beta * (policy - reference)
+    chosen_reward, rejected_reward = rewards.view(-1, 2).unbind(1)  # (P) each
+    margin = chosen_reward - rejected_reward
+    if kind == "sigmoid":
+        loss = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+    else:
+        loss = (margin / beta - 1 / (2 * beta)) ** 2
+    chosen_logp, rejected_logp = policy.view(-1, 2).unbind(1)
+    chosen_length, rejected_length = lengths.view(-1, 2).unbind(1)
+    values = {
+        "loss": loss,
+        "accuracy": (margin.sign() + 1) / 2,
+        "chosen_reward": chosen_reward,
+        "rejected_reward": rejected_reward,
+        "margin": margin,
+        "chosen_logp": chosen_logp,
+        "rejected_logp": rejected_logp,
+        "chosen_length": chosen_length,
+        "rejected_length": rejected_length,
+    }
+    counted = chosen_length + rejected_length > 0
+    return Sums({name: (value * counted).sum() for name, value in values.items()}, counted.sum())

@@ -1,4 +1,4 @@
-"""LLaMA in one file: configuration, rotary embedding, attention with its one seam for prefixes, KV cache.
+"""LLaMA in one file: configuration, rotary embedding, attention, KV cache, and the one seam for adapters.
 
 Names and layout of the parameters are Lit-LLaMA's: query, key and value projections stacked in `c_attn`, rotary
 pairs interleaved. Shape comments use B batch, T time, C embedding, nh query heads, nkv key/value heads, hs head size,
@@ -7,7 +7,9 @@ N prefix tokens, S cache length, V vocabulary.
 
 import math
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -159,11 +161,28 @@ class LayerPrefix(NamedTuple):
     gates: Tensor
 
 
-class Prefix(Protocol):
-    """Anything that hands out prefixes by layer, such as an Aligner."""
+Updates = Mapping[str, Callable[[Tensor], Tensor]]
+NO_UPDATES: Updates = MappingProxyType({})
 
-    def layer(self, index: int) -> LayerPrefix | None:
-        """The prefix of layer `index`, counted from 0; None where the layer has none."""
+
+class LayerAdapter(NamedTuple):
+    """What an adapter adds to one layer; nothing, unless said otherwise.
+
+    Args:
+        prefix: what the attention attends to beside its sequence.
+        updates: what is added to the outputs of projections, each as a function of the projection's input, by name:
+            "q", "k", "v", "o" of the attention, "gate", "up", "down" of the MLP.
+    """
+
+    prefix: LayerPrefix | None = None
+    updates: Updates = NO_UPDATES
+
+
+class Adapter(Protocol):
+    """Anything that says what it adds to each layer, such as an Aligner."""
+
+    def layer(self, index: int) -> LayerAdapter:
+        """What is added to layer `index`, counted from 0."""
         ...
 
 
@@ -275,7 +294,7 @@ class LLaMA(nn.Module):
     def forward(
         self,
         ids: Tensor,
-        prefix: Prefix | None = None,
+        adapter: Adapter | None = None,
         *,
         logits_at: Tensor | None = None,
         cache: KVCache | None = None,
@@ -286,7 +305,7 @@ class LLaMA(nn.Module):
 
         Args:
             ids: token ids (B, T). Rows of unequal length are padded on the right.
-            prefix: adapter that adds its gated contribution to the attention of the layers it chooses.
+            adapter: adds to the layers what it chooses; an object of its own, so that one base serves any number.
             logits_at: bool (B, T); compute logits at these positions alone.
             cache: filled as a side effect. Without `positions` the rows start at 0 (prefill).
             positions: (B, T), where in the cached sequences `ids` stand (decode); needs `cache`.
@@ -306,9 +325,8 @@ class LLaMA(nn.Module):
         places = self._places(ids, cache, positions, lengths)
         x = self.transformer.wte(ids)  # (B, T, C)
         for i, block in enumerate(self.transformer.h):
-            x = block(
-                x, places, None if prefix is None else prefix.layer(i), None if cache is None else cache.layers[i]
-            )
+            added = LayerAdapter() if adapter is None else adapter.layer(i)
+            x = block(x, places, added, None if cache is None else cache.layers[i])
         if logits_at is not None:
             x = x[logits_at]  # (n, C)
         x = self.transformer.ln_f(x)
@@ -363,18 +381,18 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.recompute = False
 
-    def forward(self, x: Tensor, places: Places, prefix: LayerPrefix | None, cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, places: Places, adapter: LayerAdapter, cache: LayerCache | None) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, places, prefix, cache, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
-        return self._forward(x, places, prefix, cache)
+            return checkpoint(self._forward, x, places, adapter, cache, use_reentrant=False)  # type: ignore[return-value]
+        return self._forward(x, places, adapter, cache)
 
-    def _forward(self, x: Tensor, places: Places, prefix: LayerPrefix | None, cache: LayerCache | None) -> Tensor:
-        x = x + self.attn(self.rms_1(x), places, prefix, cache)
-        return x + self.mlp(self.rms_2(x))
+    def _forward(self, x: Tensor, places: Places, adapter: LayerAdapter, cache: LayerCache | None) -> Tensor:
+        x = x + self.attn(self.rms_1(x), places, adapter, cache)
+        return x + self.mlp(self.rms_2(x), adapter.updates)
 
 
 class CausalSelfAttention(nn.Module):
-    """Grouped-query causal self-attention, with a seam for a gated prefix."""
+    """Grouped-query causal self-attention, with the seam for a gated prefix."""
 
     def __init__(self, config: LLaMAConfig) -> None:
         super().__init__()
@@ -382,19 +400,19 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_size, bias=False)
         self.c_proj = nn.Linear(self.n_head * self.head_size, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, places: Places, prefix: LayerPrefix | None, cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, places: Places, adapter: LayerAdapter, cache: LayerCache | None) -> Tensor:
         """Attend to the sequence, add the prefix's contribution, project.
 
         Args:
             x: (B, T, C).
             places: where its tokens stand.
-            prefix: what this layer attends to beside the sequence, if anything.
+            adapter: what is added here.
             cache: this layer's, if any.
 
         Returns:
             (B, T, C).
         """
-        q, k, v = self.qkv(x)
+        q, k, v = self.qkv(x, adapter.updates)
         q, k = apply_rope(q, *places.rope), apply_rope(k, *places.rope)
         if cache is not None:
             if places.positions is None:
@@ -406,14 +424,19 @@ class CausalSelfAttention(nn.Module):
         else:  # sequence by sequence, so that no mask of T x T is ever made
             split = zip(*(heads.split(places.lengths, dim=2) for heads in (q, k, v)), strict=True)
             y = torch.cat([self.attend(*heads, is_causal=True) for heads in split], dim=2)  # (1, nh, T, hs)
-        if prefix is not None:
-            y = y + self.prefix_contribution(q, prefix, cache)
-        return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
+        if adapter.prefix is not None:
+            y = y + self.prefix_contribution(q, adapter.prefix, cache)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, nh * hs)
+        return updated("o", self.c_proj(y), y, adapter.updates)  # (B, T, C)
 
-    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x: Tensor, updates: Updates) -> tuple[Tensor, Tensor, Tensor]:
         """Project (B, T, C) to queries (B, nh, T, hs), keys and values (B, nkv, T, hs)."""
-        heads = self.c_attn(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (B, nh + 2 nkv, T, hs)
-        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        heads = (self.n_head, self.n_kv_head, self.n_kv_head)
+        parts = self.c_attn(x).split([n * self.head_size for n in heads], dim=-1)  # (B, T, heads * hs) each
+        q, k, v = (
+            updated(name, part, x, updates).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+            for name, part in zip("qkv", parts, strict=True)
+        )
         return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -432,7 +455,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None and cache.prefix is not None:
             k, v = cache.prefix
         else:
-            _, k, v = self.qkv(prefix.tokens.to(q.dtype))  # (1 or B, nkv, N, hs)
+            _, k, v = self.qkv(prefix.tokens.to(q.dtype), NO_UPDATES)  # (1 or B, nkv, N, hs)
             if cache is not None:
                 cache.prefix = k, v
         if prefix.tokens.size(1) == 1:  # the softmax over one token is 1, whatever the query
@@ -452,8 +475,15 @@ class MLP(nn.Module):
         self.c_fc2 = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
         self.c_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.silu(self.c_fc1(x)) * self.c_fc2(x))
+    def forward(self, x: Tensor, updates: Updates) -> Tensor:
+        gate = updated("gate", self.c_fc1(x), x, updates)
+        x = F.silu(gate) * updated("up", self.c_fc2(x), x, updates)  # (B, T, intermediate size)
+        return updated("down", self.c_proj(x), x, updates)
+
+
+def updated(projection: str, y: Tensor, x: Tensor, updates: Updates) -> Tensor:
+    """The output `y` of a projection of `x`, with what an adapter adds to it."""
+    return y + updates[projection](x) if projection in updates else y
 
 
 class RMSNorm(nn.Module):

@@ -1,4 +1,4 @@
-"""The training loop: steps, schedule, validation, metrics, files. It knows nothing of which adapter it trains."""
+"""The training loop: steps, schedule, validation, metrics, files. It does not know which adapter it trains, or why."""
 
 import csv
 import itertools
@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,15 +20,19 @@ import torch
 import yaml
 from lightning.fabric import Fabric
 from torch import Tensor
-from torch.nn import Module
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from lit_llama.checkpoint import AnyAdapter, parameter_shapes, save_adapter
 from lit_llama.data import Batch, TokenDataset, by_length, step_batches, steps_per_epoch
 from lit_llama.files import atomic_file, require_extra
+from lit_llama.generation import generate
+from lit_llama.losses import SUPERVISED_METRICS, Sums
+from lit_llama.model import LLaMA
+from lit_llama.prompts import PromptStyle, prompt_style
+from lit_llama.tokenizer import Tokenizer
 
 Decay = Literal["none", "linear"]
-METRICS = ["step", "train_loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second", "seconds"]
 SAVE_SECONDS = 600  # between states, however long a step takes
 KEEP_STATES = 2
 MAX_SKIPPED = 5  # steps in a row without a finite loss and gradient
@@ -40,6 +44,9 @@ MAY_CHANGE = {  # on resuming; everything else changes the result
     "resume",
     "logger",
     "precision",  # what it stands for must not change
+    "adapter_path",  # nor what these hold
+    "reference_path",
+    "cache_reference",
     "micro_batch_size",
     "devices",
     "num_nodes",
@@ -49,89 +56,104 @@ MAY_CHANGE = {  # on resuming; everything else changes the result
 
 
 @dataclass(frozen=True)
-class FitResult:
-    """How a run ended.
+class LoopOptions:
+    """The hyperparameters that the loop reads, whatever is trained.
 
     Args:
-        step: optimizer steps done when the validation loss was lowest.
-        validation_loss: then, per scored token.
-        base_validation_loss: before the first step.
-        seconds: the run took, validation included.
+        out_dir: where files go.
+        resume: continue from the last state in `out_dir`, if there is one.
+        batch_size: items per optimizer step, over all devices.
+        micro_batch_size: items per forward on one device.
+        learning_rate: peak.
+        decay: how it falls from there.
+        warmup_steps: optimizer steps of its rise.
+        max_grad_norm: scale larger gradients down to this norm.
+        eval_interval: optimizer steps between validations.
+        save_interval: optimizer steps between states; one is also saved every 10 minutes.
+        seed: of the order of items.
+        pack: put the examples of a forward into one row instead of padding them.
     """
 
-    step: int
-    validation_loss: float
-    base_validation_loss: float
-    seconds: float
+    out_dir: Path
+    resume: bool
+    batch_size: int
+    micro_batch_size: int
+    learning_rate: float
+    decay: Decay
+    warmup_steps: int
+    max_grad_norm: float | None
+    eval_interval: int
+    save_interval: int
+    seed: int
+    pack: bool
 
 
 def fit(
     fabric: Fabric,
-    adapter: Module,
+    model: LLaMA,
+    adapter: AnyAdapter,
     optimizer: Optimizer,
-    loss: Callable[[Batch], Tensor],
+    loss: Callable[[Batch], Sums],
+    tokenizer: Tokenizer,
     train: TokenDataset,
     validation: TokenDataset,
-    save: Callable[[int, float, float], None],
-    *,
-    out_dir: Path,
-    hyperparameters: dict[str, Any],
-    fingerprints: dict[str, str],
-    resume: bool,
     max_steps: int,
-    batch_size: int,
-    micro_batch_size: int,
-    learning_rate: Callable[[int], float],
-    max_grad_norm: float | None,
-    eval_interval: int,
-    save_interval: int,
-    seed: int,
-    pack: bool = False,
-    show: Callable[[], str] | None = None,
-) -> FitResult:
+    hyperparameters: dict[str, Any],
+    *,
+    measured: Mapping[str, str] = SUPERVISED_METRICS,
+    fingerprints: Mapping[str, str] | None = None,
+) -> None:
     """Train an adapter.
 
-    Writes to `out_dir`: `hyperparameters.yaml`, `metrics.csv` with a row per step, `loss.png`, and states from which a
-    run continues to the bit. The best adapter is written by `save`. Other loggers are Fabric's.
+    Writes to `out_dir`: the adapter with the lowest validation loss, `hyperparameters.yaml`, `metrics.csv` with a row
+    per step, `loss.png`, and states from which a run continues to the bit. Other loggers are Fabric's.
 
     A first Ctrl-C or SIGTERM ends the run after its step, with a state; a second one at once.
 
     Args:
         fabric: chooses the device and sums over devices.
-        adapter: holds the trainable parameters, float32.
-        optimizer: over those.
-        loss: sum over the scored tokens of a batch.
+        model: the base model, frozen.
+        adapter: what is trained, float32.
+        optimizer: over its parameters.
+        loss: of a batch.
+        tokenizer: the base's, to show answers at each validation.
         train: what is learned.
         validation: what is measured, all of it, before the first step, every `eval_interval` steps and at the end.
-        save: called with step, validation loss and seconds whenever the validation loss is the lowest so far.
-        out_dir: where files go.
-        hyperparameters: the script's keywords. A state is refused if one that changes the result was another.
-        fingerprints: of all else that changes the result, by name; likewise.
-        resume: continue from the last state in `out_dir`, if there is one.
         max_steps: optimizer steps.
-        batch_size: examples per step, over all devices.
-        micro_batch_size: examples per forward on one device.
-        learning_rate: of each step, counted from 0.
-        max_grad_norm: scale larger gradients down to this norm.
-        eval_interval: steps between validations.
-        save_interval: steps between states; one is also saved every 10 minutes.
-        seed: of the order of examples.
-        pack: put the examples of a forward into one row instead of padding them.
-        show: called at each validation, by all processes; its text is shown.
+        hyperparameters: the script's keywords, `LoopOptions` among them. A state is refused if one that changes the
+            result was another.
+        measured: what the loss measures, with the label of its axis in the picture.
+        fingerprints: of what else changes the result beside base and data, by name; likewise.
 
     Raises:
         FloatingPointError: losses or gradients are no longer finite; the best adapter so far stays on disk.
         KeyboardInterrupt: a signal ended the run; a state was saved.
         ValueError: the state to resume from belongs to another run.
     """
+    options = LoopOptions(**{field.name: hyperparameters[field.name] for field in fields(LoopOptions)})
+    out_dir, pack = options.out_dir, options.pack
+    adapter_path = out_dir / f"{adapter.method}.safetensors"
+    learning_rate = schedule(options.learning_rate, options.warmup_steps, max_steps, options.decay)
+    style = prompt_style(train.header["prompt_style"], tokenizer)
     main_process = fabric.is_global_zero
-    identity = {f"--{name}": value for name, value in hyperparameters.items() if name not in MAY_CHANGE} | fingerprints
-    parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
+    identity = {f"--{name}": value for name, value in hyperparameters.items() if name not in MAY_CHANGE}
+    identity |= {
+        "base": model.fingerprint,
+        "precision": str(model.dtype),
+        "training data": train.sha256,
+        "validation data": validation.sha256,
+        **(fingerprints or {}),
+    }
+    parameters = list(adapter.parameters())
     progress = Progress()
+    if main_process:
+        trainable = sum(parameter.numel() for parameter in parameters)
+        total = sum(shape.numel() for shape in parameter_shapes(model.config).values())
+        print(f"{trainable:,} trainable parameters on a base of {total:,}", file=sys.stderr)
     if out_dir.is_file():
         raise ValueError(f"{out_dir} is a file, expected the folder of a run")
     out_dir.mkdir(parents=True, exist_ok=True)
-    state_file = last_state(out_dir) if resume else None
+    state_file = last_state(out_dir) if options.resume else None
     if state_file is not None:
         progress = _load_state(state_file, adapter, optimizer, identity)
     _check_same_step(fabric, progress.step, out_dir)
@@ -145,44 +167,56 @@ def fit(
     last_saved = time.monotonic()
 
     if pack and main_process:
-        steps = range(min(50, steps_per_epoch(len(train), batch_size)))  # enough to tell
-        plan = (micro for step in steps for micro in step_batches(train, step, batch_size, micro_batch_size, seed))
+        steps = range(min(50, steps_per_epoch(len(train), options.batch_size)))  # enough to tell
+        plan = itertools.chain.from_iterable(_plan(train, step, options) for step in steps)
         print(f"packed; padding would be {train.padding(plan):.1%} of all positions", file=sys.stderr)
 
     with (
         tqdm(total=max_steps, initial=progress.step, desc="training", unit="step", disable=not main_process) as bar,
-        MetricsFile(out_dir / "metrics.csv", progress.step if state_file else None, main_process) as metrics,
+        MetricsFile(out_dir / "metrics.csv", measured, progress.step if state_file else None, main_process) as metrics,
         _StopRequest() as stop,
     ):
 
-        def validate() -> float:
-            validation_loss = evaluate(fabric, loss, validation, micro_batch_size, pack)
-            progress.check_finite("validation loss", validation_loss, out_dir)
-            better = progress.step > 0 and validation_loss < progress.best_loss
+        def validate() -> dict[str, float]:
+            adapter.eval()
+            values = evaluate(fabric, loss, validation, options.micro_batch_size, pack)
+            progress.check_finite("validation loss", values["loss"], out_dir)
+            better = progress.step > 0 and values["loss"] < progress.best.get("loss", math.inf)
             if better:
-                progress.best_step, progress.best_loss = progress.step, validation_loss
-            shown = "" if show is None else f"\n{show()}"
+                progress.best_step, progress.best = progress.step, values
+            shown = _show_answers(model, adapter, tokenizer, style, validation)
+            adapter.train()
             if main_process:
-                bar.write(f"step {progress.step}: validation loss {validation_loss:.4f}{shown}", file=sys.stderr)
+                bar.write(f"step {progress.step}: validation {_in_words(values)}\n{shown}", file=sys.stderr)
                 if better:
-                    save(progress.step, validation_loss, time.perf_counter() - started)
-            return validation_loss
+                    save_adapter(
+                        adapter_path,
+                        adapter,
+                        base=model,
+                        prompt_style=style.name,
+                        step=progress.step,
+                        validation_loss=values["loss"],
+                        seconds=time.perf_counter() - started,
+                        hyperparameters=hyperparameters,
+                    )
+            return values
 
         def record(row: dict[str, float]) -> None:
             metrics.write(row)
             fabric.log_dict({name: value for name, value in row.items() if name != "step"}, step=int(row["step"]))
 
+        adapter.train()
         if state_file is None:
-            progress.base_loss = validate()
-            record({"step": 0, "validation_loss": progress.base_loss, "seconds": time.perf_counter() - started})
+            progress.first = validate()
+            record({"step": 0, **_named("validation", progress.first), "seconds": time.perf_counter() - started})
         while progress.step < max_steps:
             step_started = time.perf_counter()
             rate = learning_rate(progress.step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            chosen = step_batches(train, progress.step, batch_size, micro_batch_size, seed)
+            chosen = _plan(train, progress.step, options)
             batches = _share(fabric, train, chosen, pack)
-            done = _step(fabric, parameters, optimizer, loss, batches, max_grad_norm, stop.requested)
+            done = _step(fabric, parameters, optimizer, loss, batches, options.max_grad_norm, stop.requested)
             progress.step += 1
             progress.count_skipped(done, out_dir)
             if done.skipped and main_process:
@@ -190,22 +224,22 @@ def fit(
                 bar.write(message, file=sys.stderr)
             tokens_per_second = train.lengths[np.concatenate(chosen)].sum() / (time.perf_counter() - step_started)
             bar.update()
-            bar.set_postfix(loss=f"{done.loss:.3f}", tokens_per_s=f"{tokens_per_second:.0f}")
+            bar.set_postfix(loss=f"{done.metrics['loss']:.3f}", tokens_per_s=f"{tokens_per_second:.0f}")
             row = {
                 "step": progress.step,
-                "train_loss": done.loss,
+                **_named("train", done.metrics),
                 "learning_rate": rate,
                 "grad_norm": done.grad_norm,
                 "tokens_per_second": tokens_per_second,
             }
             finished = progress.step == max_steps
-            if progress.step % eval_interval == 0 or finished:
-                row["validation_loss"] = validate()
+            if progress.step % options.eval_interval == 0 or finished:
+                row |= _named("validation", validate())
             progress.seconds = time.perf_counter() - started
             record({**row, "seconds": progress.seconds})
             if main_process and "validation_loss" in row:
-                plot_losses(metrics.rows, out_dir / "loss.png")
-            due = progress.step % save_interval == 0 or time.monotonic() - last_saved > SAVE_SECONDS
+                plot_metrics(metrics.rows, measured, out_dir / "loss.png")
+            due = progress.step % options.save_interval == 0 or time.monotonic() - last_saved > SAVE_SECONDS
             if main_process and (due or finished or done.stop):
                 saved = _save_state(out_dir, adapter, optimizer, progress, identity)
                 last_saved = time.monotonic()
@@ -215,7 +249,38 @@ def fit(
                 fabric.barrier()  # a process that ends early may take the one that saves with it
                 raise KeyboardInterrupt
     fabric.barrier()
-    return FitResult(progress.best_step, progress.best_loss, progress.base_loss, progress.seconds)
+    if main_process:
+        print(
+            f"before: validation {_in_words(progress.first)}\n"
+            f"after step {progress.best_step}, the best: validation {_in_words(progress.best)}\n"
+            f"{progress.seconds:.0f} s; adapter: {adapter_path}",
+            file=sys.stderr,
+        )
+
+
+def _plan(dataset: TokenDataset, step: int, options: LoopOptions) -> list[list[int]]:
+    return step_batches(dataset, step, options.batch_size, options.micro_batch_size, options.seed)
+
+
+def _named(split: str, metrics: dict[str, float]) -> dict[str, float]:
+    return {f"{split}_{name}": value for name, value in metrics.items()}
+
+
+def _in_words(metrics: dict[str, float]) -> str:
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value:.{4 if abs(value) < 10 else 1}f}" for name, value in metrics.items()
+    )
+
+
+def _show_answers(
+    model: LLaMA, adapter: AnyAdapter, tokenizer: Tokenizer, style: PromptStyle, dataset: TokenDataset
+) -> str:
+    """Answers to two prompts of a data set, as text."""
+    prompts = [dataset.prompt(i) for i in range(min(2, len(dataset)))]
+    rows = generate(model, prompts, 32, adapter=adapter)  # without an end, as sharded bases compute in step
+    answers = [list(itertools.takewhile(lambda id: id not in style.stop_ids, row)) for row in rows]
+    pairs = zip(map(tokenizer.decode, prompts), map(tokenizer.decode, answers), strict=True)
+    return "\n".join(f"    ...{prompt[-60:]!r} -> {answer!r}" for prompt, answer in pairs)
 
 
 @dataclass
@@ -225,8 +290,8 @@ class Progress:
     Args:
         step: optimizer steps done, skipped ones included.
         best_step: step of the lowest validation loss.
-        best_loss: that loss.
-        base_loss: validation loss before the first step.
+        best: what validation measured then.
+        first: what it measured before the first step.
         skipped: steps skipped because loss or gradient was not finite.
         skipped_in_a_row: of those, the last ones without a good step between.
         seconds: the run took, over all its parts.
@@ -234,8 +299,8 @@ class Progress:
 
     step: int = 0
     best_step: int = 0
-    best_loss: float = math.inf
-    base_loss: float = math.nan
+    best: dict[str, float] = field(default_factory=dict)
+    first: dict[str, float] = field(default_factory=dict)
     skipped: int = 0
     skipped_in_a_row: int = 0
     seconds: float = 0.0
@@ -266,7 +331,7 @@ class Progress:
         self.skipped += done.skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if done.skipped else 0
         if self.skipped_in_a_row == MAX_SKIPPED:
-            what = "training loss" if not math.isfinite(done.loss) else "gradient"
+            what = "training loss" if not math.isfinite(done.metrics["loss"]) else "gradient"
             self.check_finite(what, math.nan, out_dir)
 
 
@@ -274,13 +339,13 @@ class StepResult(NamedTuple):
     """What one optimizer step did.
 
     Args:
-        loss: mean over its scored tokens.
+        metrics: means over all that its micro batches count.
         grad_norm: before clipping.
         skipped: nothing was changed, because loss or gradient was not finite.
         stop: some process was asked to stop.
     """
 
-    loss: float
+    metrics: dict[str, float]
     grad_norm: float
     skipped: bool
     stop: bool
@@ -290,30 +355,43 @@ def _step(
     fabric: Fabric,
     parameters: list[torch.nn.Parameter],
     optimizer: Optimizer,
-    loss: Callable[[Batch], Tensor],
+    loss: Callable[[Batch], Sums],
     batches: Iterable[Batch],
     max_grad_norm: float | None,
     stop: bool,
 ) -> StepResult:
     """One optimizer step over all micro batches of all devices, `batches` being this one's."""
-    sums = torch.tensor([0.0, 0.0, float(stop)], device=fabric.device)  # loss, scored tokens, requests to stop
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    for batch in batches:
-        batch_loss = loss(batch)
-        batch_loss.backward()
-        sums[0] += batch_loss.detach()
-        sums[1] += batch.scored.sum()
-    loss_sum, scored, stops = _sum_over_devices(fabric, sums).tolist()
+
+    def losses() -> Iterator[Sums]:
+        for batch in batches:
+            sums = loss(batch)
+            sums.metrics["loss"].backward()
+            yield sums
+
+    metrics, count, stops = _add_up(fabric, losses(), stop)
     for parameter in parameters:
         assert parameter.grad is not None
         # Divided only here: gradients of a mean would vanish in a float16 base.
-        parameter.grad = _sum_over_devices(fabric, parameter.grad) / scored
+        parameter.grad = _sum_over_devices(fabric, parameter.grad) / count
     grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm))
-    skipped = not (math.isfinite(loss_sum) and math.isfinite(grad_norm))
+    skipped = not (math.isfinite(metrics["loss"]) and math.isfinite(grad_norm))
     if not skipped:
         optimizer.step()
-    return StepResult(loss_sum / scored, grad_norm, skipped, stops > 0)
+    return StepResult(metrics, grad_norm, skipped, stops > 0)
+
+
+def _add_up(fabric: Fabric, losses: Iterable[Sums], stop: bool = False) -> tuple[dict[str, float], float, float]:
+    """Means over the micro batches of all devices, how much was counted, how many processes want to stop."""
+    names: list[str] = []
+    total = torch.zeros(0)
+    for sums in losses:
+        names = names or list(sums.metrics)
+        values = torch.stack([*(value.detach() for value in sums.metrics.values()), sums.count]).float()
+        total = values if len(total) == 0 else total + values
+    *values, count, stops = _sum_over_devices(fabric, torch.cat([total, total.new_tensor([stop])])).tolist()
+    return {name: value / count for name, value in zip(names, values, strict=True)}, count, stops
 
 
 def _share(fabric: Fabric, dataset: TokenDataset, chosen: list[list[int]], pack: bool) -> Iterator[Batch]:
@@ -335,6 +413,7 @@ class MetricsFile:
 
     Args:
         path: the file.
+        measured: names of what training and validation measure.
         keep_until: keep the rows of an earlier part of the run up to this step; None begins anew.
         writes: whether this process writes at all.
 
@@ -342,17 +421,19 @@ class MetricsFile:
         rows: those written so far, with numbers as the file has them.
     """
 
-    def __init__(self, path: Path, keep_until: int | None, writes: bool) -> None:
+    def __init__(self, path: Path, measured: Iterable[str], keep_until: int | None, writes: bool) -> None:
         self.rows: list[dict[str, float]] = []
         if keep_until is not None and path.is_file():
             with open(path, newline="") as file:
                 rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
             self.rows = [row for row in rows if row["step"] <= keep_until]
+        self._columns = ["step", *(f"{split}_{name}" for name in measured for split in ("train", "validation"))]
+        self._columns += ["learning_rate", "grad_norm", "tokens_per_second", "seconds"]
         self._writes = writes
         if writes:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as temporary, open(temporary, "w", newline="") as file:
-                writer = csv.DictWriter(file, METRICS)
+                writer = csv.DictWriter(file, self._columns)
                 writer.writeheader()
                 writer.writerows(map(_as_text, self.rows))
             self._file = open(path, "a", newline="")  # noqa: SIM115 (closed by __exit__)
@@ -368,7 +449,7 @@ class MetricsFile:
         """Add a row."""
         self.rows.append(row)
         if self._writes:
-            csv.DictWriter(self._file, METRICS).writerow(_as_text(row))
+            csv.DictWriter(self._file, self._columns).writerow(_as_text(row))
             self._file.flush()
             os.fsync(self._file.fileno())
 
@@ -403,7 +484,7 @@ def last_state(out_dir: Path) -> Path | None:
 
 
 def _save_state(
-    out_dir: Path, adapter: Module, optimizer: Optimizer, progress: Progress, identity: dict[str, Any]
+    out_dir: Path, adapter: AnyAdapter, optimizer: Optimizer, progress: Progress, identity: dict[str, Any]
 ) -> Path:
     """Write the state of a run and remove all but the newest few."""
     state = {
@@ -422,7 +503,7 @@ def _save_state(
     return path
 
 
-def _load_state(path: Path, adapter: Module, optimizer: Optimizer, identity: dict[str, Any]) -> Progress:
+def _load_state(path: Path, adapter: AnyAdapter, optimizer: Optimizer, identity: dict[str, Any]) -> Progress:
     """Put a run's state back.
 
     Raises:
@@ -467,14 +548,11 @@ def _set_aside(out_dir: Path) -> None:
 
 @torch.no_grad()
 def evaluate(
-    fabric: Fabric, loss: Callable[[Batch], Tensor], dataset: TokenDataset, micro_batch_size: int, pack: bool = False
-) -> float:
-    """Mean loss of the scored tokens of a whole data set."""
-    total = torch.zeros(2, dtype=torch.float64)  # loss, scored tokens
-    for batch in _share(fabric, dataset, by_length(dataset, np.arange(len(dataset)), micro_batch_size), pack):
-        total += torch.tensor([float(loss(batch)), float(batch.scored.sum())])
-    loss_sum, scored = _sum_over_devices(fabric, total).tolist()
-    return loss_sum / scored
+    fabric: Fabric, loss: Callable[[Batch], Sums], dataset: TokenDataset, micro_batch_size: int, pack: bool = False
+) -> dict[str, float]:
+    """Means of what a loss measures over a whole data set."""
+    plan = by_length(dataset, np.arange(len(dataset)), micro_batch_size)
+    return _add_up(fabric, (loss(batch) for batch in _share(fabric, dataset, plan, pack)))[0]
 
 
 def _check_same_step(fabric: Fabric, step: int, out_dir: Path) -> None:
@@ -542,6 +620,12 @@ def check_hyperparameters(values: dict[str, Any]) -> None:
     ]
     if values["max_grad_norm"] == 0:
         problems.append("--max_grad_norm is 0, it must be larger, or left out")
+    if values.get("beta") == 0:
+        problems.append("--beta is 0, it must be larger")
+    if not 0 <= values.get("label_smoothing", 0) < 0.5:
+        problems.append(f"--label_smoothing is {values['label_smoothing']}, it must be at least 0 and below 0.5")
+    if values.get("loss") == "ipo" and values["label_smoothing"]:
+        problems.append("--label_smoothing has no meaning with --loss ipo: leave out one of them")
     if not problems:
         at_once = values["micro_batch_size"] * values["devices"] * values["num_nodes"]
         if values["batch_size"] % at_once:
@@ -560,7 +644,9 @@ _LEAST = {
     "seed": 0,
     "learning_rate": 0,
     "weight_decay": 0,
+    "beta": 0,
     "aligner_init_std": 0,
+    "adapter_init_std": 0,
     "warmup_steps": 0,
     "batch_size": 1,
     "micro_batch_size": 1,
@@ -608,24 +694,29 @@ def schedule(learning_rate: float, warmup_steps: int, max_steps: int, decay: Dec
     return rate
 
 
-def plot_losses(rows: list[dict[str, float]], path: Path) -> None:
-    """Draw training and validation loss over the steps, if matplotlib is installed.
+def plot_metrics(rows: list[dict[str, float]], measured: Mapping[str, str], path: Path) -> None:
+    """Draw what training and validation measured over the steps, if matplotlib is installed.
 
     Args:
         rows: those of `metrics.csv`.
+        measured: what to draw, with the label of its axis; names with the same label share one.
         path: the PNG to write.
     """
     try:
-        figure = require_extra("matplotlib.figure", "plot").Figure(figsize=(7, 4), layout="constrained")
+        matplotlib_figure = require_extra("matplotlib.figure", "plot")
     except ImportError:
         return
-    axes = figure.subplots()
-    for name, style in (("train_loss", {"alpha": 0.5}), ("validation_loss", {"marker": "o"})):
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), **style)
+    labels = list(dict.fromkeys(measured.values()))
+    figure = matplotlib_figure.Figure(figsize=(7, 1 + 3 * len(labels)), layout="constrained")
+    for axes, label in zip(figure.subplots(len(labels), sharex=True, squeeze=False).flat, labels, strict=True):
+        names = [name for name in measured if measured[name] == label]
+        for i, name in enumerate(names):
+            for split, look in (("train", {"alpha": 0.4}), ("validation", {"marker": "o"})):
+                points = [(row["step"], row[f"{split}_{name}"]) for row in rows if f"{split}_{name}" in row]
+                axes.plot(*zip(*points, strict=True), label=f"{split} {name}".replace("_", " "), color=f"C{i}", **look)
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("cross-entropy per scored token (nats)")
-    axes.grid(alpha=0.3)
-    axes.legend()
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")

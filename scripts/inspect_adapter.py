@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from lit_llama.aligner import Aligner
-from lit_llama.checkpoint import AdapterInfo, adapter_info, check_adapter, load_aligner, load_base
+from lit_llama.checkpoint import AdapterInfo, adapter_info, check_adapter, load_adapter, load_base
 from lit_llama.cli import run
 from lit_llama.files import atomic_file, require_extra
 from lit_llama.tokenizer import Tokenizer
@@ -39,7 +39,7 @@ def main(
     paths = [Path(path) for path in aligner_path]
     if len(paths) > 2:
         raise ValueError(f"--aligner_path was given {len(paths)} times: one can be inspected, two compared")
-    aligners = [load_aligner(path) for path in paths]
+    aligners = [load_adapter(path, "aligner") for path in paths]
     for path, aligner in zip(paths, aligners, strict=True):
         print(describe(path, adapter_info(path), aligner))
         if checkpoint_dir is not None:
@@ -60,7 +60,7 @@ def describe(path: Path, info: AdapterInfo, aligner: Aligner) -> str:
     facts = [
         ("method", info.method),
         ("prefix tokens", f"{tokens.size(0)} of {tokens.size(1)} numbers"),
-        ("gates", f"layers {aligner.start_layer} to {aligner.n_layer - 1}, {gates.size(1)} heads each"),
+        ("gates", f"layers {aligner.start_layer} to {info.config['n_layer'] - 1}, {gates.size(1)} heads each"),
         ("parameters", f"{tokens.numel() + gates.numel():,}"),
         ("file", f"{path.stat().st_size:,} bytes"),
         ("base", f"{info.base_name or 'not recorded'} {info.base_fingerprint[:12]}".strip()),

@@ -16,10 +16,10 @@ from lit_llama.checkpoint import (
     TensorFiles,
     adapter_info,
     check_adapter,
-    load_aligner,
+    load_adapter,
     load_base,
     read_config,
-    save_aligner,
+    save_adapter,
 )
 from lit_llama.files import atomic_file, atomic_folder
 from lit_llama.model import LLaMA, LLaMAConfig
@@ -119,7 +119,7 @@ def test_nothing_but_tensors_is_unpickled(tmp_path, monkeypatch, content):
         torch.save({"weight": [1, 2]}, file)
     else:
         file.write_text(content)
-    for load in (load_base, load_aligner):
+    for load in (load_base, load_adapter):
         with pytest.raises(ValueError, match=r"weights\.pth"):
             load(file)
     assert not (tmp_path / "exploded").exists()
@@ -129,10 +129,10 @@ def test_aligner_file_says_what_it_is(tmp_path, tiny_model):
     tiny_model.fingerprint = "f" * 64
     aligner = Aligner(tiny_model.config, 3, 1)
     torch.nn.init.normal_(aligner.gates)
-    save_aligner(tmp_path / "a.safetensors", aligner, tiny_model, prompt_style="chat", step=7, validation_loss=0.5)
-    loaded = load_aligner(tmp_path / "a.safetensors")
+    save_adapter(tmp_path / "a.safetensors", aligner, tiny_model, prompt_style="chat", step=7, validation_loss=0.5)
+    loaded = load_adapter(tmp_path / "a.safetensors")
     ids = torch.arange(9)[None]
-    assert torch.equal(tiny_model(ids, prefix=loaded), tiny_model(ids, prefix=aligner))
+    assert torch.equal(tiny_model(ids, adapter=loaded), tiny_model(ids, adapter=aligner))
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         assert set(file.keys()) == {"tokens", "gates"}
         assert json.loads(file.metadata()["config"])["length"] == 3
@@ -143,11 +143,11 @@ def test_aligner_file_says_what_it_is(tmp_path, tiny_model):
 
 def test_adapter_of_another_base(tmp_path, tiny_model):
     file = tmp_path / "a.safetensors"
-    save_aligner(file, Aligner(tiny_config(n_embd=64), 1), tiny_model)
+    save_adapter(file, Aligner(tiny_config(n_embd=64), 1), tiny_model)
     with pytest.raises(ValueError, match=r"made for another base: its n_embd is 64, tiny has 32"):
         check_adapter(file, tiny_model)
     tiny_model.fingerprint = "a" * 64
-    save_aligner(file, Aligner(tiny_model.config, 1), tiny_model)
+    save_adapter(file, Aligner(tiny_model.config, 1), tiny_model)
     tiny_model.fingerprint = "b" * 64
     with pytest.raises(ValueError, match="--allow_other_base true"):
         check_adapter(file, tiny_model)
@@ -161,32 +161,34 @@ def test_adapter_of_another_base(tmp_path, tiny_model):
 
 def test_what_is_no_aligner_is_refused(tmp_path, base_dir, tiny_model):
     with pytest.raises(ValueError, match="not an adapter: its metadata lack a format_version"):
-        load_aligner(base_dir / "model.safetensors")
+        load_adapter(base_dir / "model.safetensors")
     with pytest.raises(FileNotFoundError, match=r"gone\.safetensors: no such file"):
-        load_aligner(tmp_path / "gone.safetensors")
+        load_adapter(tmp_path / "gone.safetensors")
     file = tmp_path / "a.safetensors"
-    save_aligner(file, Aligner(tiny_model.config, 1))
+    save_adapter(file, Aligner(tiny_model.config, 1))
     with safe_open(file, "pt") as handle:
         metadata = handle.metadata()
     tensors = safetensors_load(file.read_bytes())
     save_file(tensors, file, metadata={**metadata, "method": '"lora"'})
-    with pytest.raises(ValueError, match=r"not an Aligner but 'lora': use generate/lora\.py"):
-        load_aligner(file)
+    with pytest.raises(ValueError, match=r"of method 'lora', expected 'aligner'; generate/lora\.py is for it"):
+        load_adapter(file, "aligner")
+    with pytest.raises(ValueError, match=r"metadata are not an adapter's .*unexpected keyword argument 'length'"):
+        load_adapter(file)
     save_file(tensors, file, metadata={**metadata, "format_version": "99"})
     with pytest.raises(ValueError, match="format version 99, this code reads 1"):
-        load_aligner(file)
+        load_adapter(file)
     save_file(tensors, file, metadata={"format_version": "1"})
     with pytest.raises(ValueError, match="the metadata are not an adapter's"):
-        load_aligner(file)
+        load_adapter(file)
     save_file(tensors, file, metadata={**metadata, "config": "{"})
     with pytest.raises(ValueError, match="the metadata are not an adapter's"):
-        load_aligner(file)
+        load_adapter(file)
     save_file({"tokens": tensors["tokens"]}, file, metadata=metadata)
     with pytest.raises(ValueError, match="lacks gates"):
-        load_aligner(file)
+        load_adapter(file)
     save_file({**tensors, "gates": torch.zeros(1, 1)}, file, metadata=metadata)
     with pytest.raises(ValueError, match="gates has shape"):
-        load_aligner(file)
+        load_adapter(file)
 
 
 def test_authors_format(tmp_path):
@@ -198,7 +200,7 @@ def test_authors_format(tmp_path):
         tensors[f"transformer.h.{layer}.attn.adapter_wte.weight"] = tokens
     file = tmp_path / "aligner.pth"
     torch.save(tensors, file)
-    aligner = load_aligner(file)
+    aligner = load_adapter(file)
     assert aligner.tokens.dtype == torch.float32
     assert torch.equal(aligner.tokens, tokens.float())
     assert torch.equal(aligner.gates, torch.tensor([2.0, 3.0, 4.0])[:, None].expand(3, 8))
@@ -206,20 +208,20 @@ def test_authors_format(tmp_path):
 
     torch.save(tensors | {"transformer.h.3.attn.adapter_wte.weight": tokens + 1}, file)
     with pytest.raises(ValueError, match="which an Aligner shares"):
-        load_aligner(file)
+        load_adapter(file)
     torch.save({name: t for name, t in tensors.items() if "h.3." not in name}, file)
     with pytest.raises(ValueError, match=r"consecutive layers, found \[2, 4\]"):
-        load_aligner(file)
+        load_adapter(file)
     torch.save(tensors | {"lm_head.weight": tokens}, file)
     with pytest.raises(ValueError, match=r"unknown lm_head\.weight"):
-        load_aligner(file)
+        load_adapter(file)
 
 
 @pytest.mark.skipif(not RELEASED.is_dir(), reason="the authors' released adapters are not at hand")
 @pytest.mark.parametrize(("pattern", "parameters"), [("aligner1Token*", 5056), ("aligner10*", 41920), ("*DPO*", 5056)])
 def test_released_adapters(pattern, parameters):
     [file] = RELEASED.glob(pattern)
-    aligner = load_aligner(file)
+    aligner = load_adapter(file)
     assert sum(parameter.numel() for parameter in aligner.parameters()) == parameters
     config = LLaMAConfig.from_name("Llama-2-7B")
     assert aligner.gates.shape == (30, 32)

@@ -35,6 +35,6 @@ def test_gpu_in_bfloat16_is_near_the_cpu_in_float32(base_dir, length):
         torch.manual_seed(0)
         aligner = Aligner(model.config, length)
         torch.nn.init.normal_(aligner.gates)
-        logits[model.dtype] = model(ids.to(device), prefix=aligner.to(device)).float().cpu()
+        logits[model.dtype] = model(ids.to(device), adapter=aligner.to(device)).float().cpu()
     exact = logits[torch.float32]
     assert (logits[torch.bfloat16] - exact).norm() / exact.norm() < 0.03

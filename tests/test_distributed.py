@@ -171,10 +171,10 @@ def compute(model, recompute):
     torch.manual_seed(1)
     aligner = Aligner(model.config, 3)
     torch.nn.init.normal_(aligner.gates)
-    loss = supervised_loss(model, aligner, collate(random_examples([9, 20])))
+    loss = supervised_loss(model, aligner, collate(random_examples([9, 20]))).metrics["loss"]
     loss.backward()
-    text = generate(model, [[1, 2, 3], [4]], 6, prefix=aligner)
-    again = supervised_loss(model, aligner, collate(random_examples([9, 20])))
+    text = generate(model, [[1, 2, 3], [4]], 6, adapter=aligner)
+    again = supervised_loss(model, aligner, collate(random_examples([9, 20]))).metrics["loss"]
     return {
         "loss": loss.detach(),
         "tokens": aligner.tokens.grad,

@@ -14,13 +14,13 @@ def aligner(tiny_model):
     return aligner
 
 
-def naive_greedy(model, prompt, n, prefix, stop_ids=frozenset()):
+def naive_greedy(model, prompt, n, adapter, stop_ids=frozenset()):
     """Greedy decoding by its definition, without a cache."""
     ids = list(prompt)
     for _ in range(n):
         if len(ids) > model.config.block_size:
             break
-        token = model(torch.tensor([ids[-model.config.block_size :]]), prefix)[0, -1].argmax().item()
+        token = model(torch.tensor([ids[-model.config.block_size :]]), adapter)[0, -1].argmax().item()
         if token in stop_ids:
             break
         ids.append(token)
@@ -29,10 +29,10 @@ def naive_greedy(model, prompt, n, prefix, stop_ids=frozenset()):
 
 @pytest.mark.parametrize("adapted", [False, True])
 def test_batch_is_what_each_row_gets_alone(tiny_model, aligner, adapted):
-    prefix = aligner if adapted else None
+    adapter = aligner if adapted else None
     prompts = [[5, 6], [7, 8, 9, 10, 11, 12], [13]]
-    expected = [naive_greedy(tiny_model, prompt, 10, prefix) for prompt in prompts]
-    assert generate(tiny_model, prompts, 10, prefix=prefix) == expected
+    expected = [naive_greedy(tiny_model, prompt, 10, adapter) for prompt in prompts]
+    assert generate(tiny_model, prompts, 10, adapter=adapter) == expected
     assert min(len(set(row)) for row in expected) > 3  # rows that repeat themselves would prove little
 
 
@@ -41,7 +41,7 @@ def test_rows_end_at_their_stop_token(tiny_model, aligner):
     free = [naive_greedy(tiny_model, prompt, 12, aligner) for prompt in prompts]
     stop = frozenset([free[0][4]])
     expected = [naive_greedy(tiny_model, prompt, 12, aligner, stop) for prompt in prompts]
-    assert generate(tiny_model, prompts, 12, prefix=aligner, stop_ids=stop) == expected
+    assert generate(tiny_model, prompts, 12, adapter=aligner, stop_ids=stop) == expected
     assert len(expected[0]) < 12
 
 

@@ -4,7 +4,7 @@ import torch
 from conftest import DEMO_BASE, tiny_config
 
 from lit_llama.aligner import Aligner
-from lit_llama.checkpoint import load_base, save_aligner
+from lit_llama.checkpoint import load_base, save_adapter
 
 
 def made_by_hand(path, length=2, sign=1.0):
@@ -13,7 +13,7 @@ def made_by_hand(path, length=2, sign=1.0):
         aligner.tokens.zero_()
         aligner.tokens[0, 0], aligner.tokens[-1, 1] = 3.0, 4.0
         aligner.gates.copy_(sign * torch.tensor([[0.1, -0.1, 0.1, -0.1], [0.5, 0.5, 0.5, -0.7], [0.0, 0.2, 0.2, 0.0]]))
-    save_aligner(path, aligner, step=7, validation_loss=0.25, prompt_style="chat", hyperparameters={"seed": 3})
+    save_adapter(path, aligner, step=7, validation_loss=0.25, prompt_style="chat", hyperparameters={"seed": 3})
     return path
 
 
@@ -54,7 +54,7 @@ def test_nearest_vocabulary_entry(command, tmp_path):
     aligner = Aligner(model.config, 1)
     with torch.no_grad():
         aligner.tokens.copy_(2 * model.transformer.wte.weight[19556:19557])  # "Hello"
-    save_aligner(tmp_path / "a.safetensors", aligner, model)
+    save_adapter(tmp_path / "a.safetensors", aligner, model)
     paths = {"aligner_path": tmp_path / "a.safetensors", "output_path": tmp_path / "gates.png"}
     status, out, err = command("scripts/inspect_adapter.py", checkpoint_dir=DEMO_BASE, nearest=2, **paths)
     assert status == 0, err

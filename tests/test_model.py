@@ -6,7 +6,16 @@ from conftest import GOLDEN, tiny_config
 
 from lit_llama.aligner import Aligner
 from lit_llama.checkpoint import load_base
-from lit_llama.model import PRESETS, KVCache, LayerPrefix, LLaMA, LLaMAConfig, RopeScaling, rope_frequencies
+from lit_llama.model import (
+    PRESETS,
+    KVCache,
+    LayerAdapter,
+    LayerPrefix,
+    LLaMA,
+    LLaMAConfig,
+    RopeScaling,
+    rope_frequencies,
+)
 
 
 def random_aligner(config: LLaMAConfig, length: int, start_layer: int = 1) -> Aligner:
@@ -63,14 +72,14 @@ def test_config_with_unknown_field_is_refused():
 @pytest.mark.parametrize("length", [1, 3])
 def test_zero_gates_are_the_base_bit_for_bit(tiny_model, length):
     ids = torch.randint(96, (2, 10))
-    assert torch.equal(tiny_model(ids), tiny_model(ids, prefix=Aligner(tiny_model.config, length)))
+    assert torch.equal(tiny_model(ids), tiny_model(ids, adapter=Aligner(tiny_model.config, length)))
 
 
 def test_one_token_is_a_bias(tiny_model):
     """With N=1 the adapter is W_o concat_h(g_h v_h), added to the output projection of each layer (design, fact 2)."""
     config, aligner = tiny_model.config, random_aligner(tiny_model.config, 1)
     ids = torch.randint(96, (2, 10))
-    expected = tiny_model(ids, prefix=aligner)
+    expected = tiny_model(ids, adapter=aligner)
     handles = []
     for index in range(1, config.n_layer):
         attention = tiny_model.transformer.h[index].attn
@@ -94,7 +103,7 @@ def test_one_token_through_attention_is_one_token_as_a_bias(tiny_model):
         two.tokens.copy_(one.tokens.expand(2, -1))
         two.gates.copy_(one.gates)
     ids = torch.randint(96, (2, 10))
-    torch.testing.assert_close(tiny_model(ids, prefix=one), tiny_model(ids, prefix=two), atol=1e-5, rtol=0)
+    torch.testing.assert_close(tiny_model(ids, adapter=one), tiny_model(ids, adapter=two), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("length", [1, 3])
@@ -105,12 +114,12 @@ def test_each_row_may_have_its_own_prefix(tiny_model, length):
 
     class PerRow:
         def layer(self, index):
-            a, b = first.layer(index), second.layer(index)
-            return a and LayerPrefix(torch.cat([a.tokens, b.tokens]), torch.cat([a.gates, b.gates]))
+            a, b = first.layer(index).prefix, second.layer(index).prefix
+            return LayerAdapter(a and LayerPrefix(torch.cat([a.tokens, b.tokens]), torch.cat([a.gates, b.gates])))
 
     ids = torch.randint(96, (2, 10))
-    expected = torch.cat([tiny_model(ids[:1], prefix=first), tiny_model(ids[1:], prefix=second)])
-    torch.testing.assert_close(tiny_model(ids, prefix=PerRow()), expected, atol=1e-5, rtol=0)
+    expected = torch.cat([tiny_model(ids[:1], adapter=first), tiny_model(ids[1:], adapter=second)])
+    torch.testing.assert_close(tiny_model(ids, adapter=PerRow()), expected, atol=1e-5, rtol=0)
 
 
 def test_logits_at_chooses_positions(tiny_model):
@@ -122,17 +131,17 @@ def test_logits_at_chooses_positions(tiny_model):
 @pytest.mark.parametrize("length", [None, 1, 3])
 def test_cached_decoding_is_the_full_forward(tiny_model, length):
     """A padded batch of unequal prompts, decoded token by token, gives what each row gets alone and uncached."""
-    prefix = None if length is None else random_aligner(tiny_model.config, length)
+    adapter = None if length is None else random_aligner(tiny_model.config, length)
     rows = torch.randint(96, (3, 12))
     lengths = torch.tensor([2, 7, 5])
     prompts = rows[:, :7].masked_fill(torch.arange(7) >= lengths[:, None], 0)
     cache = KVCache(tiny_model.config, 3, 16, torch.device("cpu"), torch.float32)
-    tiny_model(prompts, prefix, cache=cache)
+    tiny_model(prompts, adapter, cache=cache)
     for n in range(4):
         positions = lengths[:, None] + n
-        logits = tiny_model(rows.gather(1, positions), prefix, cache=cache, positions=positions)
+        logits = tiny_model(rows.gather(1, positions), adapter, cache=cache, positions=positions)
         for row in range(3):
-            alone = tiny_model(rows[row : row + 1, : lengths[row] + n + 1], prefix)[0, -1]
+            alone = tiny_model(rows[row : row + 1, : lengths[row] + n + 1], adapter)[0, -1]
             torch.testing.assert_close(logits[row, 0], alone, atol=1e-5, rtol=0)
 
 

@@ -58,7 +58,7 @@ def test_numbers_are_those_of_the_quantised_weights(wide_dir, aligner, mode):
     for value, wanted in zip(loss_and_gradients(model, aligner, [batch]), expected, strict=True):
         torch.testing.assert_close(value, wanted, atol=1e-4, rtol=1e-4)
     prompts = [[1, 2, 3], [4]]
-    assert generate(model, prompts, 6, prefix=aligner) == generate(reference, prompts, 6, prefix=aligner)
+    assert generate(model, prompts, 6, adapter=aligner) == generate(reference, prompts, 6, adapter=aligner)
 
 
 @pytest.mark.parametrize(("mode", "bits"), [("nf4", 4), ("int8", 8)])

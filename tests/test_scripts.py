@@ -13,7 +13,7 @@ from conftest import ROOT, load_script
 from safetensors.torch import load as safetensors_load
 from safetensors.torch import save_file
 
-from lit_llama.checkpoint import load_aligner, load_base
+from lit_llama.checkpoint import load_adapter, load_base
 from lit_llama.cli import run
 from lit_llama.forms import FORMS
 from lit_llama.generation import generate
@@ -27,10 +27,10 @@ SCRIPTS = sorted(
 )
 
 
-def expected_answer(base_dir, prompt, prefix=None, n=8):
+def expected_answer(base_dir, prompt, adapter=None, n=8):
     tokenizer, model = Tokenizer(base_dir), load_base(base_dir)
     style = prompt_style("chat", tokenizer)
-    [row] = generate(model, [tokenizer.encode(style.prompt(prompt))], n, prefix=prefix, stop_ids=style.stop_ids)
+    [row] = generate(model, [tokenizer.encode(style.prompt(prompt))], n, adapter=adapter, stop_ids=style.stop_ids)
     return tokenizer.decode(row)
 
 
@@ -52,11 +52,11 @@ def test_the_whole_way_by_subprocess(hf_checkpoint, tmp_path):
     adapter = ("--aligner_path", "out/aligner.safetensors")
     result = call("generate/aligner.py", *base, *adapter, "--prompt", "Say hi.", "--max_new_tokens", "5")
     assert re.search(r"\d tokens, [\d.]+ tokens/s, [\d.]+ GB of", result.stderr)
-    aligner = load_aligner(tmp_path / "out" / "aligner.safetensors")
+    aligner = load_adapter(tmp_path / "out" / "aligner.safetensors")
     tokenizer, model = Tokenizer(tmp_path / "base"), load_base(tmp_path / "base")
     style = prompt_style("alpaca", tokenizer)  # the style of training is the default
     ids = tokenizer.encode(style.prompt("Say hi."), bos=style.bos)
-    [row] = generate(model, [ids], 5, prefix=aligner, stop_ids=style.stop_ids)
+    [row] = generate(model, [ids], 5, adapter=aligner, stop_ids=style.stop_ids)
     assert result.stdout == tokenizer.decode(row) + "\n"
 
 
@@ -82,7 +82,7 @@ def test_generate_base_and_aligner(command, base_dir, aligner_path, tmp_path):
     assert (status, out) == (0, expected_answer(base_dir, "Count to 3.") + "\n"), err
     out_file = tmp_path / "answers.jsonl"
     status, out, _ = command("generate/aligner.py", aligner_path=aligner_path, output_file=out_file, **options)
-    answer = expected_answer(base_dir, "Count to 3.", load_aligner(aligner_path))
+    answer = expected_answer(base_dir, "Count to 3.", load_adapter(aligner_path))
     assert (status, out) == (0, answer + "\n")
     [row] = [json.loads(line) for line in out_file.read_text().splitlines()]
     assert row == {"prompt": "Count to 3.", "response": answer, "model": f"tiny + {aligner_path}"}
@@ -228,7 +228,7 @@ def test_form_report(command, base_dir, aligner_path, tmp_path, monkeypatch):
     status, out, err = command(
         "evaluate/form.py",
         checkpoint_dir=base_dir,
-        aligner_path=aligner_path,
+        adapter_path=aligner_path,
         questions_path=tmp_path / "q.jsonl",
         out_dir=tmp_path,
         max_new_tokens=12,
@@ -237,8 +237,8 @@ def test_form_report(command, base_dir, aligner_path, tmp_path, monkeypatch):
     assert status == 0, err
     assert out == (tmp_path / "report.txt").read_text()
     report = json.loads((tmp_path / "report.json").read_text())
-    for name, prefix in (("base", None), ("aligned", load_aligner(aligner_path))):
-        answers = [expected_answer(base_dir, question, prefix, 12) for question in questions]
+    for name, adapter in (("base", None), ("aligned", load_adapter(aligner_path))):
+        answers = [expected_answer(base_dir, question, adapter, 12) for question in questions]
         assert [row[name] for row in report["answers"]] == answers
         compliant = sum(map(has_st, answers))
         assert 0 < compliant < 5, answers

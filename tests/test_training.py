@@ -1,6 +1,8 @@
 """The loop: what moves, how losses are averaged, what stops it."""
 
 import csv
+import itertools
+import math
 import sys
 
 import pytest
@@ -13,9 +15,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_llama.aligner import Aligner
-from lit_llama.checkpoint import adapter_info, load_aligner, load_base, save_aligner
+from lit_llama.checkpoint import adapter_info, load_adapter, load_base
 from lit_llama.data import TokenDataset
-from lit_llama.losses import supervised_loss
+from lit_llama.losses import Sums, supervised_loss
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.training import fit, last_state, schedule
 
@@ -70,7 +72,7 @@ def test_loss_is_the_mean_over_all_scored_tokens_of_the_step(base_dir, data_dir,
     losses = []
     for index in range(n):
         ids, scored = (torch.from_numpy(array.astype("int64")) for array in data[index][0])
-        token_losses = F.cross_entropy(model(ids[None], prefix=aligner)[0, :-1], ids[1:], reduction="none")
+        token_losses = F.cross_entropy(model(ids[None], adapter=aligner)[0, :-1], ids[1:], reduction="none")
         losses.append(token_losses[scored[1:].bool()])
     loss = torch.cat(losses).mean()
     loss.backward()
@@ -121,44 +123,45 @@ def test_files_of_a_run(base_dir, aligner_path):
     )
     assert info.step == int(best["step"])
     assert info.validation_loss == pytest.approx(float(best["validation_loss"]), abs=1e-4)
-    assert load_aligner(aligner_path).tokens.shape == (2, 32)
+    assert load_adapter(aligner_path).tokens.shape == (2, 32)
     assert (out_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_divergence_stops_and_keeps_the_last_good_file(base_dir, data_dir, tmp_path):
-    """The learning rate explodes at step 23: the next five are skipped, and the adapter of step 20 stays."""
+    """The loss is lost after step 22: the next five are skipped, and the adapter of step 20 stays."""
     tokenizer, model = Tokenizer(base_dir), load_base(base_dir)
     aligner = Aligner(model.config, 1)
+    train, validation = (TokenDataset(data_dir, split, tokenizer) for split in ("train", "validation"))
+    micro_batches = itertools.count()  # 4 at each of 2 validations, and one a step
+
+    def loss(batch):
+        sums = supervised_loss(model, aligner, batch)
+        return sums if next(micro_batches) < 2 + 22 else Sums({"loss": sums.metrics["loss"] * math.nan}, sums.count)
+
+    hyperparameters = {"out_dir": tmp_path, "resume": False, "batch_size": 4, "micro_batch_size": 4, "pack": False}
+    hyperparameters |= {"learning_rate": 1e-3, "decay": "none", "warmup_steps": 0, "max_grad_norm": None}
+    hyperparameters |= {"eval_interval": 20, "save_interval": 100, "seed": 0}
     with pytest.raises(
         FloatingPointError,
-        match=r"training loss is nan at step 28; the adapter of step 20 stays in .*lower --learning_rate",
+        match=r"training loss is nan at step 27; the adapter of step 20 stays in .*lower --learning_rate",
     ):
         fit(
             Fabric(accelerator="cpu", devices=1),
+            model,
             aligner,
             torch.optim.AdamW(aligner.parameters()),
-            loss=lambda batch: supervised_loss(model, aligner, batch),
-            train=TokenDataset(data_dir, "train", tokenizer),
-            validation=TokenDataset(data_dir, "validation", tokenizer),
-            save=lambda step, loss, seconds: save_aligner(tmp_path / "aligner.safetensors", aligner, model, step=step),
-            out_dir=tmp_path,
-            max_steps=30,
-            batch_size=4,
-            micro_batch_size=4,
-            learning_rate=lambda step: 1e-3 if step < 22 else 1e30,
-            max_grad_norm=None,
-            eval_interval=20,
-            save_interval=100,
-            resume=False,
-            hyperparameters={},
-            fingerprints={},
-            seed=0,
+            loss,
+            tokenizer,
+            train,
+            validation,
+            30,
+            hyperparameters,
         )
     assert adapter_info(tmp_path / "aligner.safetensors").step == 20
     assert all(
-        tensor.isfinite().all() for tensor in load_aligner(tmp_path / "aligner.safetensors").state_dict().values()
+        tensor.isfinite().all() for tensor in load_adapter(tmp_path / "aligner.safetensors").state_dict().values()
     )
-    assert [row["step"] for row in csv.DictReader((tmp_path / "metrics.csv").open())] == [str(n) for n in range(28)]
+    assert [row["step"] for row in csv.DictReader((tmp_path / "metrics.csv").open())] == [str(n) for n in range(27)]
 
 
 def test_divergence_is_one_line(command, base_dir, data_dir, tmp_path):

@@ -1,0 +1,32 @@
+"""Let the base model answer with a LLaMA-Adapter.
+
+    python generate/adapter.py --prompt "What is the capital of France?"
+    python generate/adapter.py --adapter_path out/json/adapter.safetensors --prompts_file prompts.jsonl
+    echo "Name three rivers." | python generate/adapter.py --temperature 0.8
+
+Only the answers go to stdout.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from lit_llama.cli import answer_with, run
+
+
+def main(
+    adapter_path: Path = Path("out/adapter/adapter.safetensors"),
+    prompt: list[str] | None = None,
+    **options: Any,
+) -> None:
+    """Generate.
+
+    Args:
+        adapter_path: the LLaMA-Adapter.
+        prompt: what to answer; may be given several times. Without it and a file, standard input is one prompt.
+        options: those of every such script, see `answer_with`.
+    """
+    answer_with("adapter", adapter_path, prompt, **options)
+
+
+if __name__ == "__main__":
+    run(main)

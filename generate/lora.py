@@ -1,0 +1,32 @@
+"""Let the base model answer with a LoRA.
+
+    python generate/lora.py --prompt "What is the capital of France?"
+    python generate/lora.py --lora_path out/json/lora.safetensors --prompts_file prompts.jsonl
+    echo "Name three rivers." | python generate/lora.py --temperature 0.8
+
+Only the answers go to stdout.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from lit_llama.cli import answer_with, run
+
+
+def main(
+    lora_path: Path = Path("out/lora/lora.safetensors"),
+    prompt: list[str] | None = None,
+    **options: Any,
+) -> None:
+    """Generate.
+
+    Args:
+        lora_path: the LoRA.
+        prompt: what to answer; may be given several times. Without it and a file, standard input is one prompt.
+        options: those of every such script, see `answer_with`.
+    """
+    answer_with("lora", lora_path, prompt, **options)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,56 @@
+"""LLaMA-Adapter: prefix tokens for each layer, with a gate per layer and head (arXiv 2303.16199).
+
+What an Aligner does, in every formula, but for one thing: the tokens P_l (N, C) of each layer are its own. Compare
+`lit_llama.aligner`.
+"""
+
+import torch
+import torch.nn as nn
+
+from lit_llama.model import LayerAdapter, LayerPrefix, LLaMAConfig
+
+
+class LLaMAAdapter(nn.Module):
+    """The prefixes and the gates, `(n_layer - start_layer) * (N * C + nh)` parameters, always float32.
+
+    A fresh LLaMA-Adapter has zero gates and leaves the base model exactly as it is.
+
+    Args:
+        config: configuration of the base model; only `n_layer`, `n_head` and `n_embd` matter.
+        length: number of prefix tokens N in each layer.
+        start_layer: first layer with a prefix, counted from 0.
+        init_std: standard deviation of the tokens at the start.
+
+    Attributes:
+        sizes: those of the base model, and the arguments that built it, for its file.
+
+    Raises:
+        ValueError: fewer than one token, or no layer left to attend to them.
+    """
+
+    method = "adapter"
+
+    def __init__(self, config: LLaMAConfig, length: int = 10, start_layer: int = 2, init_std: float = 0.1) -> None:
+        super().__init__()
+        if length < 1:
+            raise ValueError(f"a LLaMA-Adapter needs at least one prefix token, got {length}")
+        if not 0 <= start_layer < config.n_layer:
+            raise ValueError(f"start layer {start_layer} is not one of the base's layers 0 to {config.n_layer - 1}")
+        self.start_layer = start_layer
+        self.sizes = {
+            "n_layer": config.n_layer,
+            "n_head": config.n_head,
+            "n_embd": config.n_embd,
+            "length": length,
+            "start_layer": start_layer,
+        }
+        layers = config.n_layer - start_layer
+        self.tokens = nn.Parameter(init_std * torch.randn(layers, length, config.n_embd, dtype=torch.float32))
+        self.gates = nn.Parameter(torch.zeros(layers, config.n_head, dtype=torch.float32))
+
+    def layer(self, index: int) -> LayerAdapter:
+        """The layer's own tokens and gates."""
+        if index < self.start_layer:
+            return LayerAdapter()
+        row = index - self.start_layer
+        return LayerAdapter(LayerPrefix(self.tokens[None, row], self.gates[None, row]))
