@@ -11,13 +11,11 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
 from lit_llama.checkpoint import Precision, adapter_info, check_adapter, load_adapter
 from lit_llama.cli import open_base, peak_memory, run
 from lit_llama.files import atomic_file, read_records, write_json
 from lit_llama.forms import FORMS
-from lit_llama.generation import generate
+from lit_llama.generation import respond
 from lit_llama.model import Adapter
 from lit_llama.prompts import prompt_style
 from lit_llama.quantization import Quantize
@@ -64,12 +62,8 @@ def main(
     style = prompt_style(info.prompt_style or "alpaca", tokenizer)
 
     def answers(adapter: Adapter | None, name: str) -> list[str]:
-        texts: list[str] = []
-        for i in tqdm(range(0, len(questions), batch_size), desc=f"answers of the {name} model", leave=False):
-            prompts = [tokenizer.encode(style.prompt(q), bos=style.bos) for q in questions[i : i + batch_size]]
-            rows = generate(model, prompts, max_new_tokens, adapter=adapter, stop_ids=style.stop_ids)
-            texts += [style.cut(tokenizer.decode(row)) for row in rows]
-        return texts
+        sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        return respond(model, tokenizer, style, questions, adapter, what=f"answers of the {name} model", **sizes)
 
     check = FORMS[form].check
     rows = [

@@ -92,6 +92,16 @@ class SplitSummary:
     truncated: int = 0
     skipped: int = 0
 
+    def header(self) -> dict[str, Any]:
+        """What `dataset.json` says of the split."""
+        return {
+            "examples": len(self.lengths),
+            "tokens": sum(self.lengths),
+            "scored_tokens": self.scored_tokens,
+            "longest": max(self.lengths),
+            "sha256": self.sha256,
+        }
+
 
 def write_dataset(
     folder: Path,
@@ -158,16 +168,7 @@ def write_dataset(
             "scored_turns": scored_turns,
             "max_seq_length": max_seq_length,
             "source": source,
-            "splits": {
-                split: {
-                    "examples": len(summary.lengths),
-                    "tokens": sum(summary.lengths),
-                    "scored_tokens": summary.scored_tokens,
-                    "longest": max(summary.lengths),
-                    "sha256": summary.sha256,
-                }
-                for split, summary in summaries.items()
-            },
+            "splits": {split: summary.header() for split, summary in summaries.items()},
         }
         write_json(temporary / DATASET_FILE, header)
     return summaries
@@ -383,6 +384,35 @@ class TokenDataset:
         """The token ids of an item before its first scored one."""
         ids, scored = self[index][0]
         return ids[: scored.argmax()].tolist()
+
+
+def hold_out(dataset: TokenDataset, tokenizer: Tokenizer, folder: Path, share: float, seed: int = 1337) -> None:
+    """Write a data set made of a training split alone, for choices that the validation split must not see.
+
+    Args:
+        dataset: whose items are used.
+        tokenizer: the one it was made with.
+        folder: the new data set; must not exist yet.
+        share: of the items that becomes the new validation split, drawn at random.
+        seed: of the draw.
+
+    Raises:
+        ValueError: there is too little data.
+    """
+    count = round(share * len(dataset))
+    if not 0 < count < len(dataset):
+        raise ValueError(f"{share:.0%} of {len(dataset)} items cannot be held out: give more data")
+    order = np.random.default_rng(seed).permutation(len(dataset))
+    window = dataset.header["max_seq_length"]
+    with atomic_folder(folder) as temporary:
+        splits = {}
+        for split, indices in (("train", order[count:]), ("validation", order[:count])):
+            with _SplitWriter(temporary, split, tokenizer, window, "truncate") as writer:
+                for index in indices:
+                    writer.write(dataset[index])
+                splits[split] = writer.finish().header()
+        source = f"training split of {dataset.header['source']}"
+        write_json(temporary / DATASET_FILE, {**dataset.header, "source": source, "splits": splits})
 
 
 def open_data(

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from lit_llama.model import Adapter, KVCache, LLaMA
+from lit_llama.prompts import PromptStyle
 from lit_llama.tokenizer import Tokenizer
 
 
@@ -28,6 +30,37 @@ def generate(model: LLaMA, prompts: Sequence[Sequence[int]], max_new_tokens: int
             if token is not None:
                 row.append(token)
     return rows
+
+
+def respond(
+    model: LLaMA,
+    tokenizer: Tokenizer,
+    style: PromptStyle,
+    prompts: Sequence[str],
+    adapter: Adapter | None = None,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    what: str = "answers",
+) -> list[str]:
+    """Answer prompts as text, greedily, some at once.
+
+    Args:
+        model: the base model.
+        tokenizer: its tokenizer.
+        style: turns prompts into text, and cuts responses out of it.
+        prompts: what users say.
+        adapter: beside the base model, if any.
+        max_new_tokens: per answer; a longer one is cut.
+        batch_size: prompts at once.
+        what: of the progress bar.
+    """
+    texts: list[str] = []
+    for i in tqdm(range(0, len(prompts), batch_size), desc=what, leave=False):
+        ids = [tokenizer.encode(style.prompt(prompt), bos=style.bos) for prompt in prompts[i : i + batch_size]]
+        rows = generate(model, ids, max_new_tokens, adapter=adapter, stop_ids=style.stop_ids)
+        texts += [style.cut(tokenizer.decode(row)) for row in rows]
+    return texts
 
 
 @torch.no_grad()

@@ -1,0 +1,327 @@
+"""Compare ways to tune one base model on one data set: quality against the number of trainable parameters.
+
+    python scripts/compare_methods.py --data_dir data/demo --form captain --out_dir out/compare/captain
+    python scripts/compare_methods.py --data_dir data/gsm8k --out_dir out/compare/gsm8k --seed 1 --seed 2 --seed 3
+
+Trains each method by its own script in finetune/, on equal terms: the same data in the same order, the same steps and
+schedule. The learning rate of each method is searched first, on training data alone, a part of which is held out for
+it; while the largest or smallest rate is the best, one beyond is tried.
+
+Writes to `--out_dir`: `table.md`, `results.csv` and `search.csv` with a row per run, and `comparison.png`. Started
+again, it goes on where it was: finished runs are not repeated, an unfinished one is resumed.
+"""
+
+import csv
+import math
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from lit_llama.checkpoint import Precision, adapter_info, load_adapter
+from lit_llama.cli import open_base, run
+from lit_llama.data import hold_out, open_data
+from lit_llama.files import atomic_file, read_json, read_records, require_extra, write_json
+from lit_llama.forms import FORMS
+from lit_llama.generation import respond
+from lit_llama.prompts import prompt_style
+
+
+class Method(NamedTuple):
+    """A way to tune.
+
+    Args:
+        title: in the table; the size is put in.
+        size_option: of its script in finetune/.
+        first_rate: the search begins with this learning rate of `RATES` and the two after it.
+    """
+
+    title: str
+    size_option: str
+    first_rate: float
+
+
+METHODS = {
+    "aligner": Method("Aligner, N = {}", "aligner_length", 1e-2),
+    "adapter": Method("LLaMA-Adapter, N = {}", "adapter_length", 1e-2),
+    "lora": Method("LoRA, r = {}", "lora_r", 1e-3),
+}
+DEFAULT_METHODS = ["aligner-1", "aligner-10", "aligner-100", "adapter-10", "lora-8"]
+RATES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1e0]
+
+
+def main(
+    checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
+    data_dir: Path = Path("data/demo"),
+    out_dir: Path = Path("out/compare"),
+    method: list[str] = DEFAULT_METHODS,
+    seed: list[int] = [1337],  # noqa: B006
+    steps: int = 144,
+    search_steps: int = 60,
+    search_share: float = 0.15,
+    rates_from: Path | None = None,
+    batch_size: int = 4,
+    micro_batch_size: int = 4,
+    form: Literal["captain", "json", "followup"] | None = None,
+    questions_path: Path = Path("examples/questions.jsonl"),
+    max_new_tokens: int = 64,
+    precision: Precision = "auto",
+) -> None:
+    """Compare.
+
+    Args:
+        checkpoint_dir: folder of the base model.
+        data_dir: tokenised examples.
+        out_dir: where runs and results go.
+        method: a method and its size: "aligner-N", "adapter-N" or "lora-R"; may be given several times.
+        seed: of initialisation and the order of examples; may be given several times.
+        steps: optimizer steps of each run; a tenth of them is warm-up, then the rate falls to zero.
+        search_steps: of each run of the search.
+        search_share: of the training examples that is held out in the search.
+        rates_from: take the learning rates that the comparison in this folder found, instead of searching.
+        batch_size: examples per optimizer step.
+        micro_batch_size: examples per forward.
+        form: also ask held-out questions, and report how many answers have this form.
+        questions_path: JSON Lines with "split" and "question"; those of the split "test" are asked.
+        max_new_tokens: longest answer, in tokens.
+        precision: of the base model; "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
+    """
+    for name in method:
+        parse(name)
+    tokenizer, (train, validation) = open_data(checkpoint_dir, data_dir, sys.maxsize)
+    settings = {
+        "checkpoint_dir": checkpoint_dir,
+        "batch_size": batch_size,
+        "micro_batch_size": micro_batch_size,
+        "precision": precision,
+        "max_seq_length": train.header["max_seq_length"],
+    }
+    if rates_from is None:
+        held_out = out_dir / "search" / "data"
+        if not held_out.exists():
+            hold_out(train, tokenizer, held_out, search_share)
+        search_settings = {**settings, "data_dir": held_out, "max_steps": search_steps}
+        tried = [row for name in method for row in search(name, out_dir / "search", search_settings)]
+        write_csv(out_dir / "search.csv", tried)
+    rates = best_rates((rates_from or out_dir) / "search.csv", method)
+
+    settings |= {"data_dir": data_dir, "max_steps": steps}
+    rows = [train_once(name, rates[name], one_seed, out_dir / "runs", settings) for name in method for one_seed in seed]
+    rows.insert(0, {"method": "base", "trainable_parameters": 0, "validation_loss": rows[0]["base_loss"]})
+    if form is not None:
+        questions = [row["question"] for _, row in read_records(questions_path) if row.get("split") == "test"]
+        style_name = train.header["prompt_style"]
+        add_compliance(rows, form, questions, style_name, checkpoint_dir, precision, max_new_tokens, out_dir)
+    write_csv(out_dir / "results.csv", rows)
+    table = render(rows, form)
+    with atomic_file(out_dir / "table.md") as temporary:
+        temporary.write_text(table, encoding="utf-8")
+    draw(rows, form, f"{data_dir.name}, {len(validation)} held-out examples", out_dir / "comparison.png")
+    print(table, end="")
+    print(f"picture: {out_dir / 'comparison.png'}", file=sys.stderr)
+
+
+def parse(name: str) -> tuple[str, int]:
+    """A method's kind and size.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    kind, _, size = name.partition("-")
+    if kind not in METHODS or not size.isdecimal() or int(size) < 1:
+        raise ValueError(f"--method {name}: expected a method and its size, such as {', '.join(DEFAULT_METHODS)}")
+    return kind, int(size)
+
+
+def search(name: str, folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Train with several learning rates; a row for each."""
+    low = RATES.index(METHODS[parse(name)[0]].first_rate)
+    high = low + 3
+    while True:
+        rows = [train_once(name, rate, 1337, folder, settings) for rate in RATES[low:high]]
+        losses = [row["validation_loss"] for row in rows]
+        best = losses.index(min(losses))
+        if best == 0 and low > 0:
+            low -= 1
+        elif best == len(rows) - 1 and high < len(RATES):
+            high += 1
+        else:
+            return rows
+
+
+def best_rates(path: Path, methods: list[str]) -> dict[str, float]:
+    """The learning rate with the lowest loss for each method in a `search.csv`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it lacks a method.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; --rates_from takes the --out_dir of a comparison")
+    with open(path, newline="") as file:
+        rows = sorted(csv.DictReader(file), key=lambda row: float(row["validation_loss"]), reverse=True)
+    rates = {row["method"]: float(row["learning_rate"]) for row in rows}  # the lowest loss comes last
+    if missing := set(methods) - rates.keys():
+        raise ValueError(f"{path} has no learning rate for {', '.join(sorted(missing))}")
+    return rates
+
+
+def train_once(name: str, rate: float, seed: int, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Train by a script of finetune/, unless it was done; what came of it.
+
+    Raises:
+        ValueError: it was done with other settings.
+        OSError: the script failed.
+    """
+    kind, size = parse(name)
+    out_dir = folder / f"{name}-rate-{rate:g}-seed-{seed}"
+    options = {key: str(value) for key, value in settings.items()}
+    options |= {METHODS[kind].size_option: str(size), "learning_rate": str(rate), "seed": str(seed)}
+    options |= {"warmup_steps": str(settings["max_steps"] // 10), "eval_interval": str(settings["max_steps"])}
+    done = out_dir / "result.json"
+    if done.is_file():
+        result = read_json(done)
+        if result["options"] != options:
+            raise ValueError(f"{out_dir} was made with other settings: choose another --out_dir, or remove it")
+        return result["row"]
+    print(f"training {out_dir}", file=sys.stderr)
+    script = Path(__file__).parents[1] / "finetune" / f"{kind}.py"
+    arguments = [f"--{key}={value}" for key, value in {**options, "out_dir": out_dir, "resume": "true"}.items()]
+    status = subprocess.run([sys.executable, str(script), *arguments]).returncode
+    metrics = out_dir / "metrics.csv"
+    if status and not (status == 1 and metrics.is_file()):
+        raise OSError(f"{script.name} failed with status {status} for {out_dir}")
+    with open(metrics, newline="") as file:
+        steps = list(csv.DictReader(file))
+    adapter_path = out_dir / f"{kind}.safetensors"
+    row = {"method": name, "learning_rate": rate, "seed": seed, "base_loss": float(steps[0]["validation_loss"])}
+    if status:  # it diverged
+        row |= {"trainable_parameters": 0, "validation_loss": math.inf}
+    else:
+        adapter = load_adapter(adapter_path)
+        row["trainable_parameters"] = sum(parameter.numel() for parameter in adapter.parameters())
+        row["validation_loss"] = adapter_info(adapter_path).validation_loss
+        row |= {"seconds": float(steps[-1]["seconds"]), "adapter_path": str(adapter_path)}
+    write_json(done, {"options": options, "row": row})
+    return row
+
+
+def add_compliance(
+    rows: list[dict[str, Any]],
+    form: str,
+    questions: list[str],
+    style_name: str,
+    checkpoint_dir: Path,
+    precision: Precision,
+    max_new_tokens: int,
+    out_dir: Path,
+) -> None:
+    """Ask each model the questions, unless that was done, and add the share of answers with the form to its row."""
+    opened = None
+    for row in rows:
+        adapter_path = Path(row["adapter_path"]) if "adapter_path" in row else None
+        file = (out_dir / "base.safetensors" if adapter_path is None else adapter_path).with_suffix(".answers.json")
+        if not file.is_file():
+            opened = opened or open_base(checkpoint_dir, precision)
+            model, tokenizer = opened
+            adapter = None if adapter_path is None else load_adapter(adapter_path).to(model.device)
+            style = prompt_style(style_name, tokenizer)
+            what = f"answers of {row['method']}"
+            sizes = {"max_new_tokens": max_new_tokens, "batch_size": 24}
+            answers = respond(model, tokenizer, style, questions, adapter, what=what, **sizes)
+            write_json(file, [{"question": q, "answer": a} for q, a in zip(questions, answers, strict=True)])
+        answers = [pair["answer"] for pair in read_json(file)]
+        row["compliance"] = statistics.mean(FORMS[form].check(answer) for answer in answers)
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows, whose columns are all that occur."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with atomic_file(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def summarise(rows: list[dict[str, Any]], column: str) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation over seeds, by method."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        values.setdefault(row["method"], []).append(row[column])
+    return {
+        name: (statistics.mean(some), statistics.stdev(some) if len(some) > 1 else 0.0) for name, some in values.items()
+    }
+
+
+def title(name: str) -> str:
+    """What a method is called."""
+    if name == "base":
+        return "base model"
+    kind, size = parse(name)
+    return METHODS[kind].title.format(size)
+
+
+def render(rows: list[dict[str, Any]], form: str | None) -> str:
+    """The table in Markdown."""
+    seeds = max(sum(row["method"] == name for row in rows) for name in {row["method"] for row in rows})
+    losses = summarise(rows, "validation_loss")
+    shares = summarise(rows, "compliance") if form else {}
+    by_name = {row["method"]: row for row in rows}
+    header = ["method", "trainable parameters", "learning rate", "validation loss"]
+    header += [f"answers with the form {form}"] if form else []
+    header += ["seconds of a run"]
+
+    def over_seeds(value: tuple[float, float], spec: str) -> str:
+        return f"{value[0]:{spec}} ± {value[1]:{spec}}" if seeds > 1 and value[1] else f"{value[0]:{spec}}"
+
+    lines = [f"| {' | '.join(header)} |", f"|---|{'---:|' * (len(header) - 1)}"]
+    for name, row in by_name.items():
+        cells = [title(name), f"{row['trainable_parameters']:,}"]
+        cells += [f"{row['learning_rate']:g}" if "learning_rate" in row else "", over_seeds(losses[name], ".4f")]
+        cells += [over_seeds(shares[name], ".1%")] if form else []
+        times = [one["seconds"] for one in rows if one["method"] == name and "seconds" in one]
+        cells += [f"{statistics.mean(times):.0f}" if times else ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    if seeds > 1:
+        lines += ["", f"Means and standard deviations over {seeds} seeds."]
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: list[dict[str, Any]], form: str | None, what: str, path: Path) -> None:
+    """Draw quality against the number of trainable parameters, with the spread over seeds."""
+    panels = [("validation_loss", f"validation loss (nats per token)\n{what}")]
+    panels += [("compliance", f"held-out answers with the form {form}")] if form else []
+    figure = require_extra("matplotlib.figure", "plot").Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
+    parameters = {row["method"]: row["trainable_parameters"] for row in rows}
+    for axes, (column, label) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
+        summary = summarise(rows, column)
+        axes.axhline(summary["base"][0], color="gray", linestyle="--", label="base model")
+        for i, kind in enumerate(METHODS):
+            names = sorted((name for name in summary if name.startswith(f"{kind}-")), key=parameters.__getitem__)
+            if not names:
+                continue
+            means, deviations = zip(*(summary[name] for name in names), strict=True)
+            x = [parameters[name] for name in names]
+            axes.errorbar(x, means, deviations, marker="o", capsize=3, color=f"C{i}", label=METHODS[kind].title[:-6])
+            for name, mean in zip(names, means, strict=True):
+                axes.annotate(
+                    title(name).rpartition(", ")[2],
+                    (parameters[name], mean),
+                    xytext=(5, 5),
+                    textcoords="offset points",
+                    fontsize="small",
+                )
+        axes.set_xscale("log")
+        axes.set_xlabel("trainable parameters")
+        axes.set_ylabel(label)
+        axes.margins(x=0.15)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+
+
+if __name__ == "__main__":
+    run(main)
