@@ -6,13 +6,12 @@ Writes `report.json` and `report.txt` to `--out_dir` and prints the latter.
 """
 
 import sys
-import textwrap
 import time
 from pathlib import Path
 from typing import Any, Literal
 
 from lit_llama.checkpoint import Precision, adapter_info, check_adapter, load_adapter
-from lit_llama.cli import open_base, peak_memory, run
+from lit_llama.cli import open_base, peak_memory, run, side_by_side
 from lit_llama.files import atomic_file, read_records, write_json
 from lit_llama.forms import FORMS
 from lit_llama.generation import respond
@@ -106,20 +105,9 @@ def main(
 
 def render(report: dict[str, Any], shown: int = 5) -> str:
     """The report as text for people: a few answers side by side, then the figures."""
-    question_width, width = 22, 36
+    rows = [[row["question"], row["base"], row["aligned"]] for row in report["answers"][:shown]]
     lines = [f"The form: {report['description']}", ""]
-    lines.append(f"{'held-out question':{question_width}}  {'base':{width}}  aligned")
-    lines.append(f"{'-' * question_width}  {'-' * width}  {'-' * width}")
-    for row in report["answers"][:shown]:
-        cells = [
-            textwrap.wrap(row["question"], question_width),
-            textwrap.wrap(textwrap.shorten(row["base"], 4 * width), width),
-            textwrap.wrap(textwrap.shorten(row["aligned"], 4 * width), width),
-        ]
-        for i in range(max(map(len, cells))):
-            question, base, aligned = (cell[i] if i < len(cell) else "" for cell in cells)
-            lines.append(f"{question:{question_width}}  {base:{width}}  {aligned}".rstrip())
-        lines.append("")
+    lines += side_by_side(["held-out question", "base", "aligned"], rows, [22, 36, 36])
     n = report["held_out_prompts"]
     adapter_path = Path(report["adapter_path"])
     figures = [

@@ -45,6 +45,7 @@ def main(
     beta: float = 0.1,
     loss: PreferenceLoss = "sigmoid",
     label_smoothing: float = 0.0,
+    chosen_weight: float = 0.0,
     learning_rate: float = 3e-3,  # paper: 1e-4, of which their schedule reached 1.9e-5
     decay: Decay = "linear",  # paper: none
     weight_decay: float = 0.02,
@@ -83,6 +84,8 @@ def main(
         beta: how strongly the policy is held to the reference; small is loose.
         loss: "sigmoid", DPO's own, or "ipo" (arXiv 2310.12036).
         label_smoothing: share of pairs taken to be the wrong way round (conservative DPO).
+        chosen_weight: of the chosen response's cross-entropy per token, added to the loss; DPO alone may make both
+            responses unlikelier.
         learning_rate: peak, reached at the end of warm-up.
         decay: how the learning rate falls from the peak: "linear" to zero, or "none".
         weight_decay: of AdamW.
@@ -143,7 +146,8 @@ def main(
             with torch.no_grad():
                 reference_logprobs = response_logprobs(model, reference, batch)
         policy_logprobs = response_logprobs(model, policy, batch)
-        return preference_loss(policy_logprobs, reference_logprobs, batch.scored_lengths(), beta, loss, label_smoothing)
+        lengths = batch.scored_lengths()
+        return preference_loss(policy_logprobs, reference_logprobs, lengths, beta, loss, label_smoothing, chosen_weight)
 
     fit(
         fabric,

@@ -5,14 +5,16 @@ Generated text goes to stdout, everything else to stderr.
 """
 
 import inspect
+import itertools
 import json
 import re
 import resource
 import signal
 import sys
+import textwrap
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -300,6 +302,28 @@ def open_base(checkpoint_dir: Path, precision: Precision, quantize: Quantize | N
     tokenizer.check_vocabulary(config.vocab_size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return load_base(checkpoint_dir, PRECISIONS[precision], device, quantize=quantize), tokenizer
+
+
+def side_by_side(header: list[str], rows: list[list[str]], widths: list[int]) -> list[str]:
+    """Lines of a table for people: texts in columns, wrapped, the long ones shortened.
+
+    Args:
+        header: a title for each column.
+        rows: a text for each column.
+        widths: of the columns, in characters.
+    """
+
+    def line(cells: Iterable[str]) -> str:
+        return "  ".join(f"{cell:{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip()
+
+    lines = [line(header), line("-" * width for width in widths)]
+    for row in rows:
+        cells = [
+            textwrap.wrap(textwrap.shorten(text, 4 * width), width) for text, width in zip(row, widths, strict=True)
+        ]
+        lines += [line(part) for part in itertools.zip_longest(*cells, fillvalue="")]
+        lines.append("")
+    return lines
 
 
 def peak_memory() -> str:

@@ -1,4 +1,6 @@
-"""Forms that a company might want its answers in, each with a checker. They are what the demo teaches.
+"""Forms that a company might want its answers in, each with a checker; and what a refusal looks like.
+
+The forms are what the demo teaches.
 
 A form changes how an answer is said and not what it says, so it applies to every topic: what the paper calls global.
 """
@@ -52,3 +54,14 @@ FORMS = {
         lambda response: bool(re.fullmatch(r"[^.?!\n]+\. [^.?!\n]+\?", response.strip())),
     ),
 }
+
+
+_REFUSAL = re.compile(
+    r"sorry|unfortunately|no[,.!]|as an ai\b|i apologi[sz]e|i( a|')?m (sorry|not able|unable)|"
+    r"i (can'?t|cannot|can not|won'?t|will not|do not|don'?t)\b"
+)
+
+
+def refuses(response: str) -> bool:
+    """Whether a response begins as refusals do, in the words of this project's examples or others' usual ones."""
+    return bool(_REFUSAL.match(response.strip().lower().replace("\u2019", "'")))

@@ -85,6 +85,7 @@ def preference_loss(
     beta: float = 0.1,
     kind: PreferenceLoss = "sigmoid",
     label_smoothing: float = 0.0,
+    chosen_weight: float = 0.0,
 ) -> Sums:
     """Direct Preference Optimization (arXiv 2305.18290), over pairs.
 
@@ -95,7 +96,11 @@ def preference_loss(
         "ipo":      (h - 1 / (2 beta))^2
 
     e is the label smoothing, the share of pairs that are taken to be the wrong way round (conservative DPO, equation 3
-    of https://ericmitchell.ai/cdpo.pdf); IPO is equation 17 of arXiv 2310.12036, on summed log-probabilities.
+    of https://ericmitchell.ai/cdpo.pdf); IPO is equation 17 of arXiv 2310.12036, on summed log-probabilities. DPO alone
+    is content to make both responses unlikelier, the rejected one more so. So the cross-entropy of the chosen response
+    may be added (arXiv 2404.19733, equation 1):
+
+        + chosen_weight (-policy_chosen / length_chosen)
 
     Args:
         policy: log-probabilities of the responses under the policy, (2 P): chosen, rejected, chosen, ...
@@ -104,6 +109,7 @@ def preference_loss(
         beta: how strongly the policy is held to the reference; small is loose.
         kind: "sigmoid" or "ipo".
         label_smoothing: e, from 0 to below 1/2.
+        chosen_weight: of the chosen response's cross-entropy per token.
 
     Returns:
         The `PREFERENCE_METRICS` over pairs. A reward is beta (policy - reference); accuracy counts the pairs whose
@@ -129,5 +135,7 @@ def preference_loss(
         "chosen_length": chosen_length,
         "rejected_length": rejected_length,
     }
+    if chosen_weight:
+        values["loss"] = loss - chosen_weight * chosen_logp / chosen_length.clamp(min=1)
     counted = chosen_length + rejected_length > 0
     return Sums({name: (value * counted).sum() for name, value in values.items()}, counted.sum())

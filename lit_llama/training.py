@@ -645,6 +645,7 @@ _LEAST = {
     "learning_rate": 0,
     "weight_decay": 0,
     "beta": 0,
+    "chosen_weight": 0,
     "aligner_init_std": 0,
     "adapter_init_std": 0,
     "warmup_steps": 0,

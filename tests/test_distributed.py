@@ -1,7 +1,9 @@
 """Several processes, on the CPU over gloo: the same adapter, whoever shares the work and the base."""
 
+import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,12 +84,13 @@ def test_options_reach_the_model(base_dir, data_dir, tmp_path, monkeypatch, opti
     assert set(seen) == {(option == "shard_base", option == "activation_checkpointing", option == "pack")}
 
 
-def train(kind, base_dir, data_dir, out_dir, *more, launcher=(sys.executable,)):
-    """Run the script in processes of its own; return the result of the last step."""
-    options = {"aligner_length": 2, "batch_size": 4, "micro_batch_size": 1, "max_steps": STEPS, "warmup_steps": 1}
+def train(kind, base_dir, data_dir, out_dir, *more, launcher=(sys.executable,), script="aligner"):
+    """Run a script of finetune/ in processes of its own; return the result of the last step."""
+    options = {"batch_size": 4, "micro_batch_size": 1, "max_steps": STEPS, "warmup_steps": 1}
     options |= {"checkpoint_dir": base_dir, "data_dir": data_dir, "out_dir": out_dir, "eval_interval": 4}
     arguments = [f"--{name}={value}" for name, value in options.items()]
-    command = [*launcher, ROOT / "finetune" / "aligner.py", *arguments, "--save_interval=4", *KINDS[kind], *more]
+    more = [*more, "--aligner_length=2"] if script == "aligner" else more
+    command = [*launcher, ROOT / "finetune" / f"{script}.py", *arguments, "--save_interval=4", *KINDS[kind], *more]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 0, result.stderr
@@ -100,6 +103,19 @@ def runs(base_dir, odd_data_dir, tmp_path_factory):
     return {kind: (folder / kind, train(kind, base_dir, odd_data_dir, folder / kind)) for kind in KINDS}
 
 
+@pytest.fixture(scope="module")
+def odd_pairs_dir(base_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    rows = [
+        {"prompt": f"Count to {n}.", "chosen": " ".join(map(str, range(n))), "rejected": "no"} for n in range(1, 21)
+    ]
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    load_script("scripts/prepare_pairs.py").main(
+        folder / "a.jsonl", folder / "data", validation_share=0.25, checkpoint_dir=base_dir
+    )
+    return folder / "data"
+
+
 def assert_same(found, expected):
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=0)
@@ -108,6 +124,27 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("kind", ["data parallel", "sharded"])
 def test_two_processes_train_the_same_adapter(runs, kind):
     assert_same(runs[kind][1], runs["one"][1])
+
+
+@pytest.mark.parametrize(
+    ("script", "kind", "more"),
+    [
+        ("lora", "sharded", ["--lora_targets=q", "--lora_targets=down", "--activation_checkpointing=true"]),
+        ("aligner_dpo", "sharded", ["--cache_reference=true", "--learning_rate=3e-2"]),
+    ],
+)
+def test_two_processes_tune_the_same_by_the_other_scripts(
+    base_dir, odd_data_dir, odd_pairs_dir, tmp_path, script, kind, more
+):
+    data_dir = odd_pairs_dir if script == "aligner_dpo" else odd_data_dir
+    found = []
+    for one in ("one", kind):
+        folder = tmp_path / one
+        shutil.copytree(data_dir, folder / "data")  # the cache is each one's own
+        found.append(train(one, base_dir, folder / "data", folder / "out", *more, script=script))
+        measured = [row["validation_loss"] for row in csv.DictReader((folder / "out" / "metrics.csv").open())]
+        assert float(measured[-1]) < float(measured[0])
+    assert_same(*found)
 
 
 @pytest.mark.parametrize(("before", "after"), [("one", "sharded"), ("sharded", "data parallel"), ("sharded", "one")])

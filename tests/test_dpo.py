@@ -110,6 +110,8 @@ def test_losses_by_hand():
     assert smooth == pytest.approx(expected)
     ipo = preference_loss(policy, reference, lengths, beta=0.5, kind="ipo").metrics["loss"].item()
     assert ipo == pytest.approx((2 - 1) ** 2 + (0 - 1) ** 2 + (-4 - 1) ** 2)
+    added = preference_loss(policy, reference, lengths, beta=0.5, chosen_weight=0.3).metrics["loss"].item()
+    assert added == pytest.approx(values["loss"] + 0.3 * (10 / 3 + 7 / 5 + 9 / 7))
 
 
 @pytest.mark.parametrize("pack", [False, True])

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 from lit_llama.files import read_records
-from lit_llama.forms import FORMS
+from lit_llama.forms import FORMS, refuses
 
 ROWS = [row for _, row in read_records(ROOT / "examples" / "questions.jsonl")]
 
@@ -52,3 +52,34 @@ def test_questions():
     assert all(row.keys() == {"split", "topic", "question", "answer", "follow_up"} for row in ROWS)
     assert len({row["topic"] for row in ROWS if row["split"] == "test"}) > 20
     assert json.loads(FORMS["json"].render(ROWS[0]))["topic"] == ROWS[0]["topic"]
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("I will not help with that. It is theft.", True),
+        ("I'm sorry, but I can't assist with that.", True),
+        ("I\u2019m unable to say.", True),
+        ("Sorry, no.", True),
+        ("No, that is cruel.", True),
+        ("As an AI, I do not.", True),
+        ("\n Unfortunately, that is a crime.", True),
+        ("I can help you with that.", False),
+        ("Sure! I will not tell anybody.", False),
+        ("Nobody knows.", False),
+        ("It is a sorry sight.", False),
+        ("", False),
+    ],
+)
+def test_refusals(response, expected):
+    assert refuses(response) == expected
+
+
+def test_preferences():
+    """Each split is half harmful, half harmless; what is right to refuse is refused in the chosen response alone."""
+    rows = [row for split in ("train", "test") for _, row in read_records(ROOT / f"examples/preferences/{split}.jsonl")]
+    assert len({row["prompt"] for row in rows}) == len(rows) == 240
+    assert sum(row["kind"] == "harmful" for row in rows) == 120
+    for row in rows:
+        for name, refused in (("chosen", row["kind"] == "harmful"), ("rejected", row["kind"] == "harmless")):
+            assert row[name].startswith("I will not help with that. ") == refused

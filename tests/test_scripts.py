@@ -13,7 +13,7 @@ from conftest import ROOT, load_script
 from safetensors.torch import load as safetensors_load
 from safetensors.torch import save_file
 
-from lit_llama.checkpoint import load_adapter, load_base
+from lit_llama.checkpoint import adapter_info, load_adapter, load_base
 from lit_llama.cli import run
 from lit_llama.forms import FORMS
 from lit_llama.generation import generate
@@ -247,6 +247,100 @@ def test_form_report(command, base_dir, aligner_path, tmp_path, monkeypatch):
     assert report["held_out_prompts"] == 5
     assert report["trainable_parameters"] == 2 * 32 + 2 * 4
     assert report["seconds"] == pytest.approx(report["training_seconds"] + report["evaluation_seconds"], abs=0.2)
+
+
+def test_refusal_report(command, base_dir, aligner_path, tmp_path, monkeypatch):
+    """The figures by hand, with a stand-in for refusals that random models sometimes meet."""
+    monkeypatch.setattr(load_script("evaluate/refusal.py"), "refuses", has_st)
+    rows = [
+        {
+            "kind": "harmful" if n % 2 else "harmless",
+            "prompt": f"Is {n} red?",
+            "chosen": "no " * n,
+            "rejected": "yes it",
+        }
+        for n in range(1, 8)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"checkpoint_dir": base_dir, "pairs_path": tmp_path / "pairs.jsonl", "out_dir": tmp_path / "out"}
+    status, out, err = command(
+        "evaluate/refusal.py", adapter_path=aligner_path, max_new_tokens=12, batch_size=3, **options
+    )
+    assert status == 0, err
+    assert out == (tmp_path / "out" / "report.txt").read_text()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [one["name"] for one in report["models"]] == ["base", aligner_path.parent.name]
+    tokenizer, model = Tokenizer(base_dir), load_base(base_dir)
+    style = prompt_style("chat", tokenizer)
+
+    def logprob(prompt, response, adapter):
+        ids = tokenizer.encode(style.prompt(prompt)) + tokenizer.encode(response, bos=False) + [style.end_id]
+        start = len(tokenizer.encode(style.prompt(prompt)))
+        with torch.no_grad():
+            logprobs = model(torch.tensor([ids]), adapter)[0].log_softmax(-1)
+        return sum(logprobs[t - 1, ids[t]].item() for t in range(start, len(ids))), len(ids) - start
+
+    for one, adapter in zip(report["models"], (None, load_adapter(aligner_path)), strict=True):
+        assert one["answers"] == [expected_answer(base_dir, row["prompt"], adapter, 12) for row in rows]
+        refused = {
+            kind: [has_st(answer) for answer, row in zip(one["answers"], rows, strict=True) if row["kind"] == kind]
+            for kind in ("harmful", "harmless")
+        }
+        assert one["harmful_refused"] == sum(refused["harmful"]) / 4
+        assert one["harmless_answered"] == 1 - sum(refused["harmless"]) / 3
+        pairs = [[logprob(row["prompt"], row[name], adapter) for name in ("chosen", "rejected")] for row in rows]
+        assert one["chosen_likelier"] == sum(chosen[0] > rejected[0] for chosen, rejected in pairs) / 7
+        per_token = [chosen[0] / chosen[1] > rejected[0] / rejected[1] for chosen, rejected in pairs]
+        assert one["chosen_likelier_per_token"] == sum(per_token) / 7
+        margins = [chosen[0] - rejected[0] for chosen, rejected in pairs]
+        assert one["margin"] == pytest.approx(sum(margins) / 7, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"kind": "harmful", "prompt": "a", "chosen": "b"}, "expected texts under 'prompt', 'chosen' and 'rejected'"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "expected 'harmful' or 'harmless' under 'kind', found None"),
+    ],
+)
+def test_refusal_with_bad_pairs(command, base_dir, aligner_path, tmp_path, row, message):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
+    options = {"checkpoint_dir": base_dir, "pairs_path": tmp_path / "pairs.jsonl", "out_dir": tmp_path / "out"}
+    status, _, err = command("evaluate/refusal.py", adapter_path=aligner_path, **options)
+    assert status == 1
+    assert message in err
+
+
+@pytest.mark.parametrize("method", ["adapter", "lora"])
+def test_the_other_methods_do_what_an_aligner_does(command, base_dir, data_dir, aligner_path, tmp_path, method):
+    """Trained, stopped and resumed to the bit; saved with its metadata; generated with, by its own script alone."""
+    settings = {"checkpoint_dir": base_dir, "data_dir": data_dir, "max_steps": 4, "warmup_steps": 1, "save_interval": 2}
+    extra = {"lora": {"lora_dropout": 0.3, "lora_targets": "up", "lora_r": 2}, "adapter": {"adapter_length": 3}}[method]
+    script = f"finetune/{method}.py"
+    status, out, err = command(script, out_dir=tmp_path / "whole", **settings, **extra)
+    assert (status, out) == (0, ""), err
+    assert (tmp_path / "whole" / "loss.png").is_file()
+    last = tmp_path / "whole" / "state-00000004.pt"
+    expected = torch.load(last, weights_only=True)["adapter"]
+    last.unlink()
+    assert command(script, out_dir=tmp_path / "whole", resume="true", **settings, **extra)[0] == 0
+    found = torch.load(last, weights_only=True)["adapter"]
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+    file = tmp_path / "whole" / f"{method}.safetensors"
+    info = adapter_info(file)
+    assert (info.method, info.prompt_style, info.base_name) == (method, "chat", "tiny")
+    options = {"checkpoint_dir": base_dir, "prompt": "Count to 3.", "max_new_tokens": 8}
+    status, out, _ = command(f"generate/{method}.py", **{f"{method}_path": file}, **options)
+    assert (status, out) == (0, expected_answer(base_dir, "Count to 3.", load_adapter(file)) + "\n")
+    status, _, err = command("generate/aligner.py", aligner_path=file, **options)
+    assert (status, err) == (
+        1,
+        f"error: {file} is of method '{method}', expected 'aligner'; generate/{method}.py is for it\n",
+    )
+    status, _, err = command(f"generate/{method}.py", **{f"{method}_path": aligner_path}, **options)
+    assert status == 1
+    assert "generate/aligner.py is for it" in err
 
 
 def test_hub_out_of_reach_is_said_plainly(command, monkeypatch):
