@@ -1,18 +1,24 @@
-# make demo   align a real LLaMA with one token, and see what it learned
-# make test   the tests
-# make lint   ruff and pyright
+# make demo       align a real LLaMA with one token, and see what it learned
+# make demo-dpo   the same with preferences: refuse what is harmful, answer what only sounds so
+# make test       the tests
+# make lint       ruff and pyright
 
 PYTHON ?= python3
 BIN := .venv/bin
 BASE := checkpoints/SmolLM2-135M-Instruct
+PAIRS := examples/preferences/train.jsonl
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint format clean
+.PHONY: demo demo-dpo test lint format clean
 # These appear whole or not at all, so an interrupted make need not delete them.
 .PRECIOUS: $(BASE).Q4_1.gguf $(BASE)/lit_config.json data/demo/dataset.json
+.PRECIOUS: data/refusal-chosen/dataset.json data/refusal-pairs/dataset.json
 
 demo: out/demo/report.txt
 	@cat out/demo/report.txt
+
+demo-dpo: out/refusal-dpo/report.txt
+	@cat out/refusal-dpo/report.txt
 
 test: .venv/installed-dev $(BASE)/lit_config.json
 	$(BIN)/python -m pytest
@@ -27,7 +33,7 @@ format: .venv/installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv data/demo out/demo $(BASE) $(BASE).Q4_1.gguf
+	rm -rf .venv data/demo out/demo data/refusal-* out/refusal-* $(BASE) $(BASE).Q4_1.gguf
 
 .venv/installed: requirements.txt pyproject.toml
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
@@ -54,3 +60,25 @@ out/demo/trained: data/demo/dataset.json
 
 out/demo/report.txt: out/demo/trained $(wildcard out/demo/aligner.safetensors)
 	$(BIN)/python evaluate/form.py --form captain --out_dir out/demo > /dev/null
+
+data/refusal-chosen/dataset.json: $(PAIRS) | $(BASE)/lit_config.json
+	rm -rf data/refusal-chosen out/refusal-sft
+	$(BIN)/python scripts/prepare_pairs.py --data_path $(PAIRS) --kind supervised --validation_share 0.1 \
+	    --output_dir data/refusal-chosen
+
+data/refusal-pairs/dataset.json: $(PAIRS) | $(BASE)/lit_config.json
+	rm -rf data/refusal-pairs out/refusal-dpo
+	$(BIN)/python scripts/prepare_pairs.py --data_path $(PAIRS) --validation_share 0.1 --output_dir data/refusal-pairs
+
+out/refusal-sft/trained: data/refusal-chosen/dataset.json
+	$(BIN)/python finetune/aligner.py --data_dir data/refusal-chosen --out_dir out/refusal-sft --resume true
+	touch $@
+
+out/refusal-dpo/trained: data/refusal-pairs/dataset.json out/refusal-sft/trained
+	$(BIN)/python finetune/aligner_dpo.py --data_dir data/refusal-pairs --out_dir out/refusal-dpo --resume true \
+	    --adapter_path out/refusal-sft/aligner.safetensors
+	touch $@
+
+out/refusal-dpo/report.txt: out/refusal-dpo/trained examples/preferences/test.jsonl
+	$(BIN)/python evaluate/refusal.py --adapter_path out/refusal-sft/aligner.safetensors \
+	    --adapter_path out/refusal-dpo/aligner.safetensors --out_dir out/refusal-dpo > /dev/null
