@@ -28,7 +28,7 @@ def main(
     lora_alpha: float = 16.0,
     lora_dropout: float = 0.0,
     lora_targets: list[str] = ["q", "v"],  # noqa: B006
-    learning_rate: float = 3e-2,
+    learning_rate: float = 3e-3,
     decay: Decay = "linear",
     weight_decay: float = 0.02,
     batch_size: int = 4,

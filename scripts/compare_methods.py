@@ -295,7 +295,7 @@ def draw(rows: list[dict[str, Any]], form: str | None, what: str, path: Path) ->
     panels += [("compliance", f"held-out answers with the form {form}")] if form else []
     figure = require_extra("matplotlib.figure", "plot").Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
     parameters = {row["method"]: row["trainable_parameters"] for row in rows}
-    for axes, (column, label) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
+    for axes, (column, quality) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
         summary = summarise(rows, column)
         axes.axhline(summary["base"][0], color="gray", linestyle="--", label="base model")
         for i, kind in enumerate(METHODS):
@@ -304,7 +304,8 @@ def draw(rows: list[dict[str, Any]], form: str | None, what: str, path: Path) ->
                 continue
             means, deviations = zip(*(summary[name] for name in names), strict=True)
             x = [parameters[name] for name in names]
-            axes.errorbar(x, means, deviations, marker="o", capsize=3, color=f"C{i}", label=METHODS[kind].title[:-6])
+            label = METHODS[kind].title.partition(",")[0]
+            axes.errorbar(x, means, deviations, marker="o", capsize=3, color=f"C{i}", label=label)
             for name, mean in zip(names, means, strict=True):
                 axes.annotate(
                     title(name).rpartition(", ")[2],
@@ -315,7 +316,7 @@ def draw(rows: list[dict[str, Any]], form: str | None, what: str, path: Path) ->
                 )
         axes.set_xscale("log")
         axes.set_xlabel("trainable parameters")
-        axes.set_ylabel(label)
+        axes.set_ylabel(quality)
         axes.margins(x=0.15)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
