@@ -71,12 +71,13 @@ data/refusal-pairs/dataset.json: $(PAIRS) | $(BASE)/lit_config.json
 	$(BIN)/python scripts/prepare_pairs.py --data_path $(PAIRS) --validation_share 0.1 --output_dir data/refusal-pairs
 
 out/refusal-sft/trained: data/refusal-chosen/dataset.json
-	$(BIN)/python finetune/aligner.py --data_dir data/refusal-chosen --out_dir out/refusal-sft --resume true
+	$(BIN)/python finetune/aligner.py --data_dir data/refusal-chosen --out_dir out/refusal-sft --resume true \
+	    --aligner_length 10 --learning_rate 2e-2
 	touch $@
 
 out/refusal-dpo/trained: data/refusal-pairs/dataset.json out/refusal-sft/trained
 	$(BIN)/python finetune/aligner_dpo.py --data_dir data/refusal-pairs --out_dir out/refusal-dpo --resume true \
-	    --adapter_path out/refusal-sft/aligner.safetensors
+	    --adapter_path out/refusal-sft/aligner.safetensors --beta 1 --max_steps 60
 	touch $@
 
 out/refusal-dpo/report.txt: out/refusal-dpo/trained examples/preferences/test.jsonl

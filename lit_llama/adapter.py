@@ -53,4 +53,4 @@ class LLaMAAdapter(nn.Module):
         if index < self.start_layer:
             return LayerAdapter()
         row = index - self.start_layer
-        return LayerAdapter(LayerPrefix(self.tokens[None, row], self.gates[None, row]))
+        return LayerAdapter((LayerPrefix(self.tokens[None, row], self.gates[None, row]),))

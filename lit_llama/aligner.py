@@ -55,4 +55,5 @@ class Aligner(nn.Module):
         """The same tokens for every layer, and the layer's own gates."""
         if index < self.start_layer:
             return LayerAdapter()
-        return LayerAdapter(LayerPrefix(self.tokens[None], self.gates[None, index - self.start_layer]))
+        prefix = LayerPrefix(self.tokens[None], self.gates[None, index - self.start_layer])
+        return LayerAdapter((prefix,))

@@ -155,10 +155,26 @@ class LayerPrefix(NamedTuple):
     Args:
         tokens: (1 or B, N, C), in the place of the layer's input embeddings.
         gates: (1 or B, nh), what each query head's contribution is multiplied by.
+        mask: bool (B, N), which tokens there are, for rows with fewer than N but at least one; None means all.
     """
 
     tokens: Tensor
     gates: Tensor
+    mask: Tensor | None = None
+
+
+class ExpandedPrefix(NamedTuple):
+    """A prefix as the heads of one layer see it.
+
+    Args:
+        k: (1 or B, nh, N, hs), not rotated.
+        v: (1 or B, nh, N, hs), times the gates.
+        mask: bool (B, 1, 1, N), which tokens there are; None means all.
+    """
+
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
 
 
 Updates = Mapping[str, Callable[[Tensor], Tensor]]
@@ -169,12 +185,12 @@ class LayerAdapter(NamedTuple):
     """What an adapter adds to one layer; nothing, unless said otherwise.
 
     Args:
-        prefix: what the attention attends to beside its sequence.
+        prefixes: what the attention attends to beside its sequence, each with a softmax of its own.
         updates: what is added to the outputs of projections, each as a function of the projection's input, by name:
             "q", "k", "v", "o" of the attention, "gate", "up", "down" of the MLP.
     """
 
-    prefix: LayerPrefix | None = None
+    prefixes: tuple[LayerPrefix, ...] = ()
     updates: Updates = NO_UPDATES
 
 
@@ -203,7 +219,7 @@ class Places(NamedTuple):
 
 
 class LayerCache:
-    """Keys and values that one layer has computed, its prefix's included.
+    """Keys and values that one layer has computed, those of its prefixes included.
 
     Args:
         batch_size: rows B.
@@ -219,7 +235,8 @@ class LayerCache:
     ) -> None:
         self.k = torch.zeros(batch_size, n_kv_head, length, head_size, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
-        self.prefix: tuple[Tensor, Tensor] | None = None
+        self.prefixes: tuple[ExpandedPrefix, ...] = ()
+        self.added: LayerAdapter | None = None  # beside those prefixes, once they are there
 
     def prefill(self, k: Tensor, v: Tensor) -> None:
         """Store (B, nkv, T, hs) at positions 0 to T - 1."""
@@ -235,7 +252,7 @@ class LayerCache:
 
 
 class KVCache:
-    """The keys and values of one generation, with static shapes.
+    """The keys and values of one generation with one adapter, with static shapes.
 
     A row's cache index is its position, so rows of unequal length are padded on the right and need no offsets: what
     the padding wrote lies beyond the row's position, where nothing attends until a token overwrites it.
@@ -325,8 +342,11 @@ class LLaMA(nn.Module):
         places = self._places(ids, cache, positions, lengths)
         x = self.transformer.wte(ids)  # (B, T, C)
         for i, block in enumerate(self.transformer.h):
-            added = LayerAdapter() if adapter is None else adapter.layer(i)
-            x = block(x, places, added, None if cache is None else cache.layers[i])
+            layer_cache = None if cache is None else cache.layers[i]
+            added = layer_cache and layer_cache.added
+            if added is None:
+                added = LayerAdapter() if adapter is None else adapter.layer(i)
+            x = block(x, places, added, layer_cache)
         if logits_at is not None:
             x = x[logits_at]  # (n, C)
         x = self.transformer.ln_f(x)
@@ -424,8 +444,13 @@ class CausalSelfAttention(nn.Module):
         else:  # sequence by sequence, so that no mask of T x T is ever made
             split = zip(*(heads.split(places.lengths, dim=2) for heads in (q, k, v)), strict=True)
             y = torch.cat([self.attend(*heads, is_causal=True) for heads in split], dim=2)  # (1, nh, T, hs)
-        if adapter.prefix is not None:
-            y = y + self.prefix_contribution(q, adapter.prefix, cache)
+        prefixes = tuple(self.expand(prefix, q.dtype) for prefix in adapter.prefixes)
+        if cache is not None:
+            if cache.added is None:
+                cache.prefixes, cache.added = prefixes, LayerAdapter(updates=adapter.updates)
+            prefixes = cache.prefixes
+        for prefix in prefixes:
+            y = y + self.prefix_contribution(q, prefix)
         y = y.transpose(1, 2).flatten(2)  # (B, T, nh * hs)
         return updated("o", self.c_proj(y), y, adapter.updates)  # (B, T, C)
 
@@ -444,7 +469,17 @@ class CausalSelfAttention(nn.Module):
         grouped = self.n_head != self.n_kv_head
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
 
-    def prefix_contribution(self, q: Tensor, prefix: LayerPrefix, cache: LayerCache | None) -> Tensor:
+    def expand(self, prefix: LayerPrefix, dtype: torch.dtype) -> ExpandedPrefix:
+        """The prefix's keys and values in `dtype`.
+
+        The gates stand before the sum over tokens instead of after it, so that they are multiplied once.
+        """
+        _, k, v = self.qkv(prefix.tokens.to(dtype), NO_UPDATES)  # (1 or B, nkv, N, hs)
+        k, v = (heads.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for heads in (k, v))
+        mask = None if prefix.mask is None else prefix.mask[:, None, None, :]
+        return ExpandedPrefix(k, prefix.gates.to(dtype)[:, :, None, None] * v, mask)
+
+    def prefix_contribution(self, q: Tensor, prefix: ExpandedPrefix) -> Tensor:
         """Gated attention of rotated queries (B, nh, T, hs) over the prefix, with a softmax of its own.
 
         The prefix stands outside the sequence: its keys are not rotated, and every position sees all of it.
@@ -452,18 +487,11 @@ class CausalSelfAttention(nn.Module):
         Returns:
             (B, nh, T, hs), or (1 or B, nh, 1, hs) where one token makes it the same at every position.
         """
-        if cache is not None and cache.prefix is not None:
-            k, v = cache.prefix
-        else:
-            _, k, v = self.qkv(prefix.tokens.to(q.dtype), NO_UPDATES)  # (1 or B, nkv, N, hs)
-            if cache is not None:
-                cache.prefix = k, v
-        if prefix.tokens.size(1) == 1:  # the softmax over one token is 1, whatever the query
-            a = v.repeat_interleave(self.n_head // self.n_kv_head, dim=1)  # (1 or B, nh, 1, hs)
-        else:
-            B = q.size(0)
-            a = self.attend(q, k.expand(B, -1, -1, -1), v.expand(B, -1, -1, -1))  # (B, nh, T, hs)
-        return prefix.gates.to(q.dtype)[:, :, None, None] * a
+        k, v, mask = prefix
+        if v.size(2) == 1:  # the softmax over one token is 1, whatever the query
+            return v
+        k, v = (heads.expand(q.size(0), -1, -1, -1) for heads in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, nh, T, hs)
 
 
 class MLP(nn.Module):

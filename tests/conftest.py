@@ -13,6 +13,7 @@ import tokenizers
 import torch
 import transformers
 
+from lit_llama.aligner import Aligner
 from lit_llama.cli import run
 from lit_llama.model import LLaMA, LLaMAConfig
 
@@ -109,6 +110,14 @@ def tiny_model() -> LLaMA:
         if parameter.dim() == 2:
             parameter.normal_(std=0.25)
     return model
+
+
+def random_aligner(config: LLaMAConfig, length: int, start_layer: int = 1, init_std: float = 0.1) -> Aligner:
+    """An Aligner as if it were trained: its gates are open. Another length is another one."""
+    torch.manual_seed(length)
+    aligner = Aligner(config, length, start_layer, init_std)
+    torch.nn.init.normal_(aligner.gates)
+    return aligner
 
 
 def train_tokenizer(folder: Path) -> int:

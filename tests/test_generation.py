@@ -2,16 +2,14 @@
 
 import pytest
 import torch
+from conftest import random_aligner
 
-from lit_llama.aligner import Aligner
 from lit_llama.generation import generate, sample
 
 
 @pytest.fixture
 def aligner(tiny_model):
-    aligner = Aligner(tiny_model.config, 3)
-    torch.nn.init.normal_(aligner.gates)
-    return aligner
+    return random_aligner(tiny_model.config, 3, start_layer=2)
 
 
 def naive_greedy(model, prompt, n, adapter, stop_ids=frozenset()):

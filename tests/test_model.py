@@ -2,27 +2,18 @@
 
 import pytest
 import torch
-from conftest import GOLDEN, tiny_config
+from conftest import GOLDEN, random_aligner, tiny_config
 
 from lit_llama.aligner import Aligner
 from lit_llama.checkpoint import load_base
 from lit_llama.model import (
     PRESETS,
     KVCache,
-    LayerAdapter,
-    LayerPrefix,
     LLaMA,
     LLaMAConfig,
     RopeScaling,
     rope_frequencies,
 )
-
-
-def random_aligner(config: LLaMAConfig, length: int, start_layer: int = 1) -> Aligner:
-    torch.manual_seed(length)
-    aligner = Aligner(config, length, start_layer)
-    torch.nn.init.normal_(aligner.gates)
-    return aligner
 
 
 def test_base_logits_are_the_authors(golden, golden_config):
@@ -104,22 +95,6 @@ def test_one_token_through_attention_is_one_token_as_a_bias(tiny_model):
         two.gates.copy_(one.gates)
     ids = torch.randint(96, (2, 10))
     torch.testing.assert_close(tiny_model(ids, adapter=one), tiny_model(ids, adapter=two), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("length", [1, 3])
-def test_each_row_may_have_its_own_prefix(tiny_model, length):
-    first, second = random_aligner(tiny_model.config, length), random_aligner(tiny_model.config, length)
-    with torch.no_grad():
-        second.tokens.neg_().add_(0.5)
-
-    class PerRow:
-        def layer(self, index):
-            a, b = first.layer(index).prefix, second.layer(index).prefix
-            return LayerAdapter(a and LayerPrefix(torch.cat([a.tokens, b.tokens]), torch.cat([a.gates, b.gates])))
-
-    ids = torch.randint(96, (2, 10))
-    expected = torch.cat([tiny_model(ids[:1], adapter=first), tiny_model(ids[1:], adapter=second)])
-    torch.testing.assert_close(tiny_model(ids, adapter=PerRow()), expected, atol=1e-5, rtol=0)
 
 
 def test_logits_at_chooses_positions(tiny_model):

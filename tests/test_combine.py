@@ -1,0 +1,92 @@
+"""Adapters combined, against what each does alone and against sums made by hand."""
+
+import pytest
+import torch
+from conftest import random_aligner
+
+from lit_llama.adapter import LLaMAAdapter
+from lit_llama.combine import PerRow, Sum
+from lit_llama.generation import generate
+from lit_llama.lora import LoRA, merge
+
+
+def random_lora(config, targets):
+    lora = LoRA(config, r=4, targets=targets)
+    for parameter in lora.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return lora.requires_grad_(False)
+
+
+@pytest.fixture
+def mixed(tiny_model):
+    """One for each row: different lengths and start layers, a LLaMA-Adapter, a sum, and none."""
+    config = tiny_model.config
+    adapter = LLaMAAdapter(config, 4, start_layer=1)
+    torch.nn.init.normal_(adapter.gates)
+    one, two, five = random_aligner(config, 1, 2, 1.0), random_aligner(config, 2, 0, 1.0), random_aligner(config, 5)
+    return [one, None, two, five, adapter, Sum((one, 0.5), (five, -1.5))]
+
+
+def test_each_row_has_its_own(tiny_model, mixed):
+    ids = torch.randint(96, (len(mixed), 10))
+    expected = torch.cat([tiny_model(row[None], adapter) for row, adapter in zip(ids, mixed, strict=True)])
+    torch.testing.assert_close(tiny_model(ids, PerRow(mixed)), expected, atol=1e-5, rtol=0)
+    assert (expected - tiny_model(ids)).abs().amax((1, 2)).gt(0.05).tolist() == [row is not None for row in mixed]
+
+
+@pytest.mark.parametrize("order", [slice(None), slice(None, None, -1), slice(0, 2), slice(1, 2)])
+def test_rows_generate_what_they_do_alone(tiny_model, mixed, order):
+    prompts = [[5, 6], [7, 8, 9, 10, 11, 12], [13], [1, 2, 3], [4, 4, 4, 4], [20, 21]]
+    rows = list(zip(prompts, mixed, strict=True))[order]
+    expected = [generate(tiny_model, [prompt], 16, adapter=adapter)[0] for prompt, adapter in rows]
+    found = generate(tiny_model, [prompt for prompt, _ in rows], 16, adapter=PerRow([one for _, one in rows]))
+    assert found == expected
+
+
+def test_a_lora_cannot_be_one_rows(tiny_model):
+    with pytest.raises(ValueError, match="a LoRA applies to all rows of a batch"):
+        tiny_model(torch.tensor([[1], [2]]), PerRow([LoRA(tiny_model.config), None]))
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_scales_of_zero_and_one_are_the_base_and_the_adapter_bit_for_bit(tiny_model, length):
+    ids, aligner = torch.randint(96, (2, 10)), random_aligner(tiny_model.config, length)
+    assert torch.equal(tiny_model(ids, Sum((aligner, 0.0))), tiny_model(ids))
+    assert torch.equal(tiny_model(ids, Sum((aligner, 1.0))), tiny_model(ids, aligner))
+
+
+def test_one_token_aligners_add_up_to_a_sum_of_biases(tiny_model):
+    """By hand: W_o concat_h(gate_h v_h) of each, in every layer."""
+    config = tiny_model.config
+    first, second = random_aligner(config, 1), random_aligner(config, 1, start_layer=2)
+    with torch.no_grad():
+        second.tokens.normal_()
+    ids = torch.randint(96, (2, 10))
+    found = tiny_model(ids, Sum((first, 0.7), (second, -0.4)))
+    group, values = config.n_head // config.n_kv_head, config.n_kv_head * config.head_size
+    for index, block in enumerate(tiny_model.transformer.h):
+        bias = torch.zeros(config.n_embd)
+        for aligner, scale in ((first, 0.7), (second, -0.4)):
+            if index >= aligner.start_layer:
+                v = block.attn.c_attn.weight[-values:] @ aligner.tokens[0]
+                heads = v.view(config.n_kv_head, -1).repeat_interleave(group, dim=0)  # (nh, hs)
+                gates = aligner.gates[index - aligner.start_layer]
+                bias += scale * block.attn.c_proj.weight @ (gates[:, None] * heads).flatten()
+        block.attn.c_proj.bias = torch.nn.Parameter(bias)
+    torch.testing.assert_close(tiny_model(ids), found, atol=1e-5, rtol=0)
+
+
+def test_loras_add_up_to_both_merged(tiny_model):
+    first, second = random_lora(tiny_model.config, ["q", "v"]), random_lora(tiny_model.config, ["q", "o"])
+    ids = torch.randint(96, (2, 10))
+    found, half = tiny_model(ids, Sum((first, 1.0), (second, 1.0))), tiny_model(ids, Sum((first, 0.5)))
+    with torch.no_grad():
+        for name, parameter in first.named_parameters():
+            parameter.mul_(0.5 if name.endswith("b") else 1.0)
+    torch.testing.assert_close(half, tiny_model(ids, first), atol=1e-5, rtol=0)
+    with torch.no_grad():
+        for name, parameter in first.named_parameters():
+            parameter.mul_(2.0 if name.endswith("b") else 1.0)
+    merge(tiny_model, first)
+    merge(tiny_model, second)
+    torch.testing.assert_close(tiny_model(ids), found, atol=1e-5, rtol=0)
