@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -26,6 +26,7 @@ from tqdm import tqdm
 from lit_llama.adapter import LLaMAAdapter
 from lit_llama.aligner import Aligner
 from lit_llama.files import atomic_file, check_file, read_json, write_json
+from lit_llama.hf import pairs_from_halves
 from lit_llama.lora import LoRA
 from lit_llama.model import PRESETS, LLaMA, LLaMAConfig
 from lit_llama.quantization import Quantize, is_quantized, quantize_layers, quantize_weight
@@ -159,7 +160,7 @@ def write_base(
     """
     Tokenizer(folder).check_vocabulary(config.vocab_size)
     shapes = parameter_shapes(config)
-    sources = {name: _source_names(name, names) for name in shapes}
+    sources = {name: source_names(name, names) for name in shapes}
     needed = {part for parts in sources.values() for part in parts}
     if needed != set(tensors):
         _refuse_names(source["from"], needed - set(tensors), set(tensors) - needed)
@@ -167,50 +168,60 @@ def write_base(
     def read(name: str) -> Tensor:
         parts = [tensors[part] for part in sources[name]]
         if halved_rotary and len(parts) == 3:  # query, key, value
-            parts[:2] = [
-                part.unflatten(0, (-1, 2, config.head_size // 2)).transpose(1, 2).flatten(0, 2) for part in parts[:2]
-            ]
+            parts[:2] = [pairs_from_halves(part, config.head_size) for part in parts[:2]]
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         _check_shape(name, tensor.shape, shapes[name], source["from"])
         return tensor.to(dtype=dtype).contiguous()
 
-    shards = _plan_shards(shapes, dtype or torch.float32, shard_bytes)
-    weight_map: dict[str, str] = {}
-    total_bytes = 0
-    with tqdm(total=len(shapes), desc="weights", unit="tensor", leave=False) as progress:
-        for i, shard in enumerate(shards, start=1):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            weights: dict[str, Tensor] = {}
-            for name in shard:
-                weights[name] = read(name)
-                total_bytes += weights[name].nbytes
-                progress.update()
-            save_file(weights, folder / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
+    write_weights(folder, ({name: read(name)} for name in shapes), len(shapes), shard_bytes)
     write_json(folder / CONFIG_FILE, {"config": config.to_dict(), "source": source})
 
 
-def _source_names(name: str, names: Mapping[str, list[str]]) -> list[str]:
+def write_weights(
+    folder: Path, groups: Iterable[dict[str, Tensor]], total: int, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write tensors as safetensors under Hugging Face's names of files, one shard in memory at a time.
+
+    Args:
+        folder: where to write; nobody reads it yet.
+        groups: tensors by name, those that come together in one shard.
+        total: how many groups there are.
+        shard_bytes: largest shard, unless a group is larger.
+    """
+    shards: list[list[str]] = []
+    waiting: dict[str, Tensor] = {}
+    total_bytes = waiting_bytes = 0
+
+    def write() -> None:
+        save_file(waiting, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(waiting))
+        waiting.clear()
+
+    for group in tqdm(groups, total=total, desc="weights", leave=False):
+        size = sum(tensor.nbytes for tensor in group.values())
+        if waiting and waiting_bytes + size > shard_bytes:
+            write()
+            waiting_bytes = 0
+        waiting |= group
+        waiting_bytes += size
+        total_bytes += size
+    write()
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{i}").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def source_names(name: str, names: Mapping[str, list[str]]) -> list[str]:
+    """The names of `names`, see `write_base`, for the parameter `name`, with its layer's number in them."""
     layer = re.search(r"\.h\.(\d+)\.", name)
     if layer is None:
         return names[name]
     return [part.format(layer[1]) for part in names[name.replace(layer[0], ".h.{}.")]]
-
-
-def _plan_shards(shapes: dict[str, torch.Size], dtype: torch.dtype, shard_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, shape in shapes.items():
-        tensor_bytes = shape.numel() * dtype.itemsize
-        if shards[-1] and size + tensor_bytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += tensor_bytes
-    return shards
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -301,7 +312,7 @@ def load_base(
     for name, shape in sorted(expected.items()):
         tensor = tensors[name]
         _check_shape(name, tensor.shape, shape, str(path))
-        digest.update(f"{name} {tuple(shape)}".encode() + _sample(tensor))
+        digest.update(_sample(name, tensor))
         layer = model.get_submodule(name.rpartition(".")[0])
         if mesh is not None:
             weights[name] = local_rows(tensor, model.get_parameter(name), dtype)
@@ -325,11 +336,19 @@ def default_dtype(device: torch.device) -> torch.dtype:
     )
 
 
-def _sample(tensor: Tensor) -> bytes:
-    """64 values spread over a tensor, rounded to bfloat16 so that float32 and bfloat16 copies agree."""
+def base_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """The `LLaMA.fingerprint` of a base's weights, by their Lit-LLaMA names, without loading it."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(_sample(name, tensors[name]))
+    return digest.hexdigest()
+
+
+def _sample(name: str, tensor: Tensor) -> bytes:
+    """Name, shape and 64 values of a tensor, rounded to bfloat16 so that float32 and bfloat16 copies agree."""
     flat = tensor.flatten()
     values = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16)
-    return values.contiguous().view(torch.int16).numpy().tobytes()
+    return f"{name} {tuple(tensor.shape)}".encode() + values.contiguous().view(torch.int16).numpy().tobytes()
 
 
 def _check_shape(name: str, found: torch.Size, expected: torch.Size, where: str) -> None:
@@ -489,7 +508,7 @@ def check_adapter(path: Path, model: LLaMA, allow_other_base: bool = False) -> A
 
     Args:
         path: the adapter file.
-        model: the base model.
+        model: the base model; without weights will do, if it has their fingerprint.
         allow_other_base: accept an adapter that was trained on other weights of the same sizes, with a warning.
 
     Returns:

@@ -23,6 +23,7 @@ import torch
 
 from lit_llama.checkpoint import (
     PRECISIONS,
+    AdapterInfo,
     Method,
     Precision,
     adapter_info,
@@ -31,6 +32,7 @@ from lit_llama.checkpoint import (
     load_base,
     read_config,
 )
+from lit_llama.combine import Sum
 from lit_llama.files import atomic_file, read_records, read_text
 from lit_llama.generation import TextStream, check_prompts, check_sampling, stream
 from lit_llama.model import Adapter, LLaMA
@@ -284,6 +286,36 @@ def answer_with(
         top_k=top_k,
         top_p=top_p,
     )
+
+
+def open_adapters(
+    paths: list[Path], scales: list[float] | None, model: LLaMA, device: torch.device, allow_other_base: bool = False
+) -> tuple[Adapter | None, list[AdapterInfo]]:
+    """Load adapters, each scaled, to be used at once.
+
+    Args:
+        paths: the files; none will do.
+        scales: one for each, or one for all; 1 if not given.
+        model: the base model that they must belong to; without weights will do, if it has their fingerprint.
+        device: where to put them.
+        allow_other_base: accept adapters of other weights of the same sizes, with a warning.
+
+    Returns:
+        The adapter, and what each file says about itself.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged or of another base, or there are too many or too few scales.
+    """
+    scales = scales or [1.0]
+    if len(scales) not in (1, len(paths)):
+        raise ValueError(f"{len(scales)} scales for {len(paths)} adapters: give one for each, or one for all")
+    infos = [check_adapter(path, model, allow_other_base) for path in paths]
+    adapters = [load_adapter(path).to(device) for path in paths]
+    if len(adapters) == 1 and scales == [1.0]:
+        return adapters[0], infos
+    terms = zip(adapters, scales * (len(paths) // len(scales)), strict=True)
+    return Sum(*terms) if adapters else None, infos
 
 
 def open_base(checkpoint_dir: Path, precision: Precision, quantize: Quantize | None = None) -> tuple[LLaMA, Tokenizer]:

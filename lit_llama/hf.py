@@ -1,0 +1,138 @@
+"""Hugging Face's names and configuration of LLaMA-family models, from and to this project's."""
+
+from typing import Any
+
+from torch import Tensor
+
+from lit_llama.model import LLaMAConfig, RopeScaling
+
+LAYER = "transformer.h.{}."
+PROJECTIONS = {name: f"self_attn.{name}_proj" for name in "qkvo"} | {
+    name: f"mlp.{name}_proj" for name in ("gate", "up", "down")
+}  # what this project's adapters call them
+HF_LAYER = "model.layers.{}."
+NAMES = {
+    "transformer.wte.weight": ["model.embed_tokens.weight"],
+    "transformer.ln_f.scale": ["model.norm.weight"],
+    "lm_head.weight": ["lm_head.weight"],
+    f"{LAYER}rms_1.scale": [f"{HF_LAYER}input_layernorm.weight"],
+    f"{LAYER}attn.c_attn.weight": [f"{HF_LAYER}{PROJECTIONS[name]}.weight" for name in "qkv"],
+    f"{LAYER}attn.c_proj.weight": [f"{HF_LAYER}{PROJECTIONS['o']}.weight"],
+    f"{LAYER}rms_2.scale": [f"{HF_LAYER}post_attention_layernorm.weight"],
+    f"{LAYER}mlp.c_fc1.weight": [f"{HF_LAYER}{PROJECTIONS['gate']}.weight"],
+    f"{LAYER}mlp.c_fc2.weight": [f"{HF_LAYER}{PROJECTIONS['up']}.weight"],
+    f"{LAYER}mlp.c_proj.weight": [f"{HF_LAYER}{PROJECTIONS['down']}.weight"],
+}
+
+
+def config_from_hf(fields: dict[str, Any], name: str) -> LLaMAConfig:
+    """The model's configuration from a config.json; fields that are absent have transformers' defaults.
+
+    Raises:
+        ValueError: the model has something that `lit_llama.model` cannot compute; the message names the field.
+    """
+    if not isinstance(fields, dict):
+        raise ValueError(f"config.json: expected an object, found {type(fields).__name__}")
+    allowed: dict[str, tuple[Any, ...]] = {
+        "model_type": ("llama", "mistral"),
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+        "sliding_window": (None,),
+        "partial_rotary_factor": (1.0,),
+        "quantization_config": (None,),
+    }
+    if fields.get("model_type") == "mistral" and "sliding_window" not in fields:
+        fields = {**fields, "sliding_window": 4096}
+    for field, values in allowed.items():
+        if fields.get(field, values[0]) not in values:
+            raise ValueError(
+                f"config.json has {field} {fields[field]!r}, which this model cannot do; possible: "
+                f"{', '.join(map(str, values))}"
+            )
+    required = ("num_attention_heads", "hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size")
+    missing = [field for field in required if field not in fields]
+    if missing:
+        raise ValueError(f"config.json lacks {', '.join(missing)}: it is not a LLaMA-family model's")
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    n_head, n_embd = fields["num_attention_heads"], fields["hidden_size"]
+    return LLaMAConfig(
+        name=name,
+        block_size=fields.get("max_position_embeddings", 2048),
+        vocab_size=fields["vocab_size"],
+        n_layer=fields["num_hidden_layers"],
+        n_head=n_head,
+        n_embd=n_embd,
+        n_kv_head=fields.get("num_key_value_heads") or n_head,
+        head_size=fields.get("head_dim") or n_embd // n_head,
+        intermediate_size=fields["intermediate_size"],
+        norm_eps=fields.get("rms_norm_eps", 1e-6),
+        rope_base=float(rope.get("rope_theta", fields.get("rope_theta", 10000.0))),
+        rope_scaling=_rope_scaling(rope),
+        tie_embeddings=fields.get("tie_word_embeddings", False),
+    )
+
+
+_LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    needs = {"linear": ("factor",), "llama3": _LLAMA3_FIELDS}.get(kind, ())
+    missing = [field for field in needs if field not in rope]
+    if missing:
+        raise ValueError(f"config.json has rope_scaling of type {kind!r} without {', '.join(missing)}")
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return RopeScaling("linear", factor=rope["factor"])
+    if kind == "llama3":
+        return RopeScaling(
+            "llama3",
+            factor=rope["factor"],
+            low_freq_factor=rope["low_freq_factor"],
+            high_freq_factor=rope["high_freq_factor"],
+            original_block_size=rope["original_max_position_embeddings"],
+        )
+    raise ValueError(f"config.json has rope_scaling of type {kind!r}; this model can do default, linear and llama3")
+
+
+def config_to_hf(config: LLaMAConfig) -> dict[str, Any]:
+    """The fields of a `LlamaForCausalLM`'s config.json, as transformers 5 writes them, with those that 4 reads."""
+    scaling = config.rope_scaling
+    rope: dict[str, Any] = {"rope_type": "default" if scaling is None else scaling.type}
+    if scaling is not None:
+        rope["factor"] = scaling.factor
+        if scaling.type == "llama3":
+            rope |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+            rope["original_max_position_embeddings"] = scaling.original_block_size
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "head_dim": config.head_size,
+        "hidden_act": "silu",
+        "hidden_size": config.n_embd,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.block_size,
+        "mlp_bias": False,
+        "num_attention_heads": config.n_head,
+        "num_hidden_layers": config.n_layer,
+        "num_key_value_heads": config.n_kv_head,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": {**rope, "rope_theta": config.rope_base},
+        "rope_scaling": None if scaling is None else rope,
+        "rope_theta": config.rope_base,
+        "tie_word_embeddings": config.tie_embeddings,
+        "vocab_size": config.vocab_size,
+    }
+
+
+def pairs_from_halves(rows: Tensor, head_size: int) -> Tensor:
+    """Reorder each head's rows (heads * hs, ...) from rotary pairs as two halves, Hugging Face's, to interleaved."""
+    return rows.unflatten(0, (-1, 2, head_size // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def halves_from_pairs(rows: Tensor, head_size: int) -> Tensor:
+    """The inverse of `pairs_from_halves`."""
+    return rows.unflatten(0, (-1, head_size // 2, 2)).transpose(1, 2).flatten(0, 2)

@@ -1,0 +1,149 @@
+"""Put a one-token Aligner into a GGUF file, for llama.cpp, Ollama, LM Studio and all that is built on them.
+
+    python scripts/export_gguf.py --gguf_path checkpoints/SmolLM2-135M-Instruct.Q4_1.gguf \\
+        --aligner_path out/demo/aligner.safetensors --output_path captain.gguf
+
+Copies the file, quantised or not: every tensor byte for byte, all metadata. Adds one bias of the attention's output
+projection to each layer, `blk.L.attn_output.bias`, which is all that an Aligner of one token is; several add up. The
+copy is read back and compared before it gets its name.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lit_llama.checkpoint import base_fingerprint, parameter_shapes, source_names
+from lit_llama.cli import open_adapters, run
+from lit_llama.files import atomic_file, require_extra
+from lit_llama.folding import fold, projections
+from lit_llama.gguf_files import NAMES, GGUFTensors, config_from_gguf, open_gguf
+from lit_llama.model import Adapter, LLaMA, LLaMAConfig
+
+BIAS = "blk.{}.attn_output.bias"
+
+
+def main(
+    gguf_path: Path,
+    output_path: Path,
+    aligner_path: list[Path],
+    aligner_scale: list[float] | None = None,
+    overwrite: bool = False,
+    allow_other_base: bool = False,
+) -> None:
+    """Export.
+
+    Args:
+        gguf_path: the base model.
+        output_path: the file to write.
+        aligner_path: an Aligner of one token; may be given several times, to be added up.
+        aligner_scale: what the Aligner is multiplied by; may be given once for each. 1 if not given.
+        overwrite: replace the file if there is one.
+        allow_other_base: use an Aligner that was trained on other weights, such as the same model's before it was
+            quantised.
+    """
+    if output_path.exists() and not overwrite:
+        raise ValueError(f"{output_path} exists; --overwrite true replaces it")
+    reader, fields = open_gguf(gguf_path)
+    weights = GGUFTensors(reader)
+    if any(name.endswith("attn_output.bias") for name in weights):
+        raise ValueError(f"{gguf_path} has biases already: export from the base model, with all Aligners at once")
+    config = config_from_gguf(fields, weights, gguf_path.stem)
+    tensors = Renamed(weights, config)
+    with torch.device("meta"):
+        base = LLaMA(config)
+    base.fingerprint = base_fingerprint(tensors)
+    adapter, _ = open_adapters(aligner_path, aligner_scale, base, torch.device("cpu"), allow_other_base)
+    assert adapter is not None
+    biases = fold_all(config, tensors, adapter)
+    with atomic_file(output_path) as temporary:
+        write(temporary, reader, biases)
+        verify(temporary, reader, biases)
+    print(f"gguf: {output_path}", file=sys.stderr)
+
+
+class Renamed(Mapping[str, Tensor]):
+    """The tensors of a GGUF file under Lit-LLaMA's names, dequantised when they are asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], config: LLaMAConfig) -> None:
+        self._tensors = tensors
+        self._parts = {name: source_names(name, NAMES) for name in parameter_shapes(config)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.cat([self._tensors[part] for part in self._parts[name]])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
+def fold_all(config: LLaMAConfig, tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[str, np.ndarray]:
+    """The biases by name, (C) float32 each; zeros for layers without a prefix.
+
+    Raises:
+        ValueError: there is more in the adapter than biases.
+    """
+    biases: dict[str, np.ndarray] = {}
+    for i in tqdm(range(config.n_layer), desc="folding", unit="layer", leave=False):
+        added = adapter.layer(i)
+        longest = max((prefix.tokens.size(1) for prefix in added.prefixes), default=1)
+        if added.updates or longest > 1:
+            found = "a LoRA" if added.updates else f"a prefix of {longest} tokens"
+            raise ValueError(
+                f"only prefixes of one token are biases, this is {found}; scripts/export_hf_checkpoint.py takes it"
+            )
+        bias = fold(config, projections(config, tensors, i), added).bias
+        biases[BIAS.format(i)] = (torch.zeros(config.n_embd) if bias is None else bias).numpy()
+    return biases
+
+
+def write(path: Path, reader: Any, biases: dict[str, np.ndarray]) -> None:
+    """Copy an open GGUF file with biases added."""
+    gguf = require_extra("gguf", "gguf")
+    writer = gguf.GGUFWriter(path, reader.fields[gguf.Keys.General.ARCHITECTURE].contents(), endianess=reader.endianess)
+    writer.data_alignment = reader.alignment
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name == gguf.Keys.General.ARCHITECTURE:  # the writer's own
+            continue
+        kind = field.types[0]
+        sub_type = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), kind, sub_type=sub_type)
+    tensors = [(tensor.name, tensor.data, tensor.tensor_type) for tensor in reader.tensors]
+    tensors += [(name, bias, gguf.GGMLQuantizationType.F32) for name, bias in biases.items()]
+    for name, data, kind in tensors:
+        writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for _, data, _ in tqdm(tensors, desc="writing", unit="tensor", leave=False):
+        writer.write_tensor_data(data, tensor_endianess=reader.endianess)
+    writer.close()
+
+
+def verify(path: Path, reader: Any, biases: dict[str, np.ndarray]) -> None:
+    """Read a copy back and compare it with its source.
+
+    Raises:
+        ValueError: they differ.
+    """
+    copy, fields = open_gguf(path)
+    found = {tensor.name: tensor for tensor in copy.tensors}
+    same = len(found) == len(reader.tensors) + len(biases) and all(
+        found[tensor.name].tensor_type == tensor.tensor_type and np.array_equal(found[tensor.name].data, tensor.data)
+        for tensor in reader.tensors
+    )
+    same = same and all(np.array_equal(found[name].data, bias) for name, bias in biases.items())
+    metadata = {name: field.contents() for name, field in reader.fields.items()}
+    if not same or any(fields[name] != value for name, value in metadata.items() if not name.startswith("GGUF.")):
+        raise ValueError(f"{path} was not written as it should be; is there room on the disk?")
+
+
+if __name__ == "__main__":
+    run(main)

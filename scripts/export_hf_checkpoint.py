@@ -1,0 +1,227 @@
+"""Export a base model, with adapters in it, to Hugging Face's format.
+
+    python scripts/export_hf_checkpoint.py --output_dir export/base
+    python scripts/export_hf_checkpoint.py --aligner_path out/demo/aligner.safetensors --output_dir export/captain
+    python scripts/export_hf_checkpoint.py --aligner_path out/lora/lora.safetensors --format peft --output_dir lora
+
+An Aligner of one token becomes biases and a LoRA is merged: the result is a stock `LlamaForCausalLM`, which
+transformers, vLLM and whatever else reads that format load without custom code. Longer prefixes come with a small
+modelling file, for transformers with `trust_remote_code=True`. `--format peft` writes a LoRA alone, for PEFT. Check the
+result with scripts/verify_export.py.
+"""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import lit_llama
+from lit_llama.checkpoint import (
+    AdapterInfo,
+    DType,
+    TensorFiles,
+    base_fingerprint,
+    copy_tokenizer,
+    read_config,
+    source_names,
+    weight_files,
+    write_weights,
+)
+from lit_llama.cli import open_adapters, run
+from lit_llama.files import atomic_folder, read_json, write_json
+from lit_llama.folding import FoldedLayer, fold, projections
+from lit_llama.hf import HF_LAYER, NAMES, PROJECTIONS, config_to_hf, halves_from_pairs
+from lit_llama.lora import LoRA
+from lit_llama.model import Adapter, LayerAdapter, LLaMA, LLaMAConfig
+from lit_llama.tokenizer import Tokenizer
+
+MODELING_FILE = Path(lit_llama.__file__).parent / "modeling_prefix_llama.py"
+
+
+def main(
+    output_dir: Path,
+    checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
+    aligner_path: list[Path] | None = None,
+    aligner_scale: list[float] | None = None,
+    format: Literal["transformers", "peft"] = "transformers",
+    dtype: DType | None = None,
+    allow_other_base: bool = False,
+) -> None:
+    """Export.
+
+    Args:
+        output_dir: the folder to write; must not exist yet.
+        checkpoint_dir: folder of the base model.
+        aligner_path: an adapter of any method; may be given several times, to be added up.
+        aligner_scale: what the adapter is multiplied by; may be given once for each. 1 if not given.
+        format: "transformers" for the whole model, "peft" for a LoRA without its base.
+        dtype: of the weights on disk; if not given, as they are. Biases and prefixes are float32 always.
+        allow_other_base: use adapters on other weights than those they were trained on.
+    """
+    paths = aligner_path or []
+    config, tensors = read_config(checkpoint_dir), TensorFiles(weight_files(checkpoint_dir))
+    with torch.device("meta"):
+        base = LLaMA(config)
+    base.fingerprint = base_fingerprint(tensors) if paths else ""
+    adapter, infos = open_adapters(paths, aligner_scale, base, torch.device("cpu"), allow_other_base)
+    if format == "peft":
+        if not isinstance(adapter, LoRA):
+            raise ValueError("--format peft is for one LoRA, unscaled: give its file as --aligner_path")
+        with atomic_folder(output_dir) as folder:
+            write_peft(folder, adapter, config)
+    else:
+        with atomic_folder(output_dir) as folder:
+            write_model(folder, config, tensors, adapter, dtype and getattr(torch, dtype))
+            write_tokenizer(folder, checkpoint_dir)
+            write_readme(folder, output_dir.name, config.name or checkpoint_dir.name, infos)
+    print(f"{format}: {output_dir}", file=sys.stderr)
+
+
+def write_model(
+    folder: Path, config: LLaMAConfig, tensors: TensorFiles, adapter: Adapter | None, dtype: torch.dtype | None
+) -> None:
+    """Write weights and config.json, one shard and one layer in memory at a time."""
+    added = [LayerAdapter() if adapter is None else adapter.layer(i) for i in range(config.n_layer)]
+    lengths = [[prefix.tokens.size(1) for prefix in layer.prefixes] for layer in added]
+    has_bias = any(1 in some for some in lengths)
+    longer = [[length for length in some if length > 1] for some in lengths]
+
+    def groups() -> Iterator[dict[str, Tensor]]:
+        outside = [name for name in tensors if ".h." not in name]
+        yield {NAMES[name][0]: tensors[name].to(dtype) for name in outside}
+        for i in range(config.n_layer):
+            layer = fold(config, projections(config, tensors, i), added[i])
+            yield layer_tensors(i, layer, has_bias, config.head_size, dtype) | {
+                source_names(name, NAMES)[0]: tensors[name].to(dtype)
+                for name in (f"transformer.h.{i}.rms_1.scale", f"transformer.h.{i}.rms_2.scale")
+            }
+
+    write_weights(folder, groups(), 1 + config.n_layer)
+    fields = config_to_hf(config)
+    if has_bias:
+        fields["attention_bias"] = True
+    if any(longer):
+        shutil.copyfile(MODELING_FILE, folder / MODELING_FILE.name)
+        fields |= {
+            "architectures": ["PrefixLlamaForCausalLM"],
+            "model_type": "prefix_llama",
+            "auto_map": {
+                "AutoConfig": f"{MODELING_FILE.stem}.PrefixLlamaConfig",
+                "AutoModelForCausalLM": f"{MODELING_FILE.stem}.PrefixLlamaForCausalLM",
+            },
+            "prefix_lengths": longer,
+        }
+    fields["dtype"] = str(dtype or tensors["transformer.wte.weight"].dtype).removeprefix("torch.")
+    write_json(folder / "config.json", fields)
+
+
+def layer_tensors(
+    index: int, layer: FoldedLayer, has_bias: bool, head_size: int, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """A layer's projections under Hugging Face's names, where each head's rotary pairs stand as two halves.
+
+    Stock models have biases on all projections of the attention or on none: those that nothing is folded into are zero.
+    """
+    found: dict[str, Tensor] = {}
+    for name, weight in layer.weights.items():
+        module = HF_LAYER.format(index) + PROJECTIONS[name]
+        rows = halves_from_pairs(weight, head_size) if name in "qk" else weight
+        found[f"{module}.weight"] = rows.to(dtype).contiguous()
+        if has_bias and name in "qkvo":
+            zeros = torch.zeros(weight.size(0))
+            found[f"{module}.bias"] = zeros if name != "o" or layer.bias is None else layer.bias
+    if layer.prefixes:
+        k, v = (torch.cat([prefix[part][0] for prefix in layer.prefixes], dim=1) for part in (0, 1))  # (nh, N, hs)
+        pairs = k.transpose(1, 2).flatten(0, 1)  # (nh * hs, N)
+        k = halves_from_pairs(pairs, head_size).unflatten(0, (-1, head_size)).transpose(1, 2)
+        attention = HF_LAYER.format(index) + "self_attn"
+        found |= {f"{attention}.prefix_k": k.contiguous(), f"{attention}.prefix_v": v.contiguous()}
+    return found
+
+
+def write_tokenizer(folder: Path, checkpoint_dir: Path) -> None:
+    """Copy the tokenizer's files, and add to them and to config.json what transformers wants to know."""
+    copy_tokenizer(checkpoint_dir, folder)
+    tokenizer = Tokenizer(folder)
+    settings_file = folder / "tokenizer_config.json"
+    settings = read_json(settings_file) if settings_file.is_file() else {}
+    if (folder / "tokenizer.json").is_file():
+        settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+    write_json(settings_file, settings)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    write_json(folder / "config.json", read_json(folder / "config.json") | ids)
+    generation_file = folder / "generation_config.json"
+    if not generation_file.is_file():
+        write_json(generation_file, {**ids, "eos_token_id": sorted(tokenizer.stop_ids)})
+
+
+def write_peft(folder: Path, lora: LoRA, config: LLaMAConfig) -> None:
+    """Write a LoRA as PEFT's adapter_config.json and adapter_model.safetensors."""
+    tensors: dict[str, Tensor] = {}
+    for i, updates in enumerate(lora.layers):
+        for name, update in updates.named_children():
+            module = f"base_model.model.{HF_LAYER.format(i)}{PROJECTIONS[name]}"
+            b = halves_from_pairs(update.b.data, config.head_size) if name in "qk" else update.b.data
+            tensors |= {f"{module}.lora_A.weight": update.a.data, f"{module}.lora_B.weight": b.contiguous()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_json(
+        folder / "adapter_config.json",
+        {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": config.name,
+            "r": lora.sizes["r"],
+            "lora_alpha": lora.sizes["alpha"],
+            "lora_dropout": lora.sizes["dropout"],
+            "target_modules": [PROJECTIONS[name].rpartition(".")[2] for name in lora.sizes["targets"]],
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+        },
+    )
+
+
+README = """# {title}
+
+{base}{adapters}, exported to Hugging Face's format by Lit-LLaMA-Aligner {version}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{title}"{options})
+tokenizer = AutoTokenizer.from_pretrained("{title}"{options})
+```
+
+{how}
+"""
+
+
+def write_readme(folder: Path, name: str, base: str, infos: list[AdapterInfo]) -> None:
+    """Say what the folder holds."""
+    code = "auto_map" in read_json(folder / "config.json")
+    styles = sorted({info.prompt_style for info in infos if info.prompt_style})
+    how = "Stock `LlamaForCausalLM`; what an Aligner adds is in the biases of the attention's output projections."
+    if code:
+        how = f"`{MODELING_FILE.name}` holds the attention that the prefixes need."
+    if not infos:
+        how = "The weights are those of the base model."
+    if styles:
+        how += f" Trained with prompts in the style {', '.join(styles)}."
+    text = README.format(
+        title=name,
+        base=base,
+        adapters="".join(f" + {info.method} {info.config.get('length', info.config.get('r'))}" for info in infos),
+        version=lit_llama.__version__,
+        options=", trust_remote_code=True" if code else "",
+        how=how,
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main)
