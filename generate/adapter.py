@@ -14,18 +14,20 @@ from lit_llama.cli import answer_with, run
 
 
 def main(
-    adapter_path: Path = Path("out/adapter/adapter.safetensors"),
+    adapter_path: list[Path] = [Path("out/adapter/adapter.safetensors")],  # noqa: B006
+    adapter_scale: list[float] | None = None,
     prompt: list[str] | None = None,
     **options: Any,
 ) -> None:
     """Generate.
 
     Args:
-        adapter_path: the LLaMA-Adapter.
+        adapter_path: the LLaMA-Adapter; may be given several times, to be added up.
+        adapter_scale: what it is multiplied by, from 0 (the base) to beyond 1; may be given once for each.
         prompt: what to answer; may be given several times. Without it and a file, standard input is one prompt.
         options: those of every such script, see `answer_with`.
     """
-    answer_with("adapter", adapter_path, prompt, **options)
+    answer_with("adapter", adapter_path, adapter_scale, None, 1, prompt, **options)
 
 
 if __name__ == "__main__":

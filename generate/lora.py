@@ -14,18 +14,20 @@ from lit_llama.cli import answer_with, run
 
 
 def main(
-    lora_path: Path = Path("out/lora/lora.safetensors"),
+    lora_path: list[Path] = [Path("out/lora/lora.safetensors")],  # noqa: B006
+    lora_scale: list[float] | None = None,
     prompt: list[str] | None = None,
     **options: Any,
 ) -> None:
     """Generate.
 
     Args:
-        lora_path: the LoRA.
+        lora_path: the LoRA; may be given several times, to be added up.
+        lora_scale: what it is multiplied by, from 0 (the base) to beyond 1; may be given once for each.
         prompt: what to answer; may be given several times. Without it and a file, standard input is one prompt.
         options: those of every such script, see `answer_with`.
     """
-    answer_with("lora", lora_path, prompt, **options)
+    answer_with("lora", lora_path, lora_scale, None, 1, prompt, **options)
 
 
 if __name__ == "__main__":

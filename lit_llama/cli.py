@@ -16,10 +16,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jsonargparse
 import torch
+from tqdm import tqdm
 
 from lit_llama.checkpoint import (
     PRECISIONS,
@@ -34,11 +35,12 @@ from lit_llama.checkpoint import (
 )
 from lit_llama.combine import Sum
 from lit_llama.files import atomic_file, read_records, read_text
-from lit_llama.generation import TextStream, check_prompts, check_sampling, stream
+from lit_llama.generation import Request, TextStream, check_prompts, check_sampling, complete, stream
 from lit_llama.model import Adapter, LLaMA
 from lit_llama.prompts import PromptStyle
 from lit_llama.prompts import prompt_style as get_prompt_style
 from lit_llama.quantization import Quantize
+from lit_llama.store import AlignerStore
 from lit_llama.tokenizer import Tokenizer
 
 
@@ -119,16 +121,27 @@ def _join_repeated(main: Callable[..., Any], args: list[str]) -> list[str]:
     return rest + [f"{option}=[{', '.join(map(quote, given))}]" for option, given in values.items() if given]
 
 
-def read_prompts(prompt: list[str] | None, prompts_file: Path | None) -> list[tuple[str, str]]:
+class Prompt(NamedTuple):
+    """What a user says, and who is to answer.
+
+    Args:
+        instruction: the prompt.
+        input: what it is about, for styles that keep it apart.
+        aligner: name of an Aligner in a folder of them.
+    """
+
+    instruction: str
+    input: str = ""
+    aligner: str | None = None
+
+
+def read_prompts(prompt: list[str] | None, prompts_file: Path | None) -> list[Prompt]:
     """The prompts of a generation script: its `--prompt` options, a file, or standard input.
 
     Args:
         prompt: texts given on the command line.
-        prompts_file: `.json` or `.jsonl` of objects with `prompt`, or with `instruction` and perhaps `input`; any
-            other file holds one prompt per line.
-
-    Returns:
-        (instruction, input) pairs.
+        prompts_file: `.json` or `.jsonl` of objects with `prompt`, or with `instruction` and perhaps `input`, and
+            perhaps `aligner`; any other file holds one prompt per line.
 
     Raises:
         ValueError: no prompt, or prompts from two places.
@@ -136,23 +149,23 @@ def read_prompts(prompt: list[str] | None, prompts_file: Path | None) -> list[tu
     if prompt and prompts_file:
         raise ValueError("give --prompt or --prompts_file, not both")
     if prompt:
-        return [(text, "") for text in prompt]
+        return [Prompt(text) for text in prompt]
     if prompts_file is None:
         if sys.stdin.isatty():
             raise ValueError("no prompt: give --prompt, --prompts_file, or text on standard input")
         text = sys.stdin.read().strip()
         if not text:
             raise ValueError("no prompt: standard input is empty")
-        return [(text, "")]
+        return [Prompt(text)]
     if prompts_file.suffix in (".json", ".jsonl"):
         prompts = []
         for place, row in read_records(prompts_file):
             instruction = row.get("prompt", row.get("instruction"))
             if not isinstance(instruction, str):
                 raise ValueError(f"{place}: expected a text under 'prompt' or 'instruction', found {sorted(row)}")
-            prompts.append((instruction, row.get("input", "")))
+            prompts.append(Prompt(instruction, row.get("input", ""), row.get("aligner")))
     else:
-        prompts = [(line, "") for line in read_text(prompts_file).splitlines() if line.strip()]
+        prompts = [Prompt(line) for line in read_text(prompts_file).splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"{prompts_file} holds no prompt")
     return prompts
@@ -162,7 +175,7 @@ def answer(
     model: LLaMA,
     tokenizer: Tokenizer,
     style: PromptStyle,
-    prompts: list[tuple[str, str]],
+    prompts: list[Prompt],
     *,
     model_name: str,
     output_file: Path | None,
@@ -177,7 +190,7 @@ def answer(
         model: the base model.
         tokenizer: its tokenizer.
         style: turns prompts into text.
-        prompts: (instruction, input) pairs.
+        prompts: what to answer.
         model_name: recorded in `output_file`.
         output_file: JSON Lines of prompt, response and model, written at the end.
         num_samples: answers to each prompt.
@@ -190,13 +203,13 @@ def answer(
     if num_samples > 1 and sampling["temperature"] == 0:
         raise ValueError(f"--num_samples {num_samples} with --temperature 0 repeats one answer: raise the temperature")
     check_sampling(**sampling)
-    encoded = [tokenizer.encode(style.prompt(*prompt), bos=style.bos) for prompt in prompts]
+    encoded = [tokenizer.encode(style.prompt(*prompt[:2]), bos=style.bos) for prompt in prompts]
     check_prompts(model, encoded)
     generator = torch.Generator(model.device).manual_seed(seed)
     rows: list[dict[str, str]] = []
     new_tokens, seconds = 0, 0.0
     try:
-        for (instruction, input), ids in zip(prompts, encoded, strict=True):
+        for (instruction, input, _), ids in zip(prompts, encoded, strict=True):
             for _ in range(num_samples):
                 if rows:
                     print()
@@ -221,15 +234,23 @@ def answer(
                 rows.append({**row, "response": response, "model": model_name})
     finally:  # what was answered before an interruption is kept
         if output_file is not None and rows:
-            with atomic_file(output_file) as temporary:
-                lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-                temporary.write_text("".join(lines), encoding="utf-8")
+            write_rows(output_file, rows)
     print(f"{new_tokens} tokens, {new_tokens / max(seconds, 1e-9):.1f} tokens/s, {peak_memory()}", file=sys.stderr)
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    """Write JSON Lines, whole or not at all."""
+    with atomic_file(path) as temporary:
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        temporary.write_text("".join(lines), encoding="utf-8")
 
 
 def answer_with(
     method: Method,
-    adapter_path: Path,
+    adapter_path: list[Path],
+    adapter_scale: list[float] | None,
+    aligner_dir: Path | None,
+    batch_size: int,
     prompt: list[str] | None,
     checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
     prompts_file: Path | None = None,
@@ -245,16 +266,19 @@ def answer_with(
     output_file: Path | None = None,
     allow_other_base: bool = False,
 ) -> None:
-    """Print the answers of a base model with an adapter.
+    """Print the answers of a base model with an adapter, or several at once.
 
     Args:
-        method: what the adapter must be.
-        adapter_path: the adapter.
+        method: what the adapters must be.
+        adapter_path: the adapters.
+        adapter_scale: what each is multiplied by, or all.
+        aligner_dir: instead, a folder of Aligners, of which each prompt may name one.
+        batch_size: rows at once, for a folder.
         prompt: what to answer, from the command line.
         checkpoint_dir: folder of the base model.
         prompts_file: JSON or JSON Lines with "prompt" or "instruction", or a text file with one prompt per line.
         prompt_style: "chat" (the model's own template), "alpaca", "metamath", "hh", "beaver" or "none"; if
-            not given, the one that the adapter was trained with.
+            not given, the one that the first adapter was trained with.
         max_new_tokens: longest answer, in tokens.
         temperature: 0 takes the likeliest token; larger is more random.
         top_k: sample among the k likeliest tokens only.
@@ -267,25 +291,89 @@ def answer_with(
         allow_other_base: use the adapter on other weights than those it was trained on.
     """
     prompts = read_prompts(prompt, prompts_file)
-    adapter = load_adapter(adapter_path, method)
-    quantize = quantize or adapter_info(adapter_path).hyperparameters.get("quantize")
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    if aligner_dir is not None:
+        if num_samples > 1 or adapter_scale is not None:
+            raise ValueError("--aligner_dir goes with one sample and without scales")
+        model, tokenizer = open_base(checkpoint_dir, precision, quantize)
+        store = AlignerStore(aligner_dir, model, allow_other_base)
+        answer_each(model, tokenizer, prompt_style, store, prompts, output_file, batch_size, seed, **sampling)
+        return
+    named = next((prompt.aligner for prompt in prompts if prompt.aligner is not None), None)
+    if named is not None:
+        raise ValueError(f"a prompt names the Aligner {named}: give --aligner_dir, the folder that it is in")
+    for path in adapter_path:
+        load_adapter(path, method)  # refused before the base is loaded
+    quantize = quantize or adapter_info(adapter_path[0]).hyperparameters.get("quantize")
     model, tokenizer = open_base(checkpoint_dir, precision, quantize)
-    info = check_adapter(adapter_path, model, allow_other_base)
+    adapter, infos = open_adapters(adapter_path, adapter_scale, model, model.device, allow_other_base)
+    scales = "" if adapter_scale is None else f" x {' '.join(f'{scale:g}' for scale in adapter_scale)}"
     answer(
         model,
         tokenizer,
-        get_prompt_style(prompt_style or info.prompt_style or "alpaca", tokenizer),  # the authors' files say nothing
+        get_prompt_style(
+            prompt_style or infos[0].prompt_style or "alpaca", tokenizer
+        ),  # the authors' files say nothing
         prompts,
-        model_name=f"{model.config.name} + {adapter_path}",
+        model_name=f"{model.config.name} + {' + '.join(map(str, adapter_path))}{scales}",
         output_file=output_file,
         num_samples=num_samples,
         seed=seed,
-        adapter=adapter.to(model.device),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
+        adapter=adapter,
+        **sampling,
     )
+
+
+def answer_each(
+    model: LLaMA,
+    tokenizer: Tokenizer,
+    prompt_style: str | None,
+    store: AlignerStore,
+    prompts: list[Prompt],
+    output_file: Path | None,
+    batch_size: int,
+    seed: int,
+    **sampling: Any,
+) -> None:
+    """Print the answer to each prompt by the Aligner that it names, many at once, in their order.
+
+    Args:
+        model: the base model.
+        tokenizer: its tokenizer.
+        prompt_style: if None, that of each Aligner's training, or "chat".
+        store: where the Aligners are.
+        prompts: what to answer; one without a name is answered by the base.
+        output_file: JSON Lines of prompt, response and model, written at the end.
+        batch_size: rows at once; when one ends, the next prompt takes its place.
+        seed: of sampling, for the first prompt; the next one has the next.
+        sampling: `max_new_tokens`, `temperature`, `top_k`, `top_p` of `lit_llama.generation.Request`.
+
+    Raises:
+        ValueError: a prompt names an Aligner that is not there or cannot be used.
+    """
+    requests: list[Request] = []
+    styles: list[PromptStyle] = []
+    for i, prompt in enumerate(prompts):
+        aligner, trained = (None, None) if prompt.aligner is None else store.get(prompt.aligner)
+        style = get_prompt_style(prompt_style or trained or "chat", tokenizer)
+        ids = tokenizer.encode(style.prompt(prompt.instruction, prompt.input), bos=style.bos)
+        generator = torch.Generator(model.device).manual_seed(seed + i)
+        requests.append(Request(ids, aligner, stop_ids=style.stop_ids, generator=generator, **sampling))
+        styles.append(style)
+    started = time.perf_counter()
+    rows: list[dict[str, str]] = []
+    tokens = tqdm(complete(model, requests, batch_size), total=len(prompts), desc="answers", leave=False)
+    n = 0
+    for prompt, style, ids in zip(prompts, styles, tokens, strict=True):
+        response = style.cut(tokenizer.decode(ids))
+        tqdm.write(f"{chr(10) if rows else ''}{response}", file=sys.stdout)
+        source = model.config.name + (f" + {prompt.aligner}" if prompt.aligner is not None else "")
+        rows.append({"prompt": prompt.instruction, "response": response, "model": source})
+        n += len(ids)
+    if output_file is not None:
+        write_rows(output_file, rows)
+    seconds = time.perf_counter() - started
+    print(f"{n} tokens, {n / seconds:.1f} tokens/s, {peak_memory()}", file=sys.stderr)
 
 
 def open_adapters(

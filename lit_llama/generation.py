@@ -1,12 +1,15 @@
 """Prefill, decode, sampling: one prompt or a padded batch of them, streamed as they come."""
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from lit_llama.combine import PerRow
 from lit_llama.model import Adapter, KVCache, LLaMA
 from lit_llama.prompts import PromptStyle
 from lit_llama.tokenizer import Tokenizer
@@ -63,13 +66,12 @@ def respond(
     return texts
 
 
-@torch.no_grad()
 def stream(
     model: LLaMA,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
-    adapter: Adapter | None = None,
+    adapter: Adapter | Sequence[Adapter | None] | None = None,
     stop_ids: frozenset[int] = frozenset(),
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -82,7 +84,7 @@ def stream(
         model: the base model.
         prompts: token ids of each row; lengths may differ.
         max_new_tokens: per row. A row also ends when the model's window is full.
-        adapter: beside the base model, if any.
+        adapter: beside the base model, if any; or one for each row.
         stop_ids: tokens that end a row.
         temperature: 0 takes the likeliest token; larger is more random.
         top_k: sample among the k likeliest tokens only.
@@ -95,32 +97,215 @@ def stream(
     Raises:
         ValueError: a prompt is empty or leaves no room in the window, or a sampling option is out of range.
     """
-    check_prompts(model, prompts)
-    check_sampling(max_new_tokens, temperature, top_k, top_p)
-    window = model.config.block_size
+    adapters = list(adapter) if isinstance(adapter, Sequence) else [adapter] * len(prompts)
+    options = (max_new_tokens, stop_ids, temperature, top_k, top_p, generator)
+    requests = [Request(prompt, one, *options) for prompt, one in zip(prompts, adapters, strict=True)]
+    decoder = Decoder(model, len(prompts), max(map(len, prompts)) + max_new_tokens)
+    rows = decoder.join(requests)
+    while decoder.running:
+        tokens = {event.row: event.token for event in decoder.step() if event.token is not None}
+        if tokens:
+            yield [tokens.get(row) for row in rows]
 
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-    longest = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.tensor(prompt)
-    cache = KVCache(model.config, len(prompts), min(longest + max_new_tokens, window), model.device, model.dtype)
 
-    last = torch.arange(longest, device=model.device) == lengths[:, None] - 1  # (B, T)
-    logits = model(ids.to(model.device), adapter, logits_at=last, cache=cache)  # (B, V)
-    positions = lengths
-    running = [True] * len(prompts)
-    for n in range(max_new_tokens):
-        tokens = sample(logits, temperature, top_k, top_p, generator)  # (B,)
-        for row, (token, position) in enumerate(zip(tokens.tolist(), positions.tolist(), strict=True)):
-            running[row] = running[row] and token not in stop_ids and position < window
-        if not any(running):
-            return
-        yield [token if on else None for token, on in zip(tokens.tolist(), running, strict=True)]
-        if n + 1 < max_new_tokens:
-            at = positions.clamp(max=cache.length - 1)[:, None]  # rows that have ended write where nobody reads
-            logits = model(tokens[:, None], adapter, cache=cache, positions=at)[:, 0]
-            positions = positions + 1
+class Request(NamedTuple):
+    """A prompt to be continued.
+
+    Args:
+        prompt: its token ids.
+        adapter: beside the base model, if any.
+        max_new_tokens: after which the row ends; it also ends when the model's window is full.
+        stop_ids: tokens that end the row.
+        temperature: 0 takes the likeliest token; larger is more random.
+        top_k: sample among the k likeliest tokens only.
+        top_p: sample among the likeliest tokens that hold this probability together.
+        generator: source of randomness, on the model's device.
+    """
+
+    prompt: Sequence[int]
+    adapter: Adapter | None = None
+    max_new_tokens: int = 256
+    stop_ids: frozenset[int] = frozenset()
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    generator: torch.Generator | None = None
+
+
+class Event(NamedTuple):
+    """What happened to a row in one step.
+
+    Args:
+        row: its number, as `Decoder.join` gave it.
+        token: the next one; None if the row ended at a stop token, which is not part of the text.
+        finish: why the row ended, if it did: at a "stop" token, or at its greatest "length".
+    """
+
+    row: int
+    token: int | None
+    finish: Literal["stop", "length"] | None
+
+
+class Decoder:
+    """Rows of text that are continued together, a token at a time. Rows join and leave between any two tokens.
+
+    All running rows share each forward, whatever their adapters; the cache is allocated once, and a row that ends makes
+    room for another.
+
+    Args:
+        model: the base model.
+        max_rows: how many may run at once.
+        length: longest row, prompt included; the model's window at most.
+    """
+
+    def __init__(self, model: LLaMA, max_rows: int, length: int) -> None:
+        self.model = model
+        self.length = min(length, model.config.block_size)
+        self.max_rows = max_rows
+        self.running: list[int] = []  # numbers of the rows, in the order of the cache
+        self._cache = KVCache.empty(model, max_rows, self.length)
+        self._view: KVCache | None = None  # of the running rows; None after some have joined or left
+        self._adapter: Adapter | None = None
+        self._requests: dict[int, Request] = {}
+        self._generated: dict[int, int] = {}
+        self._tokens = torch.zeros(max_rows, dtype=torch.long, device=model.device)  # the last of each row
+        self._first_logits: Tensor | None = None  # (n, V) of the n rows that joined since the last step
+        self._next_number = 0
+
+    @torch.no_grad()
+    def join(self, requests: Sequence[Request]) -> list[int]:
+        """Read prompts; their first tokens come with the next step.
+
+        Returns:
+            A number for each row.
+
+        Raises:
+            ValueError: there is no room for as many, a prompt is empty or leaves no room in the window, or a sampling
+                option is out of range.
+        """
+        first = len(self.running)
+        if first + len(requests) > self.max_rows:
+            raise ValueError(f"{first + len(requests)} rows, there is room for {self.max_rows}")
+        assert self._first_logits is None, "rows joined twice without a step"
+        check_prompts(self.model, [request.prompt for request in requests])
+        for request in requests:
+            check_sampling(request.max_new_tokens, request.temperature, request.top_k, request.top_p)
+        lengths = torch.tensor([len(request.prompt) for request in requests])
+        ids = pad_sequence([torch.tensor(request.prompt) for request in requests], batch_first=True)  # (n, T)
+        last = torch.arange(ids.size(1)) == lengths[:, None] - 1  # (n, T)
+        rows = slice(first, first + len(requests))
+        device = self.model.device
+        self._first_logits = self.model(
+            ids.to(device),
+            together([request.adapter for request in requests]),
+            logits_at=last.to(device),
+            cache=self._cache.view(rows, self.length),
+        )
+        numbers = list(range(self._next_number, self._next_number + len(requests)))
+        self._next_number += len(requests)
+        self.running += numbers
+        self._requests |= dict(zip(numbers, requests, strict=True))
+        self._generated |= dict.fromkeys(numbers, 0)
+        self._view = None
+        return numbers
+
+    @torch.no_grad()
+    def step(self) -> list[Event]:
+        """The next token of each row; of those that have just joined, if some have."""
+        if self._first_logits is not None:
+            logits, self._first_logits = self._first_logits, None
+            rows = range(len(self.running) - logits.size(0), len(self.running))
+        else:
+            logits, rows = self._forward(), range(len(self.running))
+        tokens = self._sample(logits, [self._requests[self.running[row]] for row in rows])
+        self._tokens[rows.start : rows.stop] = tokens
+        events = [self._event(self.running[row], token) for row, token in zip(rows, tokens.tolist(), strict=True)]
+        for event in events:
+            if event.finish:
+                self.leave(event.row)
+        return events
+
+    def leave(self, number: int) -> None:
+        """End a row; the last one takes its place in the cache."""
+        row, last = self.running.index(number), len(self.running) - 1
+        assert self._first_logits is None or row < last - self._first_logits.size(0), (
+            "a row left before its first token"
+        )
+        if row != last:
+            self._cache.move_row(last, row)
+            self._tokens[row] = self._tokens[last]
+            self.running[row] = self.running[last]
+        self.running.pop()
+        del self._requests[number], self._generated[number]
+        self._view = None
+
+    def _forward(self) -> Tensor:
+        """Logits (B, V) after the last token of each row."""
+        positions = [self._position(number) for number in self.running]
+        longest = min(self.length, 64 * math.ceil((max(positions) + 1) / 64))  # beyond, there is nothing to attend to
+        rows = slice(0, len(self.running))
+        if self._view is None:
+            self._adapter = together([self._requests[number].adapter for number in self.running])
+            self._view = self._cache.view(rows, longest)
+        elif self._view.length < longest:
+            self._view = self._cache.view(rows, longest, previous=self._view)
+        at = torch.tensor(positions, device=self.model.device)[:, None]  # (B, 1)
+        return self.model(self._tokens[rows, None], self._adapter, cache=self._view, positions=at)[:, 0]
+
+    def _position(self, number: int) -> int:
+        """Where in its row the last token stands."""
+        return len(self._requests[number].prompt) + self._generated[number] - 1
+
+    def _sample(self, logits: Tensor, requests: list[Request]) -> Tensor:
+        tokens = logits.argmax(-1)
+        for row, request in enumerate(requests):
+            if request.temperature:
+                options = request.temperature, request.top_k, request.top_p, request.generator
+                tokens[row] = sample(logits[row : row + 1], *options)[0]
+        return tokens
+
+    def _event(self, number: int, token: int) -> Event:
+        request = self._requests[number]
+        if token in request.stop_ids:
+            return Event(number, None, "stop")
+        self._generated[number] += 1
+        is_full = self._generated[number] == request.max_new_tokens or self._position(number) + 1 == self.length
+        return Event(number, token, "length" if is_full else None)
+
+
+def complete(model: LLaMA, requests: Sequence[Request], max_rows: int) -> Iterator[list[int]]:
+    """Continue any number of prompts to their ends, some at once; when one ends, the next takes its place.
+
+    Args:
+        model: the base model.
+        requests: the prompts; those with the longest answers had better come first.
+        max_rows: at once.
+
+    Yields:
+        The new tokens of each, in order, without the stop token, as soon as it and all before it have ended.
+    """
+    longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
+    decoder = Decoder(model, min(max_rows, len(requests)), longest)
+    texts: list[list[int]] = []
+    ended: set[int] = set()
+    given = joined = 0
+    while given < len(requests):
+        if joined < len(requests) and len(decoder.running) < decoder.max_rows:
+            numbers = decoder.join(requests[joined : joined + decoder.max_rows - len(decoder.running)])
+            joined += len(numbers)
+            texts += [[] for _ in numbers]
+        for event in decoder.step():
+            texts[event.row] += [] if event.token is None else [event.token]
+            if event.finish:
+                ended.add(event.row)
+        while given in ended:
+            yield texts[given]
+            given += 1
+
+
+def together(adapters: Sequence[Adapter | None]) -> Adapter | None:
+    """One adapter for a batch whose rows have these; the same for all is that one."""
+    return adapters[0] if all(adapter is adapters[0] for adapter in adapters) else PerRow(adapters)
 
 
 def check_prompts(model: LLaMA, prompts: Sequence[Sequence[int]]) -> None:

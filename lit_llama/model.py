@@ -222,19 +222,12 @@ class LayerCache:
     """Keys and values that one layer has computed, those of its prefixes included.
 
     Args:
-        batch_size: rows B.
-        n_kv_head: key/value heads nkv.
-        length: positions S kept for each row.
-        head_size: hs.
-        device: where the tensors live.
-        dtype: of keys and values.
+        k: (B, nkv, S, hs), room for the keys.
+        v: likewise, for the values.
     """
 
-    def __init__(
-        self, batch_size: int, n_kv_head: int, length: int, head_size: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        self.k = torch.zeros(batch_size, n_kv_head, length, head_size, device=device, dtype=dtype)
-        self.v = torch.zeros_like(self.k)
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        self.k, self.v = k, v
         self.prefixes: tuple[ExpandedPrefix, ...] = ()
         self.added: LayerAdapter | None = None  # beside those prefixes, once they are there
 
@@ -258,23 +251,49 @@ class KVCache:
     the padding wrote lies beyond the row's position, where nothing attends until a token overwrites it.
 
     Args:
-        config: the model's configuration.
-        batch_size: rows B.
-        length: positions S kept for each row, at most the model's `block_size`.
-        device: where the tensors live.
-        dtype: of keys and values, the model's.
+        layers: of each layer.
+        length: positions S kept for each row.
     """
 
-    def __init__(
-        self, config: LLaMAConfig, batch_size: int, length: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, layers: list[LayerCache], length: int) -> None:
+        self.layers = layers
+        self.length = length
+
+    @classmethod
+    def empty(cls, model: "LLaMA", batch_size: int, length: int) -> "KVCache":
+        """Room for `batch_size` rows of `length` positions.
+
+        Raises:
+            ValueError: more positions than the model's window.
+        """
+        config = model.config
         if length > config.block_size:
             raise ValueError(f"a KV cache of {length} positions exceeds the model's window of {config.block_size}")
-        self.length = length
-        self.layers = [
-            LayerCache(batch_size, config.n_kv_head, length, config.head_size, device, dtype)
-            for _ in range(config.n_layer)
-        ]
+        shape = (batch_size, config.n_kv_head, length, config.head_size)
+
+        def room() -> Tensor:
+            return torch.zeros(shape, device=model.device, dtype=model.dtype)
+
+        return cls([LayerCache(room(), room()) for _ in range(config.n_layer)], length)
+
+    def view(self, rows: slice, length: int, previous: "KVCache | None" = None) -> "KVCache":
+        """Some of the rows and the first positions, in the same memory.
+
+        Args:
+            rows: which.
+            length: positions of each row.
+            previous: a view of the same rows, whose generation goes on; if None, another one begins.
+        """
+        layers = [LayerCache(layer.k[rows, :, :length], layer.v[rows, :, :length]) for layer in self.layers]
+        if previous is not None:
+            for layer, old in zip(layers, previous.layers, strict=True):
+                layer.prefixes, layer.added = old.prefixes, old.added
+        return KVCache(layers, length)
+
+    def move_row(self, source: int, target: int) -> None:
+        """Copy one row's keys and values over another's."""
+        for layer in self.layers:
+            layer.k[target], layer.v[target] = layer.k[source], layer.v[source]
 
 
 class LLaMA(nn.Module):

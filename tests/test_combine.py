@@ -39,7 +39,7 @@ def test_rows_generate_what_they_do_alone(tiny_model, mixed, order):
     prompts = [[5, 6], [7, 8, 9, 10, 11, 12], [13], [1, 2, 3], [4, 4, 4, 4], [20, 21]]
     rows = list(zip(prompts, mixed, strict=True))[order]
     expected = [generate(tiny_model, [prompt], 16, adapter=adapter)[0] for prompt, adapter in rows]
-    found = generate(tiny_model, [prompt for prompt, _ in rows], 16, adapter=PerRow([one for _, one in rows]))
+    found = generate(tiny_model, [prompt for prompt, _ in rows], 16, adapter=[one for _, one in rows])
     assert found == expected
 
 

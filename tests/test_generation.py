@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import random_aligner
 
-from lit_llama.generation import generate, sample
+from lit_llama.generation import Decoder, Request, generate, sample
 
 
 @pytest.fixture
@@ -48,6 +48,55 @@ def test_rows_end_where_the_window_does(tiny_model):
     long, short = list(range(60)), [1, 2, 3]
     rows = generate(tiny_model, [long, short], 20)
     assert rows == [naive_greedy(tiny_model, long, 20, None)[:4], naive_greedy(tiny_model, short, 20, None)]
+
+
+def test_rows_join_and_leave(tiny_model):
+    """Whoever else is in the batch, before, during and after: each row is what it is alone."""
+    adapters = [None, *(random_aligner(tiny_model.config, n, start_layer=n % 3, init_std=1.0) for n in (1, 2, 5))]
+    requests = [
+        Request([3 + 5 * i, 7, 11 + i][: 1 + i % 3], adapters[i % 4], max_new_tokens=1 + 7 * i % 30) for i in range(12)
+    ]
+    requests.append(Request(list(range(50)), adapters[1], max_new_tokens=100))
+    decoder, found, finished = Decoder(tiny_model, max_rows=4, length=200), {}, {}
+    waiting = list(requests)
+    steps = 0
+    while waiting or decoder.running:
+        room = min(4 - len(decoder.running), 1 + steps % 3)
+        if room and waiting:
+            for number in decoder.join(waiting[:room]):
+                found[number] = []
+            waiting = waiting[room:]
+        for event in decoder.step():
+            found[event.row] += [] if event.token is None else [event.token]
+            if event.finish:
+                finished[event.row] = event.finish
+        steps += 1
+    for number, request in enumerate(requests):
+        expected = naive_greedy(tiny_model, request.prompt, request.max_new_tokens, request.adapter)
+        assert found[number] == expected[: tiny_model.config.block_size - len(request.prompt)]
+    assert set(finished.values()) == {"length"}
+    assert sorted(finished) == list(range(len(requests)))
+
+
+def test_rows_sample_for_themselves(tiny_model):
+    """With a generator of its own, a row's text does not depend on the others; greedy rows stay greedy."""
+
+    def request(seed):
+        return Request([5, 6], None, 12, temperature=1.5, top_k=40, generator=torch.Generator().manual_seed(seed))
+
+    def run(requests):
+        decoder = Decoder(tiny_model, len(requests), 64)
+        rows = {number: [] for number in decoder.join(requests)}
+        while decoder.running:
+            for event in decoder.step():
+                rows[event.row].append(event.token)
+        return list(rows.values())
+
+    first, greedy, second = run([request(1), Request([5, 6], None, 12), request(2)])
+    assert [first] == run([request(1)])
+    assert [second] == run([request(2)])
+    assert first != second
+    assert greedy == naive_greedy(tiny_model, [5, 6], 12, None)
 
 
 def test_impossible_requests_are_refused(tiny_model):

@@ -110,7 +110,7 @@ def test_cached_decoding_is_the_full_forward(tiny_model, length):
     rows = torch.randint(96, (3, 12))
     lengths = torch.tensor([2, 7, 5])
     prompts = rows[:, :7].masked_fill(torch.arange(7) >= lengths[:, None], 0)
-    cache = KVCache(tiny_model.config, 3, 16, torch.device("cpu"), torch.float32)
+    cache = KVCache.empty(tiny_model, 3, 16)
     tiny_model(prompts, adapter, cache=cache)
     for n in range(4):
         positions = lengths[:, None] + n
@@ -122,7 +122,7 @@ def test_cached_decoding_is_the_full_forward(tiny_model, length):
 
 def test_several_cached_tokens_at_once(tiny_model):
     ids = torch.randint(96, (2, 9))
-    cache = KVCache(tiny_model.config, 2, 9, torch.device("cpu"), torch.float32)
+    cache = KVCache.empty(tiny_model, 2, 9)
     tiny_model(ids[:, :4], cache=cache)
     logits = tiny_model(ids[:, 4:], cache=cache, positions=torch.arange(4, 9).expand(2, -1))
     torch.testing.assert_close(logits, tiny_model(ids)[:, 4:], atol=1e-5, rtol=0)
@@ -132,7 +132,7 @@ def test_window_is_enforced(tiny_model):
     with pytest.raises(ValueError, match="65 tokens exceeds the model's window of 64"):
         tiny_model(torch.zeros(1, 65, dtype=torch.long))
     with pytest.raises(ValueError, match="65 positions exceeds"):
-        KVCache(tiny_model.config, 1, 65, torch.device("cpu"), torch.float32)
+        KVCache.empty(tiny_model, 1, 65)
 
 
 def test_rotary_frequencies_stay_float32(tiny_model):

@@ -9,12 +9,14 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import ROOT, load_script
+from conftest import ROOT, load_script, random_aligner
 from safetensors.torch import load as safetensors_load
 from safetensors.torch import save_file
 
-from lit_llama.checkpoint import adapter_info, load_adapter, load_base
+from lit_llama.aligner import Aligner
+from lit_llama.checkpoint import adapter_info, load_adapter, load_base, save_adapter
 from lit_llama.cli import run
+from lit_llama.combine import Sum
 from lit_llama.forms import FORMS
 from lit_llama.generation import generate
 from lit_llama.prompts import prompt_style
@@ -86,6 +88,53 @@ def test_generate_base_and_aligner(command, base_dir, aligner_path, tmp_path):
     assert (status, out) == (0, answer + "\n")
     [row] = [json.loads(line) for line in out_file.read_text().splitlines()]
     assert row == {"prompt": "Count to 3.", "response": answer, "model": f"tiny + {aligner_path}"}
+
+
+def test_scales_and_sums_of_aligners(command, base_dir, aligner_path, tmp_path):
+    options = {"checkpoint_dir": base_dir, "prompt": "Count to 3.", "max_new_tokens": 8}
+    model = load_base(base_dir)
+    other = tmp_path / "other.safetensors"
+    save_adapter(other, random_aligner(model.config, 3, init_std=1.0), model, prompt_style="chat")
+    terms = (load_adapter(aligner_path), -2.0), (load_adapter(other), 4.0)
+    paths = [f"--aligner_path={aligner_path}", f"--aligner_path={other}"]
+    _, out, _ = command("generate/aligner.py", *paths, "--aligner_scale=-2", "--aligner_scale=4", **options)
+    assert out == expected_answer(base_dir, "Count to 3.", Sum(*terms)) + "\n"
+    assert out != command("generate/aligner.py", *paths, **options)[1]
+    assert (
+        command("generate/aligner.py", *paths, "--aligner_scale=0", **options)[1]
+        == (command("generate/base.py", **options)[1])
+    )
+    status, _, err = command("generate/aligner.py", *paths, *["--aligner_scale=1"] * 3, **options)
+    assert (status, "3 scales for 2 adapters" in err) == (1, True)
+
+
+def test_prompts_name_their_aligner_in_a_folder(command, base_dir, aligner_path, tmp_path):
+    model = load_base(base_dir)
+    names: dict[str, Aligner | None] = {"": None}
+    for n in (1, 3):
+        names[f"team/{n}"] = random_aligner(model.config, n, start_layer=n % 3, init_std=1.0)
+        save_adapter(tmp_path / f"store/team/{n}.safetensors", names[f"team/{n}"], model, prompt_style="chat")
+    shutil.copy(aligner_path, tmp_path / "store" / "trained.safetensors")
+    names["trained"] = load_adapter(aligner_path)
+    prompts = [(f"Count to {i}.", name) for i, name in enumerate([*names, *reversed(names)])]
+    rows = [{"prompt": text} | ({"aligner": name} if name else {}) for text, name in prompts]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"checkpoint_dir": base_dir, "prompts_file": tmp_path / "p.jsonl", "max_new_tokens": 8}
+    folder = {"aligner_dir": tmp_path / "store", "output_file": tmp_path / "a.jsonl"}
+    status, out, err = command("generate/aligner.py", **options, **folder, batch_size=3)
+    assert status == 0, err
+    expected = [expected_answer(base_dir, text, names[name]) for text, name in prompts]
+    assert out == "\n\n".join(expected) + "\n"
+    assert [json.loads(line)["response"] for line in (tmp_path / "a.jsonl").read_text().splitlines()] == expected
+
+    status, _, err = command("generate/aligner.py", **options, aligner_path=aligner_path)
+    assert (status, "give --aligner_dir" in err) == (1, True)
+    (tmp_path / "store" / "trained.safetensors").write_bytes(b"junk")
+    status, _, err = command("generate/aligner.py", **options, **folder)
+    assert (status, "trained.safetensors is no complete safetensors file" in err) == (1, True)
+    (tmp_path / "store" / "trained.safetensors").unlink()
+    status, _, err = command("generate/aligner.py", **options, **folder)
+    assert (status, "no Aligner named 'trained'" in err) == (1, True)
 
 
 def test_prompts_from_files_and_standard_input(command, base_dir, tmp_path, monkeypatch):

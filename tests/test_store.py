@@ -1,0 +1,77 @@
+"""The store of Aligners: what is in the folder is what is in it."""
+
+import pytest
+import torch
+from conftest import random_aligner
+
+from lit_llama.checkpoint import load_base, save_adapter
+from lit_llama.lora import LoRA
+from lit_llama.model import LLaMA
+from lit_llama.store import AlignerStore
+
+
+@pytest.fixture
+def model(base_dir):
+    return load_base(base_dir)
+
+
+def test_aligners_are_their_files(tmp_path, model):
+    aligners = {f"a/{n}": random_aligner(model.config, n, start_layer=n % 3) for n in (1, 2, 7)}
+    for name, aligner in aligners.items():
+        save_adapter(tmp_path / f"{name}.safetensors", aligner, model, prompt_style="chat")
+    store = AlignerStore(tmp_path, model)
+    assert store.names() == sorted(aligners)
+    for name, expected in aligners.items():
+        found, style = store.get(name)
+        assert (found.sizes, style) == (expected.sizes, "chat")
+        assert torch.equal(found.tokens, expected.tokens)
+        assert torch.equal(found.gates, expected.gates)
+
+
+def test_it_follows_the_folder(tmp_path, model):
+    """New files come, changed ones change, those that vanish go; what cannot be used says why and harms no other."""
+    store = AlignerStore(tmp_path, model)
+    assert store.names() == []
+    first = random_aligner(model.config, 1)
+    save_adapter(tmp_path / "x.safetensors", first, model)
+    (tmp_path / "broken.safetensors").write_bytes(b"junk")
+    save_adapter(tmp_path / "lora.safetensors", LoRA(model.config), model)
+    with torch.device("meta"):
+        other = LLaMA(model.config)
+    other.fingerprint = "another"
+    save_adapter(tmp_path / "other.safetensors", first, other)
+    (tmp_path / ".x.safetensors.half-written").write_bytes(b"")
+    store.refresh()
+    assert store.names() == ["x"]
+    assert torch.equal(store.get("x")[0].tokens, first.tokens)
+    messages = {"broken": "no complete safetensors", "lora": "of method 'lora'", "other": "whose weights are not those"}
+    for name, message in (messages | {"nobody": "no Aligner named 'nobody'"}).items():
+        with pytest.raises(ValueError, match=message):
+            store.get(name)
+    with pytest.warns(UserWarning, match="whose weights are not those"):
+        assert AlignerStore(tmp_path, model, allow_other_base=True).names() == ["other", "x"]
+
+    save_adapter(tmp_path / "x.safetensors", random_aligner(model.config, 4), model)
+    store.refresh()
+    assert store.get("x")[0].tokens.size(0) == 4
+    (tmp_path / "x.safetensors").unlink()
+    store.refresh()
+    assert store.names() == []
+
+
+def test_folders_are_needed(tmp_path, model):
+    with pytest.raises(FileNotFoundError, match="no such folder of Aligners"):
+        AlignerStore(tmp_path / "nowhere", model)
+
+
+def test_memory_is_that_of_the_numbers(tmp_path, model):
+    """Each costs its numbers and bookkeeping that does not grow with them; counted where Python and torch allocate."""
+    save_adapter(tmp_path / "0.safetensors", random_aligner(model.config, 1), model, prompt_style="chat")
+    content = (tmp_path / "0.safetensors").read_bytes()
+    for i in range(1, 50):
+        (tmp_path / f"{i}.safetensors").write_bytes(content)
+    store = AlignerStore(tmp_path, model)
+    numbers = sum(parameter.numel() for parameter in random_aligner(model.config, 1).parameters())
+    for stored in store._stored.values():
+        assert stored.values is not None
+        assert stored.values.untyped_storage().nbytes() == 4 * numbers
