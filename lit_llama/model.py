@@ -238,10 +238,8 @@ class LayerCache:
 
     def append(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, nkv, T, hs) at `positions` (B, T); return all keys and values, (B, nkv, S, hs) each."""
-        rows = torch.arange(positions.size(0), device=positions.device)[:, None]
-        self.k[rows, :, positions] = k.transpose(1, 2)
-        self.v[rows, :, positions] = v.transpose(1, 2)
-        return self.k, self.v
+        at = positions[:, None, :, None].expand(-1, k.size(1), -1, k.size(3))  # (B, nkv, T, hs)
+        return self.k.scatter_(2, at, k), self.v.scatter_(2, at, v)
 
 
 class KVCache:
@@ -451,8 +449,7 @@ class CausalSelfAttention(nn.Module):
         Returns:
             (B, T, C).
         """
-        q, k, v = self.qkv(x, adapter.updates)
-        q, k = apply_rope(q, *places.rope), apply_rope(k, *places.rope)
+        q, k, v = self.qkv(x, adapter.updates, places.rope)
         if cache is not None:
             if places.positions is None:
                 cache.prefill(k, v)
@@ -473,14 +470,21 @@ class CausalSelfAttention(nn.Module):
         y = y.transpose(1, 2).flatten(2)  # (B, T, nh * hs)
         return updated("o", self.c_proj(y), y, adapter.updates)  # (B, T, C)
 
-    def qkv(self, x: Tensor, updates: Updates) -> tuple[Tensor, Tensor, Tensor]:
-        """Project (B, T, C) to queries (B, nh, T, hs), keys and values (B, nkv, T, hs)."""
-        heads = (self.n_head, self.n_kv_head, self.n_kv_head)
-        parts = self.c_attn(x).split([n * self.head_size for n in heads], dim=-1)  # (B, T, heads * hs) each
-        q, k, v = (
-            updated(name, part, x, updates).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
-            for name, part in zip("qkv", parts, strict=True)
-        )
+    def qkv(
+        self, x: Tensor, updates: Updates, rope: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Project (B, T, C) to queries (B, nh, T, hs), keys and values (B, nkv, T, hs), and rotate the first two."""
+        sizes = [self.n_head, self.n_kv_head, self.n_kv_head]
+        y = self.c_attn(x)  # (B, T, (nh + 2 nkv) * hs)
+        if not updates.keys().isdisjoint("qkv"):
+            parts = y.split([n * self.head_size for n in sizes], dim=-1)
+            y = torch.cat([updated(name, part, x, updates) for name, part in zip("qkv", parts, strict=True)], dim=-1)
+        heads = y.unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (B, nh + 2 nkv, T, hs)
+        if rope is None:
+            q, k, v = heads.split(sizes, dim=1)
+            return q, k, v
+        turned, v = heads.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=1)
+        q, k = apply_rope(turned, *rope).split(sizes[:2], dim=1)
         return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -542,9 +546,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.scale * wide.type_as(x)
+        return self.scale * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x)
 
 
 def rope_frequencies(config: LLaMAConfig) -> Tensor:
