@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lit_llama.checkpoint import Precision
 from lit_llama.cli import answer, open_base, read_prompts, run
+from lit_llama.inference import WeightOnly
 from lit_llama.prompts import prompt_style as get_prompt_style
 from lit_llama.quantization import Quantize
 
@@ -27,7 +28,7 @@ def main(
     num_samples: int = 1,
     seed: int = 1337,
     precision: Precision = "auto",
-    quantize: Quantize | None = None,
+    quantize: Quantize | WeightOnly | None = None,
     output_file: Path | None = None,
 ) -> None:
     """Generate.
@@ -44,7 +45,8 @@ def main(
         num_samples: answers to each prompt.
         seed: of sampling.
         precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
-        quantize: keep the base's blocks in 4 bits ("nf4") or 8 bits ("int8").
+        quantize: keep the weights in fewer bits: "nf4" or "int8" by bitsandbytes, "int4-weights" or "int8-weights" on
+            a CPU, for speed.
         output_file: also write prompt, response and model as JSON Lines here.
     """
     prompts = read_prompts(prompt, prompts_file)

@@ -36,6 +36,7 @@ from lit_llama.checkpoint import (
 from lit_llama.combine import Sum
 from lit_llama.files import atomic_file, read_records, read_text
 from lit_llama.generation import Request, TextStream, check_prompts, check_sampling, complete, stream
+from lit_llama.inference import WeightOnly, lay_out
 from lit_llama.model import Adapter, LLaMA
 from lit_llama.prompts import PromptStyle
 from lit_llama.prompts import prompt_style as get_prompt_style
@@ -262,7 +263,7 @@ def answer_with(
     num_samples: int = 1,
     seed: int = 1337,
     precision: Precision = "auto",
-    quantize: Quantize | None = None,
+    quantize: Quantize | WeightOnly | None = None,
     output_file: Path | None = None,
     allow_other_base: bool = False,
 ) -> None:
@@ -286,7 +287,8 @@ def answer_with(
         num_samples: answers to each prompt.
         seed: of sampling.
         precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
-        quantize: keep the base's blocks in 4 bits ("nf4") or 8 bits ("int8"); if not given, as the adapter was trained.
+        quantize: keep the base's weights in fewer bits: "nf4" or "int8" by bitsandbytes, "int4-weights" or
+            "int8-weights" on a CPU, for speed; if not given, as the adapter was trained.
         output_file: also write prompt, response and model as JSON Lines here.
         allow_other_base: use the adapter on other weights than those it was trained on.
     """
@@ -406,8 +408,10 @@ def open_adapters(
     return Sum(*terms) if adapters else None, infos
 
 
-def open_base(checkpoint_dir: Path, precision: Precision, quantize: Quantize | None = None) -> tuple[LLaMA, Tokenizer]:
-    """Load a base model, on the GPU if there is one, and its tokenizer.
+def open_base(
+    checkpoint_dir: Path, precision: Precision, quantize: Quantize | WeightOnly | None = None
+) -> tuple[LLaMA, Tokenizer]:
+    """Load a base model for inference, on the GPU if there is one, and its tokenizer.
 
     Args:
         checkpoint_dir: folder of the base model.
@@ -416,12 +420,17 @@ def open_base(checkpoint_dir: Path, precision: Precision, quantize: Quantize | N
 
     Raises:
         FileNotFoundError: something is missing.
-        ValueError: something is damaged, or the two do not belong together.
+        ValueError: something is damaged, the two do not belong together, or the device cannot do what is asked.
     """
     config, tokenizer = read_config(checkpoint_dir), Tokenizer(checkpoint_dir)
     tokenizer.check_vocabulary(config.vocab_size)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return load_base(checkpoint_dir, PRECISIONS[precision], device, quantize=quantize), tokenizer
+    device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), PRECISIONS[precision]
+    if quantize in ("nf4", "int8"):
+        return load_base(checkpoint_dir, dtype, device, quantize=quantize), tokenizer
+    if quantize is not None:
+        dtype = dtype or torch.bfloat16  # what its kernels compute in
+    model = load_base(checkpoint_dir, dtype, device)
+    return (model if quantize is None and device.type != "cpu" else lay_out(model, quantize)), tokenizer
 
 
 def side_by_side(header: list[str], rows: list[list[str]], widths: list[int]) -> list[str]:

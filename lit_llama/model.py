@@ -207,7 +207,8 @@ class Places(NamedTuple):
 
     Args:
         rope: cosine and sine of the rotary angles, (1 or B, 1, T, hs / 2) each.
-        mask: bool (B, 1, T, S), which cached positions each query sees; None means causal attention within a sequence.
+        mask: (B, 1, T, S), 0 for cached positions that a query sees and minus infinity for others; None means causal
+            attention within a sequence.
         positions: (B, T), where to store keys and values in the cache; None stores them from 0.
         lengths: of the sequences that the only row holds, one after the other; None means that a row is a sequence.
     """
@@ -375,7 +376,8 @@ class LLaMA(nn.Module):
         T, mask = ids.size(1), None
         if positions is not None:
             assert cache is not None, "positions without a cache"
-            mask = torch.arange(cache.length, device=ids.device) <= positions[:, None, :, None]  # (B, 1, T, S)
+            unseen = torch.arange(cache.length, device=ids.device) > positions[:, None, :, None]  # (B, 1, T, S)
+            mask = torch.zeros_like(unseen, dtype=self.dtype).masked_fill_(unseen, -torch.inf)
             at = positions
         elif lengths is not None:
             assert (ids.size(0), T) == (1, sum(lengths)), "lengths that do not fill one row"
@@ -546,7 +548,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scale * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x)
+        return self.scale * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
 def rope_frequencies(config: LLaMAConfig) -> Tensor:

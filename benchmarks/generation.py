@@ -1,0 +1,211 @@
+"""How fast this project generates, beside transformers and llama.cpp on the same base, in one run.
+
+    python benchmarks/generation.py
+    python benchmarks/generation.py --gguf_path checkpoints/SmolLM2-135M-Instruct.Q4_1.gguf
+    python benchmarks/generation.py --batch_size 32 --engine none --engine aligner-1-each --engine aligner-10-each
+
+Engines take turns, some rounds; the table has the median of each and its ratio to the first. Prompts and adapters are
+random: speed does not depend on what they say. Every row generates the same number of tokens.
+
+| engine | what |
+|---|---|
+| `transformers` | its `generate`, greedy, on an export of the base |
+| `llama.cpp` | the GGUF file, if llama-cpp-python is installed; one row only |
+| `none`, `aligner-N`, `lora-R` | this project, with no adapter, an Aligner of N tokens, a LoRA of rank R |
+| `aligner-N-each` | a different Aligner of N tokens for each row |
+| `int8-weights`, `int4-weights` | this project without an adapter, `--quantize` |
+"""
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from lit_llama.aligner import Aligner
+from lit_llama.checkpoint import Precision, read_config
+from lit_llama.cli import open_base, run
+from lit_llama.files import require_extra
+from lit_llama.generation import Decoder, Request
+from lit_llama.lora import LoRA
+from lit_llama.model import Adapter, LLaMAConfig
+
+ENGINES = ["transformers", "llama.cpp", "none", "aligner-1", "aligner-10", "lora-8", "int8-weights", "int4-weights"]
+
+
+class Speed(NamedTuple):
+    """Tokens per second, of all rows together."""
+
+    prefill: float
+    decode: float
+
+
+Engine = Callable[[list[list[int]], int], Speed]
+
+
+def main(
+    checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
+    gguf_path: Path | None = None,
+    engine: list[str] = ENGINES,
+    batch_size: list[int] = [1],  # noqa: B006
+    prompt_tokens: int = 64,
+    new_tokens: int = 48,
+    rounds: int = 5,
+    precision: Precision = "auto",
+) -> None:
+    """Measure.
+
+    Args:
+        checkpoint_dir: folder of the base model.
+        gguf_path: the same base for llama.cpp; without it that engine is left out.
+        engine: which to measure, see above; may be given several times, the others are compared with the first.
+        batch_size: rows at once; may be given several times.
+        prompt_tokens: in each row.
+        new_tokens: generated in each row.
+        rounds: how often every engine has its turn.
+        precision: of the base model; "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
+    """
+    config = read_config(checkpoint_dir)
+    torch.manual_seed(0)
+    for rows in batch_size:
+        names = [
+            name for name in engine if name != "llama.cpp" or (rows == 1 and gguf_path is not None and has_llama_cpp())
+        ]
+        engines = {name: open_engine(name, checkpoint_dir, gguf_path, config, rows, precision) for name in names}
+        prompts = torch.randint(5, config.vocab_size, (rows, prompt_tokens)).tolist()
+        speeds: dict[str, list[Speed]] = {name: [] for name in names}
+        for n in tqdm(range(rounds + 1), desc=f"rounds of {rows} rows", leave=False):
+            for name, measure in engines.items():
+                speed = measure(prompts, new_tokens)
+                if n:  # the first round is warm-up
+                    speeds[name].append(speed)
+        print(f"{rows} rows, {prompt_tokens} + {new_tokens} tokens, median of {rounds} rounds, tokens/s\n")
+        print(f"| engine | prefill | decode | decode : {names[0]} |\n|---|---:|---:|---:|")
+        for name in names:
+            prefill, decode = (statistics.median(values) for values in zip(*speeds[name], strict=True))
+            first = statistics.median(speed.decode for speed in speeds[names[0]])
+            print(f"| {name} | {prefill:.0f} | {decode:.1f} | {decode / first:.2f} |")
+        print()
+
+
+def has_llama_cpp() -> bool:
+    """Whether llama-cpp-python is installed."""
+    try:
+        require_extra("llama_cpp", "llama-cpp")
+    except ImportError:
+        return False
+    return True
+
+
+def open_engine(
+    name: str, checkpoint_dir: Path, gguf_path: Path | None, config: LLaMAConfig, rows: int, precision: Precision
+) -> Engine:
+    """Load one engine.
+
+    Raises:
+        ValueError: there is no such engine.
+    """
+    if name == "transformers":
+        return transformers_engine(checkpoint_dir, precision)
+    if name == "llama.cpp":
+        assert gguf_path is not None
+        return llama_cpp_engine(gguf_path)
+    quantize = name if name in ("int8-weights", "int4-weights") else None
+    model, _ = open_base(checkpoint_dir, precision, quantize)
+    kind, _, rest = name.partition("-")
+    size = rest.removesuffix("-each")
+    if name in ("none", "int8-weights", "int4-weights"):
+        adapters: list[Adapter | None] = [None] * rows
+    elif kind == "aligner" and size.isdecimal():
+        one = random_aligner(config, int(size), model.device)
+        each = rest.endswith("-each")
+        adapters = [random_aligner(config, int(size), model.device) if each else one for _ in range(rows)]
+    elif kind == "lora" and size.isdecimal():
+        adapters = [LoRA(config, int(size)).to(model.device).eval()] * rows
+    else:
+        raise ValueError(f"no engine named {name}: there are {', '.join(ENGINES)} and aligner-N-each")
+
+    def measure(prompts: list[list[int]], new_tokens: int) -> Speed:
+        decoder = Decoder(model, rows, len(prompts[0]) + new_tokens)
+        started = time.perf_counter()
+        decoder.join([Request(prompt, one, new_tokens) for prompt, one in zip(prompts, adapters, strict=True)])
+        decoder.step()
+        prefilled = time.perf_counter()
+        while decoder.running:
+            decoder.step()
+        return speed(prompts, new_tokens, prefilled - started, time.perf_counter() - prefilled)
+
+    return measure
+
+
+def random_aligner(config: LLaMAConfig, length: int, device: torch.device) -> Aligner:
+    """One with open gates."""
+    aligner = Aligner(config, length)
+    torch.nn.init.normal_(aligner.gates, std=0.1)
+    return aligner.to(device)
+
+
+def speed(prompts: list[list[int]], new_tokens: int, prefill: float, decode: float) -> Speed:
+    """From seconds; the first new token is the prefill's."""
+    return Speed(sum(map(len, prompts)) / prefill, len(prompts) * (new_tokens - 1) / decode)
+
+
+def transformers_engine(checkpoint_dir: Path, precision: Precision) -> Engine:
+    """transformers' `generate`, timed whole and with one new token alone."""
+    transformers = require_extra("transformers", "export")
+    dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
+    device = "cpu"
+    if torch.cuda.is_available():
+        device, dtype = "cuda", torch.bfloat16 if precision == "auto" else dtype
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(__file__).parents[1] / "scripts" / "export_hf_checkpoint.py"
+        options = [f"--checkpoint_dir={checkpoint_dir}", f"--output_dir={folder}/export"]
+        subprocess.run([sys.executable, str(script), *options], check=True, stderr=subprocess.DEVNULL)
+        model = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/export", dtype=dtype).to(device)
+
+    def seconds(ids: torch.Tensor, n: int) -> float:
+        started = time.perf_counter()
+        found = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=n,
+            min_new_tokens=n,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        assert found.size(1) == ids.size(1) + n
+        return time.perf_counter() - started
+
+    def measure(prompts: list[list[int]], new_tokens: int) -> Speed:
+        ids = torch.tensor(prompts, device=device)
+        prefill = seconds(ids, 1)
+        return speed(prompts, new_tokens, prefill, seconds(ids, new_tokens) - prefill)
+
+    return measure
+
+
+def llama_cpp_engine(path: Path) -> Engine:
+    """llama.cpp, through llama-cpp-python, on as many threads as torch has."""
+    llama_cpp = require_extra("llama_cpp", "llama-cpp")
+    model = llama_cpp.Llama(str(path), n_ctx=2048, n_threads=torch.get_num_threads(), verbose=False)
+
+    def measure(prompts: list[list[int]], new_tokens: int) -> Speed:
+        model.reset()
+        started = time.perf_counter()
+        model.eval(prompts[0])
+        prefilled = time.perf_counter()
+        for _ in range(new_tokens - 1):
+            model.eval([model.sample(temp=0.0)])
+        return speed(prompts[:1], new_tokens, prefilled - started, time.perf_counter() - prefilled)
+
+    return measure
+
+
+if __name__ == "__main__":
+    run(main)

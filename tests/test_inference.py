@@ -1,0 +1,56 @@
+"""Layouts for inference on a CPU: the same numbers, or those of weights rounded by hand."""
+
+import pytest
+import torch
+from conftest import random_aligner, tiny_config
+
+from lit_llama.cli import open_base
+from lit_llama.generation import generate
+from lit_llama.inference import Int4Linear, Int8Linear, lay_out
+from lit_llama.model import LLaMA
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("length", [None, 1, 3])
+def test_blocks_change_nothing(tied, length):
+    torch.manual_seed(0)
+    model = LLaMA(tiny_config(tie_embeddings=tied)).requires_grad_(False)
+    adapter = None if length is None else random_aligner(model.config, length)
+    ids = torch.randint(96, (3, 10))
+    with torch.no_grad():
+        expected, rows = model(ids, adapter), generate(model, ids.tolist(), 8, adapter=adapter)
+        lay_out(model)
+        torch.testing.assert_close(model(ids, adapter), expected, atol=1e-5, rtol=1e-5)
+    assert generate(model, ids.tolist(), 8, adapter=adapter) == rows
+
+
+@pytest.mark.parametrize("rows", [1, 2, 40])
+def test_fewer_bits_are_rounded_weights(rows):
+    """By hand: 255 values at equal distances for each output, or 16 for each 32 weights, within a step of bfloat16."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(48, 64), torch.randn(2, rows, 64).bfloat16()
+    step = weight.abs().amax(1, keepdim=True) / 127
+    int8 = step * (weight / step).round()
+    groups = weight.view(48, 2, 32)
+    low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+    int4 = (low + ((groups - low) / (high - low) * 15).round() * (high - low) / 15).view(48, 64)
+    for layer, rounded in ((Int8Linear, int8), (Int4Linear, int4)):
+        expected = x.float() @ rounded.T
+        torch.testing.assert_close(layer(weight)(x).float(), expected, atol=0.15, rtol=0.02)
+        assert (layer(weight)(x).float() - expected).abs().mean() < 0.5 * (expected - x.float() @ weight.T).abs().mean()
+
+
+@pytest.mark.parametrize("quantize", ["int8-weights", "int4-weights"])
+def test_generation_with_fewer_bits(command, base_dir, quantize):
+    options = {"checkpoint_dir": base_dir, "prompt": "Count to 3.", "max_new_tokens": 8}
+    status, _, err = command("generate/base.py", quantize=quantize, **options)
+    assert status == 0, err
+    ids = torch.randint(4, 390, (2, 40))
+    with torch.no_grad():
+        plain, rounded = (open_base(base_dir, "bf16-true", each)[0](ids).float() for each in (None, quantize))
+    assert 0 < (plain - rounded).abs().mean() < 0.2 * plain.abs().mean()
+
+
+def test_narrow_layers_are_refused():
+    with pytest.raises(ValueError, match="48 inputs and 32 outputs; 4-bit weights need multiples of 32 and 16"):
+        Int4Linear(torch.randn(32, 48))
