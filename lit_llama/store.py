@@ -78,20 +78,29 @@ class AlignerStore:
             self._stored[name] = self._read(name, found[name])
 
     def get(self, name: str) -> tuple[Aligner, str | None]:
-        """An Aligner on the model's device, and the style of its training prompts if known.
+        """An Aligner as its file is now, on the model's device, and the style of its training prompts if known.
 
         Raises:
             ValueError: there is none of that name, or its file cannot be used; the message says why.
         """
-        if name not in self._stored:
-            raise ValueError(f"no Aligner named {name!r} in {self.folder}, which holds {len(self)} of them")
-        stored = self._stored[name]
+        stored = self._current(name)
         if stored.values is None:
             raise ValueError(stored.error)
         aligner = Aligner(self._model.config, stored.length, stored.start_layer)
         tokens, gates = stored.values.split([aligner.tokens.numel(), aligner.gates.numel()])
         aligner.tokens.data, aligner.gates.data = tokens.view_as(aligner.tokens), gates.view_as(aligner.gates)
         return aligner.to(self._model.device).requires_grad_(False).eval(), stored.prompt_style
+
+    def _current(self, name: str) -> StoredAligner:
+        """What is stored under a name, read again if its file has changed."""
+        path = self.folder / f"{name}.safetensors"
+        if self.folder.resolve() in path.resolve().parents and path.is_file():
+            stamp = _stamp(path.stat())
+            if name not in self._stored or self._stored[name].stamp != stamp:
+                self._stored[name] = self._read(name, stamp)
+            return self._stored[name]
+        self._stored.pop(name, None)
+        raise ValueError(f"no Aligner named {name!r} in {self.folder}, which holds {len(self)} of them")
 
     def _read(self, name: str, stamp: tuple[int, int]) -> StoredAligner:
         path = self.folder / f"{name}.safetensors"
@@ -116,7 +125,11 @@ def _aligner_files(folder: Path, prefix: str = "") -> Iterator[tuple[str, tuple[
                 yield from _aligner_files(Path(entry.path), f"{prefix}{entry.name}/")
             elif entry.name.endswith(".safetensors"):
                 try:
-                    status = entry.stat()
+                    stamp = _stamp(entry.stat())
                 except FileNotFoundError:  # it vanished
                     continue
-                yield prefix + entry.name.removesuffix(".safetensors"), (status.st_mtime_ns, status.st_size)
+                yield prefix + entry.name.removesuffix(".safetensors"), stamp
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    return status.st_mtime_ns, status.st_size
