@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_llama.checkpoint import Precision, adapter_info, check_adapter, load_adapter
+from lit_llama.checkpoint import Precision, adapter_info, check_adapter, load_adapter, parameter_shapes
 from lit_llama.cli import open_base, peak_memory, run, side_by_side
 from lit_llama.files import atomic_file, read_records, write_json
 from lit_llama.forms import FORMS
@@ -85,7 +85,7 @@ def main(
         "aligned_compliance": sum(row["aligned_has_form"] for row in rows) / len(rows),
         "held_out_prompts": len(rows),
         "trainable_parameters": sum(parameter.numel() for parameter in adapter.parameters()),
-        "base_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "base_parameters": sum(shape.numel() for shape in parameter_shapes(model.config).values()),
         "adapter_bytes": adapter_path.stat().st_size,
         "seconds": round((info.seconds or 0.0) + evaluation_seconds, 1),
         "training_seconds": round(info.seconds or 0.0, 1),

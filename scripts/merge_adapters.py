@@ -1,0 +1,102 @@
+"""Make one adapter file of several, or of one at another scale, where that is exact.
+
+    python scripts/merge_adapters.py --adapter_path a/lora.safetensors --adapter_path b/lora.safetensors \\
+        --adapter_scale 1 --adapter_scale 0.5 --output_path both.safetensors
+    python scripts/merge_adapters.py --adapter_path aligner.safetensors --adapter_scale 0.7 --output_path mild.safetensors
+
+LoRAs are put side by side: the ranks add up. One adapter is scaled by its gates, or its updates. Several Aligners cannot
+be one: each has a softmax of its own. As biases those of one token do add up, so they can leave together by
+scripts/export_hf_checkpoint.py and scripts/export_gguf.py; and generate/aligner.py takes any number at once.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from lit_llama.checkpoint import AdapterInfo, AnyAdapter, adapter_info, load_adapter, save_adapter
+from lit_llama.cli import run
+from lit_llama.lora import PROJECTIONS, LoRA
+from lit_llama.model import LLaMA, LLaMAConfig
+
+
+def main(
+    adapter_path: list[Path],
+    output_path: Path,
+    adapter_scale: list[float] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Merge.
+
+    Args:
+        adapter_path: an adapter; may be given several times.
+        output_path: the file to write.
+        adapter_scale: what each is multiplied by; one for each, or one for all. 1 if not given.
+        overwrite: replace the file if there is one.
+    """
+    if output_path.exists() and not overwrite:
+        raise ValueError(f"{output_path} exists; --overwrite true replaces it")
+    scales = adapter_scale or [1.0]
+    if len(scales) not in (1, len(adapter_path)):
+        raise ValueError(f"{len(scales)} scales for {len(adapter_path)} adapters: give one for each, or one for all")
+    scales *= len(adapter_path) // len(scales)
+    infos = [adapter_info(path) for path in adapter_path]
+    if len({(info.base_fingerprint, info.base_name) for info in infos}) > 1:
+        raise ValueError(f"the adapters are of different bases: {', '.join(info.base_name for info in infos)}")
+    adapters = [load_adapter(path) for path in adapter_path]
+    loras = [adapter for adapter in adapters if isinstance(adapter, LoRA)]
+    if len(adapters) == 1:
+        merged = scaled(adapters[0], scales[0])
+    elif len(loras) == len(adapters):
+        merged = concatenated(loras, scales)
+    else:
+        raise ValueError(
+            f"{', '.join(info.method for info in infos)}: several prefixes cannot be one, as each has a softmax of its "
+            "own; export them together, or give generate/aligner.py all of them"
+        )
+    save(output_path, merged, infos[0], {"merged": dict(zip(map(str, adapter_path), scales, strict=True))})
+    print(f"{merged.method}: {output_path}", file=sys.stderr)
+
+
+@torch.no_grad()
+def scaled(adapter: AnyAdapter, scale: float) -> AnyAdapter:
+    """The adapter with its gates, or its updates, times a number."""
+    for name, parameter in adapter.named_parameters():
+        if name == "gates" or name.endswith(".b"):
+            parameter.mul_(scale)
+    return adapter
+
+
+@torch.no_grad()
+def concatenated(loras: list[LoRA], scales: list[float]) -> LoRA:
+    """LoRAs side by side: B1 A1 s1 + B2 A2 s2 = [B1 s1, B2 s2] [A1; A2]."""
+    config = LLaMAConfig(
+        **{name: loras[0].sizes[name] for name in LLaMAConfig.__dataclass_fields__ if name in loras[0].sizes}
+    )
+    rank = sum(lora.sizes["r"] for lora in loras)
+    targets = [name for name in PROJECTIONS if any(name in lora.sizes["targets"] for lora in loras)]
+    merged = LoRA(config, r=rank, alpha=rank, targets=targets)
+    for index, updates in enumerate(merged.layers):
+        for name, update in updates.named_children():
+            update.a.zero_()
+            first = 0
+            for lora, scale in zip(loras, scales, strict=True):
+                rows = slice(first, first + lora.sizes["r"])
+                first = rows.stop
+                if name in lora.sizes["targets"]:
+                    own = lora.layers[index][name]
+                    update.a[rows], update.b[:, rows] = own.a, scale * own.scale * own.b
+    return merged
+
+
+def save(path: Path, adapter: AnyAdapter, first: AdapterInfo, hyperparameters: dict[str, object]) -> None:
+    """Write the file, for the base and the prompts of the first adapter."""
+    sizes = {name: first.config[name] for name in LLaMAConfig.__dataclass_fields__ if name in first.config}
+    with torch.device("meta"):
+        base = LLaMA(LLaMAConfig(name=first.base_name, vocab_size=1, **sizes))
+    base.fingerprint = first.base_fingerprint
+    save_adapter(path, adapter, base, prompt_style=first.prompt_style, hyperparameters=hyperparameters)
+
+
+if __name__ == "__main__":
+    run(main)

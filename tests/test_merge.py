@@ -1,0 +1,69 @@
+"""Merged adapters compute what the sum of their parts does, or are refused."""
+
+import pytest
+import torch
+from conftest import random_aligner
+
+from lit_llama.checkpoint import adapter_info, check_adapter, load_adapter, load_base, save_adapter
+from lit_llama.combine import Sum
+from lit_llama.lora import LoRA
+
+SCRIPT = "scripts/merge_adapters.py"
+
+
+@pytest.fixture
+def model(base_dir):
+    return load_base(base_dir)
+
+
+def save_lora(path, model, seed, **options):
+    torch.manual_seed(seed)
+    lora = LoRA(model.config, **options)
+    for parameter in lora.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    save_adapter(path, lora, model, prompt_style="chat")
+    return path
+
+
+def test_loras_side_by_side(tmp_path, model, command):
+    """Of different ranks, scales and projections."""
+    files = [save_lora(tmp_path / "a.safetensors", model, 1, r=4, alpha=8, targets=["q", "v"])]
+    files.append(save_lora(tmp_path / "b.safetensors", model, 2, r=2, alpha=3, targets=["v", "down"]))
+    arguments = [f"--adapter_path={file}" for file in files] + ["--adapter_scale=1.5", "--adapter_scale=-0.5"]
+    status, _, err = command(SCRIPT, *arguments, output_path=tmp_path / "both.safetensors")
+    assert status == 0, err
+    merged = load_adapter(tmp_path / "both.safetensors", "lora")
+    assert (merged.sizes["r"], merged.sizes["targets"]) == (6, ["q", "v", "down"])
+    ids = torch.randint(4, 390, (2, 20))
+    expected = model(ids, Sum((load_adapter(files[0]), 1.5), (load_adapter(files[1]), -0.5)))
+    torch.testing.assert_close(model(ids, merged), expected, atol=1e-5, rtol=1e-5)
+    assert check_adapter(tmp_path / "both.safetensors", model).prompt_style == "chat"
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_an_aligner_turned_down(tmp_path, model, command, length):
+    aligner = random_aligner(model.config, length)
+    save_adapter(tmp_path / "a.safetensors", aligner, model, prompt_style="chat")
+    options = {
+        "adapter_path": tmp_path / "a.safetensors",
+        "adapter_scale": 0.25,
+        "output_path": tmp_path / "b.safetensors",
+    }
+    assert command(SCRIPT, **options)[0] == 0
+    ids = torch.randint(4, 390, (2, 20))
+    found = model(ids, load_adapter(tmp_path / "b.safetensors"))
+    torch.testing.assert_close(found, model(ids, Sum((aligner, 0.25))), atol=1e-6, rtol=0)
+    assert adapter_info(tmp_path / "b.safetensors").base_fingerprint == model.fingerprint
+    status, _, err = command(SCRIPT, **options)
+    assert (status, "--overwrite true" in err) == (1, True)
+
+
+def test_what_is_not_exact_is_refused(tmp_path, model, command):
+    for n in (1, 2):
+        save_adapter(tmp_path / f"{n}.safetensors", random_aligner(model.config, n), model)
+    save_lora(tmp_path / "lora.safetensors", model, 1)
+    for others in (["1", "2"], ["1", "lora"]):
+        arguments = [f"--adapter_path={tmp_path / name}.safetensors" for name in others]
+        status, _, err = command(SCRIPT, *arguments, output_path=tmp_path / "x.safetensors")
+        assert (status, "several prefixes cannot be one" in err) == (1, True)
+        assert not (tmp_path / "x.safetensors").exists()
