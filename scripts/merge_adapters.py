@@ -2,10 +2,10 @@
 
     python scripts/merge_adapters.py --adapter_path a/lora.safetensors --adapter_path b/lora.safetensors \\
         --adapter_scale 1 --adapter_scale 0.5 --output_path both.safetensors
-    python scripts/merge_adapters.py --adapter_path aligner.safetensors --adapter_scale 0.7 --output_path mild.safetensors
+    python scripts/merge_adapters.py --adapter_path aligner.safetensors --adapter_scale 0.7 --output_path 70.safetensors
 
-LoRAs are put side by side: the ranks add up. One adapter is scaled by its gates, or its updates. Several Aligners cannot
-be one: each has a softmax of its own. As biases those of one token do add up, so they can leave together by
+LoRAs are put side by side: the ranks add up. One adapter is scaled by its gates, or its updates. Several Aligners
+cannot be one: each has a softmax of its own. As biases those of one token do add up, so they can leave together by
 scripts/export_hf_checkpoint.py and scripts/export_gguf.py; and generate/aligner.py takes any number at once.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from lit_llama.checkpoint import AdapterInfo, AnyAdapter, adapter_info, load_adapter, save_adapter
+from lit_llama.checkpoint import AnyAdapter, adapter_info, load_adapter, save_adapter
 from lit_llama.cli import run
 from lit_llama.lora import PROJECTIONS, LoRA
 from lit_llama.model import LLaMA, LLaMAConfig
@@ -43,18 +43,24 @@ def main(
     infos = [adapter_info(path) for path in adapter_path]
     if len({(info.base_fingerprint, info.base_name) for info in infos}) > 1:
         raise ValueError(f"the adapters are of different bases: {', '.join(info.base_name for info in infos)}")
+    first = infos[0]
+    sizes = {name: size for name, size in first.config.items() if name in LLaMAConfig.__dataclass_fields__}
+    with torch.device("meta"):
+        base = LLaMA(LLaMAConfig(name=first.base_name, vocab_size=1, **sizes))  # for its sizes and fingerprint alone
+    base.fingerprint = first.base_fingerprint
     adapters = [load_adapter(path) for path in adapter_path]
     loras = [adapter for adapter in adapters if isinstance(adapter, LoRA)]
     if len(adapters) == 1:
         merged = scaled(adapters[0], scales[0])
     elif len(loras) == len(adapters):
-        merged = concatenated(loras, scales)
+        merged = concatenated(base.config, loras, scales)
     else:
         raise ValueError(
             f"{', '.join(info.method for info in infos)}: several prefixes cannot be one, as each has a softmax of its "
             "own; export them together, or give generate/aligner.py all of them"
         )
-    save(output_path, merged, infos[0], {"merged": dict(zip(map(str, adapter_path), scales, strict=True))})
+    parts = {"merged": dict(zip(map(str, adapter_path), scales, strict=True))}
+    save_adapter(output_path, merged, base, prompt_style=first.prompt_style, hyperparameters=parts)
     print(f"{merged.method}: {output_path}", file=sys.stderr)
 
 
@@ -68,11 +74,8 @@ def scaled(adapter: AnyAdapter, scale: float) -> AnyAdapter:
 
 
 @torch.no_grad()
-def concatenated(loras: list[LoRA], scales: list[float]) -> LoRA:
+def concatenated(config: LLaMAConfig, loras: list[LoRA], scales: list[float]) -> LoRA:
     """LoRAs side by side: B1 A1 s1 + B2 A2 s2 = [B1 s1, B2 s2] [A1; A2]."""
-    config = LLaMAConfig(
-        **{name: loras[0].sizes[name] for name in LLaMAConfig.__dataclass_fields__ if name in loras[0].sizes}
-    )
     rank = sum(lora.sizes["r"] for lora in loras)
     targets = [name for name in PROJECTIONS if any(name in lora.sizes["targets"] for lora in loras)]
     merged = LoRA(config, r=rank, alpha=rank, targets=targets)
@@ -87,15 +90,6 @@ def concatenated(loras: list[LoRA], scales: list[float]) -> LoRA:
                     own = lora.layers[index][name]
                     update.a[rows], update.b[:, rows] = own.a, scale * own.scale * own.b
     return merged
-
-
-def save(path: Path, adapter: AnyAdapter, first: AdapterInfo, hyperparameters: dict[str, object]) -> None:
-    """Write the file, for the base and the prompts of the first adapter."""
-    sizes = {name: first.config[name] for name in LLaMAConfig.__dataclass_fields__ if name in first.config}
-    with torch.device("meta"):
-        base = LLaMA(LLaMAConfig(name=first.base_name, vocab_size=1, **sizes))
-    base.fingerprint = first.base_fingerprint
-    save_adapter(path, adapter, base, prompt_style=first.prompt_style, hyperparameters=hyperparameters)
 
 
 if __name__ == "__main__":
