@@ -32,6 +32,7 @@ SCALES = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5]
 
 def main(
     adapter_path: list[Path],
+    adapter_scale: list[float] | None = None,
     form: list[Literal["captain", "json", "followup"]] = ["captain"],  # noqa: B006
     data_dir: Path | None = None,
     scale: list[float] = SCALES,
@@ -47,6 +48,7 @@ def main(
 
     Args:
         adapter_path: an adapter of any method; may be given several times, to be added up.
+        adapter_scale: what each is multiplied by beforehand; may be given once for each. 1 if not given.
         form: what to check answers for; may be given several times.
         data_dir: tokenised examples, for the validation loss.
         scale: of all adapters; may be given several times.
@@ -60,7 +62,7 @@ def main(
     """
     questions = [row["question"] for _, row in read_records(questions_path) if row.get("split") == "test"]
     model, tokenizer = open_base(checkpoint_dir, precision)
-    whole, infos = open_adapters(adapter_path, None, model, model.device, allow_other_base)
+    whole, infos = open_adapters(adapter_path, adapter_scale, model, model.device, allow_other_base)
     assert whole is not None
     style = prompt_style(infos[0].prompt_style or "alpaca", tokenizer)
     validation = None if data_dir is None else open_data(checkpoint_dir, data_dir, sys.maxsize)[1][1]
@@ -78,10 +80,7 @@ def main(
                 )["loss"]
         sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         texts = respond(model, tokenizer, style, questions, adapter, what=f"answers at {s:g}", **sizes)
-        has = {name: [FORMS[name].check(text) for text in texts] for name in form}
-        row |= {name: sum(checks) / len(texts) for name, checks in has.items()}
-        if len(form) > 1:
-            row["all"] = sum(map(all, zip(*has.values(), strict=True))) / len(texts)
+        row |= {name: sum(map(FORMS[name].check, texts)) / len(texts) for name in form}
         rows.append(row)
         answers[f"{s:g}"] = texts
     out_dir.mkdir(parents=True, exist_ok=True)

@@ -45,10 +45,11 @@ def test_generation_with_fewer_bits(command, base_dir, quantize):
     options = {"checkpoint_dir": base_dir, "prompt": "Count to 3.", "max_new_tokens": 8}
     status, _, err = command("generate/base.py", quantize=quantize, **options)
     assert status == 0, err
-    ids = torch.randint(4, 390, (2, 40))
+    ids = torch.randint(4, 390, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        plain, rounded = (open_base(base_dir, "bf16-true", each)[0](ids).float() for each in (None, quantize))
-    assert 0 < (plain - rounded).abs().mean() < 0.2 * plain.abs().mean()
+        both = [open_base(base_dir, "bf16-true", each)[0](ids).float().flatten() for each in (None, quantize)]
+    correlation = torch.corrcoef(torch.stack(both))[0, 1]
+    assert (0.99 if quantize == "int8-weights" else 0.8) < correlation < 1
 
 
 def test_narrow_layers_are_refused():
