@@ -80,6 +80,7 @@ def main(
     evaluation_seconds = time.perf_counter() - started
     report = {
         "form": form,
+        "method": info.method,
         "description": FORMS[form].description,
         "base_compliance": sum(row["base_has_form"] for row in rows) / len(rows),
         "aligned_compliance": sum(row["aligned_has_form"] for row in rows) / len(rows),
@@ -110,6 +111,7 @@ def render(report: dict[str, Any], shown: int = 5) -> str:
     lines += side_by_side(["held-out question", "base", "aligned"], rows, [22, 36, 36])
     n = report["held_out_prompts"]
     adapter_path = Path(report["adapter_path"])
+    method = report["method"]
     figures = [
         ("answers with the form, base", f"{report['base_compliance']:.1%} of {n}"),
         ("answers with the form, aligned", f"{report['aligned_compliance']:.1%} of {n}"),
@@ -129,7 +131,7 @@ def render(report: dict[str, Any], shown: int = 5) -> str:
     lines += [
         "",
         "Try next:",
-        f'  {python} generate/aligner.py --adapter_path {adapter_path} --prompt "Why is the sky blue?"',
+        f'  {python} generate/{method}.py --{method}_path {adapter_path} --prompt "Why is the sky blue?"',
         f'  {python} generate/base.py --prompt "Why is the sky blue?"',
         f"  {python} scripts/prepare_examples.py --form {other} --output_dir data/{other}",
         f"  {python} finetune/aligner.py --data_dir data/{other} --out_dir out/{other}",
