@@ -68,6 +68,10 @@ def main(
 
     from lit_llama.serving import Limits, Loop, MaxBody, Model, OpenAI, error_object
 
+    sizes = {"max_rows": max_rows, "max_length": max_length, "max_body_bytes": max_body_bytes, "timeout": timeout}
+    for name, value in {**sizes, "max_waiting": max_waiting + 1}.items():
+        if value <= 0:
+            raise ValueError(f"--{name} is too small")
     api_key = os.environ.get("ALIGNER_API_KEY") or None
     if host != "127.0.0.1" and api_key is None:
         print(f"warning: {host} is open to others and there is no key: set ALIGNER_API_KEY", file=sys.stderr)
@@ -96,7 +100,7 @@ def main(
     app.add_exception_handler(RequestValidationError, malformed)
     server.uvicorn_graceful_timeout = 5  # seconds that answers have left when it is told to end
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # LitServe ends in order on an interruption alone
-    print(f"{len(store)} Aligners in {aligner_dir}; try it at http://{host}:{port}", file=sys.stderr)
+    print(f"{len(store)} Aligners in {aligner_dir}; soon at http://{host}:{port}", file=sys.stderr)
     server.run(host=host, port=port, num_api_servers=1, generate_client_file=False, log_level="warning")
 
 
