@@ -59,6 +59,19 @@ def test_it_follows_the_folder(tmp_path, model):
     assert store.names() == []
 
 
+def test_names_do_not_lead_out_of_the_folder(tmp_path, model):
+    """Links that stand in the folder do: whoever put them there meant it."""
+    save_adapter(tmp_path / "secret.safetensors", random_aligner(model.config, 1), model)
+    save_adapter(tmp_path / "store/.hidden.safetensors", random_aligner(model.config, 1), model)
+    (tmp_path / "store/link.safetensors").symlink_to(tmp_path / "secret.safetensors")
+    store = AlignerStore(tmp_path / "store", model)
+    assert store.names() == ["link"]
+    assert store.get("link")[0].tokens.size(0) == 1
+    for name in ("../secret", f"{tmp_path}/secret", "./link", ".hidden", "", "link\0"):
+        with pytest.raises(ValueError, match="no Aligner named"):
+            store.get(name)
+
+
 def test_folders_are_needed(tmp_path, model):
     with pytest.raises(FileNotFoundError, match="no such folder of Aligners"):
         AlignerStore(tmp_path / "nowhere", model)
