@@ -137,33 +137,30 @@ class Model(LitAPI):
         model, _ = open_base(*self._open)
         self._store = AlignerStore(self._aligners[0], model, self._aligners[1])
         self._decoder = Decoder(model, self.limits.max_rows, self.limits.max_length)
+        # LitServe adds requests in one thread while another is in `step`: these two are all that both touch.
         self._waiting: deque[tuple[str, dict[str, Any]]] = deque()
+        self._cancellations: deque[tuple[str, str]] = deque()
         self._uids: dict[int, str] = {}  # of running rows
         self._deadlines: dict[int, float] = {}
         self._finished: list[Output] = []
 
     def add_request(self, uid: str, request: dict[str, Any]) -> None:
-        """Queue a row, or end one: a request that names another by "cancel"."""
-        if "cancel" not in request:
+        """Queue a row, or the end of one: a request that names another by "cancel"."""
+        if "cancel" in request:
+            self._cancellations.append((uid, request["cancel"]))
+        else:
             self._waiting.append((uid, request))
-            return
-        self._finished.append(done(uid))
-        cancelled = request["cancel"]
-        waiting = [entry for entry in self._waiting if entry[0] == cancelled]
-        for entry in waiting:
-            self._waiting.remove(entry)
-            self._finished.append(done(cancelled))
-        for number in [number for number, running in self._uids.items() if running == cancelled]:
-            self._end(number, {})
 
     def has_capacity(self) -> bool:
         return True  # rows wait here, so that those who wait can be cancelled
 
     def has_active_requests(self) -> bool:
-        return bool(self._waiting or self._decoder.running or self._finished)
+        return bool(self._waiting or self._cancellations or self._decoder.running or self._finished)
 
     def step(self, _: list[Output] | None) -> list[Output]:
-        """Let rows in for which there is room, then a token for each."""
+        """Let rows go that nobody waits for and rows in for which there is room, then a token for each."""
+        while self._cancellations:
+            self._cancel(*self._cancellations.popleft())
         while self._waiting and len(self._decoder.running) < self._decoder.max_rows:
             uid, request = self._waiting.popleft()
             try:
@@ -197,6 +194,14 @@ class Model(LitAPI):
                 adapter = Sum((adapter, request["scale"]))
         generator = torch.Generator(self._decoder.model.device).manual_seed(request["seed"])
         return Row(request["prompt"], adapter, generator=generator, **request["options"])
+
+    def _cancel(self, uid: str, cancelled: str) -> None:
+        self._finished.append(done(uid))
+        for entry in [entry for entry in list(self._waiting) if entry[0] == cancelled]:
+            self._waiting.remove(entry)
+            self._finished.append(done(cancelled))
+        for number in [number for number, running in self._uids.items() if running == cancelled]:
+            self._end(number, {})
 
     def _end(self, number: int, last: dict[str, Any]) -> None:
         self._decoder.leave(number)
