@@ -14,6 +14,7 @@ random: speed does not depend on what they say. Every row generates the same num
 | `none`, `aligner-N`, `lora-R` | this project, with no adapter, an Aligner of N tokens, a LoRA of rank R |
 | `aligner-N-each` | a different Aligner of N tokens for each row |
 | `int8-weights`, `int4-weights` | this project without an adapter, `--quantize` |
+| `compiled`, `int4-weights-compiled`, ... | the same with `--compile` |
 """
 
 import statistics
@@ -116,8 +117,10 @@ def open_engine(
     if name == "llama.cpp":
         assert gguf_path is not None
         return llama_cpp_engine(gguf_path)
+    compiled = name.endswith("compiled")
+    name = name.removesuffix("compiled").removesuffix("-") or "none"
     quantize = name if name in ("int8-weights", "int4-weights") else None
-    model, _ = open_base(checkpoint_dir, precision, quantize)
+    model, _ = open_base(checkpoint_dir, precision, quantize, compiled)
     kind, _, rest = name.partition("-")
     size = rest.removesuffix("-each")
     if name in ("none", "int8-weights", "int4-weights"):

@@ -29,6 +29,7 @@ def main(
     seed: int = 1337,
     precision: Precision = "auto",
     quantize: Quantize | WeightOnly | None = None,
+    compile: bool = False,
     output_file: Path | None = None,
 ) -> None:
     """Generate.
@@ -45,12 +46,13 @@ def main(
         num_samples: answers to each prompt.
         seed: of sampling.
         precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
-        quantize: keep the weights in fewer bits: "nf4" or "int8" by bitsandbytes, "int4-weights" or "int8-weights" on
-            a CPU, for speed.
+        quantize: keep the weights in fewer bits: "nf4" or "int8" by bitsandbytes, to save memory; "int4-weights" or
+            "int8-weights", by torchao on a GPU, for speed.
+        compile: compile the decoding step, with CUDA graphs on a GPU; takes a while, so for long work.
         output_file: also write prompt, response and model as JSON Lines here.
     """
     prompts = read_prompts(prompt, prompts_file)
-    model, tokenizer = open_base(checkpoint_dir, precision, quantize)
+    model, tokenizer = open_base(checkpoint_dir, precision, quantize, compile)
     answer(
         model,
         tokenizer,

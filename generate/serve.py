@@ -41,6 +41,7 @@ def main(
     timeout: float = 120.0,
     precision: Precision = "auto",
     quantize: Quantize | WeightOnly | None = None,
+    compile: bool = False,
     allow_other_base: bool = False,
 ) -> None:
     """Serve, until interrupted.
@@ -57,8 +58,9 @@ def main(
         max_body_bytes: of a request.
         timeout: seconds that a request may take.
         precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
-        quantize: keep the weights in fewer bits: "nf4" or "int8" by bitsandbytes, "int4-weights" or "int8-weights" on
-            a CPU, for speed.
+        quantize: keep the weights in fewer bits: "nf4" or "int8" by bitsandbytes, to save memory; "int4-weights" or
+            "int8-weights", by torchao on a GPU, for speed.
+        compile: compile the decoding step, with CUDA graphs on a GPU; takes a while at the first requests.
         allow_other_base: accept Aligners that were trained on other weights.
     """
     litserve = require_extra("litserve", "serve")
@@ -82,7 +84,9 @@ def main(
     store = AlignerStore(aligner_dir, base, allow_other_base)
     limits = Limits(max_rows, max_waiting, min(max_length, config.block_size), timeout)
     spec = OpenAI(Tokenizer(checkpoint_dir), store, limits, api_key)
-    api = Model(checkpoint_dir, aligner_dir, precision, quantize, allow_other_base, limits, spec=spec, loop=Loop())
+    api = Model(
+        checkpoint_dir, aligner_dir, precision, quantize, compile, allow_other_base, limits, spec=spec, loop=Loop()
+    )
     server = litserve.LitServer(api, devices=1, timeout=False, middlewares=[(MaxBody, {"max_bytes": max_body_bytes})])
 
     app = server.app

@@ -36,7 +36,7 @@ from lit_llama.checkpoint import (
 from lit_llama.combine import Sum
 from lit_llama.files import atomic_file, read_records, read_text
 from lit_llama.generation import Request, TextStream, check_prompts, check_sampling, complete, stream
-from lit_llama.inference import WeightOnly, lay_out
+from lit_llama.inference import WeightOnly, compile_decoding, lay_out, quantize_weights
 from lit_llama.model import Adapter, LLaMA
 from lit_llama.prompts import PromptStyle
 from lit_llama.prompts import prompt_style as get_prompt_style
@@ -264,6 +264,7 @@ def answer_with(
     seed: int = 1337,
     precision: Precision = "auto",
     quantize: Quantize | WeightOnly | None = None,
+    compile: bool = False,
     output_file: Path | None = None,
     allow_other_base: bool = False,
 ) -> None:
@@ -287,8 +288,9 @@ def answer_with(
         num_samples: answers to each prompt.
         seed: of sampling.
         precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
-        quantize: keep the base's weights in fewer bits: "nf4" or "int8" by bitsandbytes, "int4-weights" or
-            "int8-weights" on a CPU, for speed; if not given, as the adapter was trained.
+        quantize: keep the base's weights in fewer bits: "nf4" or "int8" by bitsandbytes, to save memory;
+            "int4-weights" or "int8-weights", by torchao on a GPU, for speed; if not given, as the adapter was trained.
+        compile: compile the decoding step, with CUDA graphs on a GPU; takes a while, so for long work.
         output_file: also write prompt, response and model as JSON Lines here.
         allow_other_base: use the adapter on other weights than those it was trained on.
     """
@@ -297,7 +299,7 @@ def answer_with(
     if aligner_dir is not None:
         if num_samples > 1 or adapter_scale is not None:
             raise ValueError("--aligner_dir goes with one sample and without scales")
-        model, tokenizer = open_base(checkpoint_dir, precision, quantize)
+        model, tokenizer = open_base(checkpoint_dir, precision, quantize, compile)
         store = AlignerStore(aligner_dir, model, allow_other_base)
         answer_each(model, tokenizer, prompt_style, store, prompts, output_file, batch_size, seed, **sampling)
         return
@@ -307,7 +309,7 @@ def answer_with(
     for path in adapter_path:
         load_adapter(path, method)  # refused before the base is loaded
     quantize = quantize or adapter_info(adapter_path[0]).hyperparameters.get("quantize")
-    model, tokenizer = open_base(checkpoint_dir, precision, quantize)
+    model, tokenizer = open_base(checkpoint_dir, precision, quantize, compile)
     adapter, infos = open_adapters(adapter_path, adapter_scale, model, model.device, allow_other_base)
     scales = "" if adapter_scale is None else f" x {' '.join(f'{scale:g}' for scale in adapter_scale)}"
     answer(
@@ -409,7 +411,7 @@ def open_adapters(
 
 
 def open_base(
-    checkpoint_dir: Path, precision: Precision, quantize: Quantize | WeightOnly | None = None
+    checkpoint_dir: Path, precision: Precision, quantize: Quantize | WeightOnly | None = None, compile: bool = False
 ) -> tuple[LLaMA, Tokenizer]:
     """Load a base model for inference, on the GPU if there is one, and its tokenizer.
 
@@ -417,20 +419,29 @@ def open_base(
         checkpoint_dir: folder of the base model.
         precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
         quantize: keep the blocks' weights in 4 or 8 bits.
+        compile: decode by a compiled forward.
 
     Raises:
         FileNotFoundError: something is missing.
-        ValueError: something is damaged, the two do not belong together, or the device cannot do what is asked.
+        ValueError: something is damaged, the two do not belong together, or what is asked for does not go together.
     """
     config, tokenizer = read_config(checkpoint_dir), Tokenizer(checkpoint_dir)
     tokenizer.check_vocabulary(config.vocab_size)
     device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), PRECISIONS[precision]
     if quantize in ("nf4", "int8"):
+        if compile:
+            raise ValueError(f"--compile does not go with bitsandbytes' {quantize}: use int4-weights or int8-weights")
         return load_base(checkpoint_dir, dtype, device, quantize=quantize), tokenizer
     if quantize is not None:
         dtype = dtype or torch.bfloat16  # what its kernels compute in
     model = load_base(checkpoint_dir, dtype, device)
-    return (model if quantize is None and device.type != "cpu" else lay_out(model, quantize)), tokenizer
+    if quantize is not None:
+        quantize_weights(model, quantize)
+    elif device.type == "cpu" and not compile:  # the compiler lays out what it needs
+        lay_out(model)
+    if compile:
+        compile_decoding(model)
+    return model, tokenizer
 
 
 def side_by_side(header: list[str], rows: list[list[str]], widths: list[int]) -> list[str]:

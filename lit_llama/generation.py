@@ -242,15 +242,26 @@ class Decoder:
     def _forward(self) -> Tensor:
         """Logits (B, V) after the last token of each row."""
         positions = [self._position(number) for number in self.running]
+        adapters = [self._requests[number].adapter for number in self.running]
         longest = min(self.length, 64 * math.ceil((max(positions) + 1) / 64))  # beyond, there is nothing to attend to
-        rows = slice(0, len(self.running))
+        forward = self.model.__call__
+        if self.model.compiled is not None:  # for one shape: free rows take part, and nobody reads what they say
+            free = self.max_rows - len(positions)
+            positions, adapters, longest = positions + [0] * free, adapters + adapters[:1] * free, self.length
+        rows = slice(0, len(positions))
         if self._view is None:
-            self._adapter = together([self._requests[number].adapter for number in self.running])
+            self._adapter = together(adapters)
             self._view = self._cache.view(rows, longest)
+            if self.model.compiled is not None:
+                self._view.keep_addresses()
+        elif self.model.compiled is not None:
+            forward = self.model.compiled  # what the adapters add is in the view by now
+            torch.compiler.cudagraph_mark_step_begin()
         elif self._view.length < longest:
             self._view = self._cache.view(rows, longest, previous=self._view)
         at = torch.tensor(positions, device=self.model.device)[:, None]  # (B, 1)
-        return self.model(self._tokens[rows, None], self._adapter, cache=self._view, positions=at)[:, 0]
+        logits = forward(self._tokens[rows, None], self._adapter, cache=self._view, positions=at)
+        return logits[: len(self.running), 0]
 
     def _position(self, number: int) -> int:
         """Where in its row the last token stands."""

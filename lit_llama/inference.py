@@ -1,16 +1,18 @@
-"""Linear layers laid out for fast inference on a CPU: in oneDNN's blocks, or in 8 or 4 bits.
+"""Faster inference: linear layers in oneDNN's blocks, or in 8 or 4 bits, and a compiled decoding step.
 
-Decoding reads every weight once per token, so its speed is that of memory. torch's own float32 layout leaves half of it
-unused with a few rows, on one thread. These are the layouts and kernels that torch's compiler uses for frozen weights,
-without its minutes of compilation. Inference only: nothing here has a gradient.
+Decoding reads every weight once per token, so its speed is that of memory. On a CPU torch's own float32 layout leaves
+half of it unused with a few rows, on one thread. The layers here have the layouts and kernels that torch's compiler
+uses for frozen weights, without its minutes of compilation. Inference only: nothing here has a gradient.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lit_llama.files import require_extra
 from lit_llama.model import LLaMA
 
 WeightOnly = Literal["int8-weights", "int4-weights"]
@@ -91,30 +93,72 @@ class Int4Linear(nn.Module):
         return y.view(*x.shape[:-1], -1).to(x.dtype)
 
 
-LAYERS = {None: BlockedLinear, "int8-weights": Int8Linear, "int4-weights": Int4Linear}
-
-
-def lay_out(model: LLaMA, weight_only: WeightOnly | None = None) -> LLaMA:
-    """Change a base model's linear layers, in place, for inference on a CPU.
+def lay_out(model: LLaMA) -> LLaMA:
+    """Lay out a base model's linear layers anew, in place, for inference on a CPU; elsewhere leave them as they are.
 
     Args:
         model: with whole float32 or bfloat16 weights.
-        weight_only: keep weights in 8 or 4 bits, the head in 8; if None, as they are, laid out anew.
+
+    Returns:
+        The same model.
+    """
+    if model.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        _replace(model, BlockedLinear, BlockedLinear)
+    return model
+
+
+def quantize_weights(model: LLaMA, weight_only: WeightOnly) -> LLaMA:
+    """Keep the weights of a base model's linear layers in 8 or 4 bits, in place, for inference.
+
+    On a CPU by torch's own kernels, the head in 8 bits; elsewhere by torchao, the head as it is.
+
+    Args:
+        model: with whole float32 or bfloat16 weights; in bfloat16 for 4 bits on a GPU.
+        weight_only: how many bits.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: the model is not on a CPU, or its layers are too narrow for 4 bits.
+        ImportError: torchao is needed, and not installed.
+        ValueError: layers are too narrow for 4 bits.
     """
-    if model.device.type != "cpu":
-        raise ValueError(f"--quantize {weight_only} is for CPUs, the base is on {model.device.type}: use nf4 or int8")
-    if weight_only is None and not torch.backends.mkldnn.is_available():
-        return model
-    layer = LAYERS[weight_only]
+    if model.device.type == "cpu":
+        _replace(model, Int8Linear if weight_only == "int8-weights" else Int4Linear, Int8Linear)
+    else:
+        quantize_by_torchao(model, weight_only)
+    return model
+
+
+def quantize_by_torchao(model: LLaMA, weight_only: WeightOnly) -> None:
+    """`quantize_weights` of the blocks on any device that torchao supports."""
+    torchao = require_extra("torchao.quantization", "quantize")
+    if weight_only == "int8-weights":
+        config = torchao.Int8WeightOnlyConfig()
+    else:
+        config = torchao.Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d")
+    torchao.quantize_(model.transformer.h, config)
+
+
+def _replace(model: LLaMA, layer: Callable[[Tensor], nn.Module], head: Callable[[Tensor], nn.Module]) -> None:
     for name, linear in list(model.transformer.h.named_modules()):
         if isinstance(linear, nn.Linear):
             model.transformer.h.set_submodule(name, layer(linear.weight.detach()))
-    head = model.transformer.wte.weight if model.lm_head is None else model.lm_head.weight
-    model.lm_head = (layer if weight_only is None else Int8Linear)(head.detach())  # type: ignore[assignment]
+    weight = model.transformer.wte.weight if model.lm_head is None else model.lm_head.weight
+    model.lm_head = head(weight.detach())  # type: ignore[assignment]
+
+
+def compile_decoding(model: LLaMA) -> LLaMA:
+    """Let `torch.compile` make the forward of one token per row, with CUDA graphs on a GPU.
+
+    It is compiled when it is first used, and again for other numbers of rows, lengths and sizes of adapters.
+
+    Args:
+        model: for inference; not one that `lay_out` has changed, as the compiler cannot read its layouts.
+
+    Returns:
+        The same model.
+    """
+    mode = "reduce-overhead" if model.device.type == "cuda" else None
+    model.compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, mode=mode)
     return model

@@ -289,6 +289,12 @@ class KVCache:
                 layer.prefixes, layer.added = old.prefixes, old.added
         return KVCache(layers, length)
 
+    def keep_addresses(self) -> None:
+        """Tell the compiler that these tensors stay where they are, so that CUDA graphs need not copy them."""
+        for layer in self.layers:
+            for tensor in (layer.k, layer.v):
+                torch._dynamo.mark_static_address(tensor, guard=False)
+
     def move_row(self, source: int, target: int) -> None:
         """Copy one row's keys and values over another's."""
         for layer in self.layers:
@@ -313,6 +319,7 @@ class LLaMA(nn.Module):
             raise ValueError(f"head_size {config.head_size} is odd; rotary embedding turns pairs")
         self.config = config
         self.fingerprint = ""  # of the weights; set by whoever loads them
+        self.compiled: Callable[..., Tensor] | None = None  # `forward` for decoding, see `lit_llama.inference`
         self.transformer = Transformer(config)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # Not a buffer: casting the model to bfloat16 must not touch the frequencies.
@@ -478,7 +485,7 @@ class CausalSelfAttention(nn.Module):
         """Project (B, T, C) to queries (B, nh, T, hs), keys and values (B, nkv, T, hs), and rotate the first two."""
         sizes = [self.n_head, self.n_kv_head, self.n_kv_head]
         y = self.c_attn(x)  # (B, T, (nh + 2 nkv) * hs)
-        if not updates.keys().isdisjoint("qkv"):
+        if any(name in updates for name in "qkv"):
             parts = y.split([n * self.head_size for n in sizes], dim=-1)
             y = torch.cat([updated(name, part, x, updates) for name, part in zip("qkv", parts, strict=True)], dim=-1)
         heads = y.unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (B, nh + 2 nkv, T, hs)

@@ -113,6 +113,7 @@ class Model(LitAPI):
         aligner_dir: folder of the Aligners.
         precision: of the base model.
         quantize: keep its weights in fewer bits.
+        compile: compile the decoding step.
         allow_other_base: accept Aligners of other weights of the same sizes.
         limits: what is accepted.
         options: of `LitAPI`.
@@ -124,12 +125,13 @@ class Model(LitAPI):
         aligner_dir: Path,
         precision: Precision,
         quantize: Quantize | WeightOnly | None,
+        compile: bool,
         allow_other_base: bool,
         limits: Limits,
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self._open = (checkpoint_dir, precision, quantize)
+        self._open = (checkpoint_dir, precision, quantize, compile)
         self._aligners = (aligner_dir, allow_other_base)
         self.limits = limits
 

@@ -5,8 +5,9 @@ import torch
 from conftest import random_aligner, tiny_config
 
 from lit_llama.cli import open_base
-from lit_llama.generation import generate
-from lit_llama.inference import Int4Linear, Int8Linear, lay_out
+from lit_llama.generation import Request, complete, generate
+from lit_llama.inference import Int4Linear, Int8Linear, compile_decoding, lay_out, quantize_by_torchao
+from lit_llama.lora import LoRA
 from lit_llama.model import LLaMA
 
 
@@ -50,6 +51,39 @@ def test_generation_with_fewer_bits(command, base_dir, quantize):
         both = [open_base(base_dir, "bf16-true", each)[0](ids).float().flatten() for each in (None, quantize)]
     correlation = torch.corrcoef(torch.stack(both))[0, 1]
     assert (0.99 if quantize == "int8-weights" else 0.8) < correlation < 1
+
+
+def test_compiled_decoding_gives_the_same_tokens():
+    """Without a graph break, which fails; rows end at different times and others take their places."""
+    torch.manual_seed(0)
+    model = LLaMA(tiny_config(n_layer=3)).requires_grad_(False)
+    lora = LoRA(model.config, 4).requires_grad_(False)
+    for update in lora.layers:
+        update["v"].b.normal_()
+    aligners = [random_aligner(model.config, length) for length in (1, 3)]
+    prompts = [torch.randint(96, (length,)).tolist() for length in (5, 9, 3)]
+
+    def answers():
+        requests = [Request(prompts[i % 3], ([*aligners, None])[i % 3], 4 + i) for i in range(6)]
+        return generate(model, prompts, 16, adapter=lora), list(complete(model, requests, 2))
+
+    expected = answers()
+    compile_decoding(model)
+    assert answers() == expected
+
+
+def test_torchao_rounds_weights():
+    """By hand: with 255 values at equal distances for each output, no weight moves by more than half of one."""
+    torch.manual_seed(0)
+    model = LLaMA(tiny_config()).requires_grad_(False)
+    linear = model.transformer.h[1].mlp.c_proj
+    step = linear.weight.abs().amax(1) / 127  # (out)
+    x = torch.randn(2, linear.in_features)
+    expected = linear(x)
+    quantize_by_torchao(model, "int8-weights")
+    moved = (model.transformer.h[1].mlp.c_proj(x) - expected).abs()
+    assert 0 < moved.max()
+    assert (moved <= 1.01 * x.abs().sum(1)[:, None] * step / 2).all()
 
 
 def test_narrow_layers_are_refused():
