@@ -4,6 +4,7 @@ Scripts do not import each other, so this stands in the package. It alone parses
 Generated text goes to stdout, everything else to stderr.
 """
 
+import hashlib
 import inspect
 import itertools
 import json
@@ -408,6 +409,59 @@ def open_adapters(
         return adapters[0], infos
     terms = zip(adapters, scales * (len(paths) // len(scales)), strict=True)
     return Sum(*terms) if adapters else None, infos
+
+
+class Opened(NamedTuple):
+    """A base model with what was asked for beside it.
+
+    Args:
+        model: the base model.
+        tokenizer: its tokenizer.
+        adapter: beside the base model, if any.
+        prompt_style: the one that the first adapter was trained with, if any.
+        name: of all of it, files and scales included; models of different weights have different ones.
+    """
+
+    model: LLaMA
+    tokenizer: Tokenizer
+    adapter: Adapter | None
+    prompt_style: str | None
+    name: str
+
+
+def open_with_adapters(
+    checkpoint_dir: Path,
+    paths: list[Path] | None,
+    scales: list[float] | None,
+    precision: Precision,
+    quantize: Quantize | WeightOnly | None = None,
+    allow_other_base: bool = False,
+) -> Opened:
+    """Load a base model for evaluation, with any number of adapters, added up.
+
+    Args:
+        checkpoint_dir: folder of the base model.
+        paths: the adapters' files.
+        scales: one for each, or one for all.
+        precision: of the base model.
+        quantize: keep the base's weights in fewer bits; if None, as the first adapter was trained.
+        allow_other_base: accept adapters of other weights of the same sizes, with a warning.
+
+    Raises:
+        FileNotFoundError: something is missing.
+        ValueError: something is damaged, or does not belong together.
+    """
+    paths = paths or []
+    for path in paths:
+        load_adapter(path)  # refused before the base is loaded
+    if paths:
+        quantize = quantize or adapter_info(paths[0]).hyperparameters.get("quantize")
+    model, tokenizer = open_base(checkpoint_dir, precision, quantize)
+    adapter, infos = open_adapters(paths, scales, model, model.device, allow_other_base)
+    parts = [f"{path} ({hashlib.sha256(path.read_bytes()).hexdigest()[:8]})" for path in paths]
+    name = " + ".join([f"{model.config.name} ({model.fingerprint[:8]})", *parts])
+    name += "".join(f" x {scale:g}" for scale in scales or []) + f", {quantize or model.dtype}".replace("torch.", "")
+    return Opened(model, tokenizer, adapter, infos[0].prompt_style if infos else None, name)
 
 
 def open_base(

@@ -1,14 +1,16 @@
 """Reading and writing files so that an interruption leaves the old file good and an error names the place."""
 
 import codecs
+import csv
 import gzip
 import importlib
+import io
 import json
 import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -188,6 +190,24 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ValueError(f"{path} is no complete gzip file ({error})") from None
     if not found:
         raise ValueError(f"{path} is empty; expected a JSON array or JSON Lines of objects")
+
+
+def read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """The rows of a CSV file with a header, each with its place for error messages.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it lacks a column, or a row is shorter than the header.
+    """
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    lacking = [name for name in columns if name not in (reader.fieldnames or [])]
+    if lacking:
+        raise ValueError(f"{path} lacks the column {', '.join(lacking)}; it has {', '.join(reader.fieldnames or [])}")
+    for row in reader:
+        place = f"{path}, line {reader.line_num}"
+        if any(row[name] is None for name in columns):
+            raise ValueError(f"{place}: fewer values than the header has names")
+        yield place, row
 
 
 def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:

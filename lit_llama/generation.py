@@ -1,7 +1,7 @@
 """Prefill, decode, sampling: one prompt or a padded batch of them, streamed as they come."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -284,18 +284,24 @@ class Decoder:
         return Event(number, token, "length" if is_full else None)
 
 
-def complete(model: LLaMA, requests: Sequence[Request], max_rows: int) -> Iterator[list[int]]:
+def complete(
+    model: LLaMA,
+    requests: Sequence[Request],
+    max_rows: int,
+    stops: Callable[[int, list[int]], bool] | None = None,
+) -> Iterator[list[int]]:
     """Continue any number of prompts to their ends, some at once; when one ends, the next takes its place.
 
     Args:
         model: the base model.
         requests: the prompts; those with the longest answers had better come first.
         max_rows: at once.
+        stops: tells of a request, by its number, and its new tokens whether it has ended by what it says.
 
     Yields:
         The new tokens of each, in order, without the stop token, as soon as it and all before it have ended.
     """
-    longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
+    longest = max((len(request.prompt) + request.max_new_tokens for request in requests), default=0)
     decoder = Decoder(model, min(max_rows, len(requests)), longest)
     texts: list[list[int]] = []
     ended: set[int] = set()
@@ -307,7 +313,10 @@ def complete(model: LLaMA, requests: Sequence[Request], max_rows: int) -> Iterat
             texts += [[] for _ in numbers]
         for event in decoder.step():
             texts[event.row] += [] if event.token is None else [event.token]
-            if event.finish:
+            if event.finish is None and stops is not None and stops(event.row, texts[event.row]):
+                decoder.leave(event.row)
+                ended.add(event.row)
+            elif event.finish:
                 ended.add(event.row)
         while given in ended:
             yield texts[given]

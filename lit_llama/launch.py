@@ -68,6 +68,19 @@ def launch(
     return fabric, strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
 
 
+def join_processes() -> None:
+    """Join the processes that torchrun started, each with a GPU of its own if there are any; none will do.
+
+    They share work, not a model: each has it whole.
+    """
+    if not TorchElasticEnvironment.detect():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    atexit.register(_leave)
+
+
 def _leave() -> None:
     """Close the process group: its threads abort an interpreter that exits while they run."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
