@@ -320,11 +320,13 @@ def local_copy(name: str, data_dir: Path, folder: Path) -> Path:
     return target
 
 
-def load_tasks(names: Sequence[str], data_dir: Path | None, work_dir: Path, **overrides: Any) -> list[Task | Group]:
-    """Tasks of the harness, by their names there.
+def load_tasks(
+    tasks: Sequence[str | dict[str, Any]], data_dir: Path | None, work_dir: Path, **overrides: Any
+) -> list[Task | Group]:
+    """Tasks of the harness, by their names there, or of our own.
 
     Args:
-        names: of tasks, groups or tags.
+        tasks: names of tasks, groups or tags, or configurations in the harness's format.
         data_dir: folder of local copies of the data, see `LOCAL`; if None, the hub's are used.
         work_dir: where local copies are laid out as the tasks expect them.
         overrides: fields of the tasks' configurations, such as `num_fewshot`.
@@ -335,8 +337,9 @@ def load_tasks(names: Sequence[str], data_dir: Path | None, work_dir: Path, **ov
     manager = TaskManager()
     known = set(manager.all_tasks)
     loaded: list[Task | Group] = []
-    for name in names:
-        if name not in known:
+    for task in tasks:
+        name = task if isinstance(task, str) else task["task"]
+        if task is name and name not in known:
             near = [other for other in sorted(known) if other.startswith(name.split("_")[0])][:8]
             raise ValueError(f"--tasks {name}: the harness has no such task; near: {', '.join(near) or 'none'}")
         fields = dict(overrides)
@@ -345,8 +348,10 @@ def load_tasks(names: Sequence[str], data_dir: Path | None, work_dir: Path, **ov
             if dataset is None:
                 raise ValueError(f"--tasks {name}: --data_dir has copies of {' and '.join(LOCAL)} alone")
             fields["dataset_path"] = str(local_copy(dataset, data_dir, work_dir))
-        # `manager.load` has no way to change all tasks of a group.
-        found = manager._factory.build(manager._index[name], overrides=fields, registry=manager._index)
+        if isinstance(task, dict):
+            found: Any = list(manager.load([{**task, **fields}])["tasks"].values())
+        else:  # `manager.load` has no way to change all tasks of a group
+            found = manager._factory.build(manager._index[name], overrides=fields, registry=manager._index)
         loaded += found if isinstance(found, list) else [found]
     return loaded
 

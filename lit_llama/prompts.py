@@ -187,7 +187,7 @@ def _alpaca(instruction: str, input: str) -> str:
     )
 
 
-def _metamath(instruction: str, input: str) -> str:
+def metamath(instruction: str, input: str) -> str:
     """The template of MetaMath (arXiv 2309.12284), Alpaca's with the opening of a chain of thought."""
     return f"{_alpaca(instruction, input)} Let's think step by step."
 
@@ -196,7 +196,7 @@ def _none(instruction: str, input: str) -> str:
     return f"{instruction}\n{input}" if input else instruction
 
 
-_INSTRUCTIONS: dict[str, Callable[[str, str], str]] = {"alpaca": _alpaca, "metamath": _metamath, "none": _none}
+_INSTRUCTIONS: dict[str, Callable[[str, str], str]] = {"alpaca": _alpaca, "metamath": metamath, "none": _none}
 
 
 @dataclass(frozen=True)

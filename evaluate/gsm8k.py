@@ -1,0 +1,106 @@
+"""Does a base model, perhaps with an adapter, solve word problems? GSM8K (arXiv 2110.14168), by lm-evaluation-harness.
+
+    python evaluate/gsm8k.py --questions 200
+    python evaluate/gsm8k.py --adapter_path out/metamath/aligner.safetensors --setting metamath
+    python evaluate/gsm8k.py --data_dir data/gsm8k
+
+The answer that counts is the number after the last "The answer is"; `flexible-extract` takes the last number wherever
+it stands. Commas, dollar signs and a full stop at the end do not matter. Results go to --out_dir, as those of
+`evaluate/harness.py`; the same command goes on where it was interrupted.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from lit_llama.checkpoint import Precision
+from lit_llama.cli import open_with_adapters, run
+from lit_llama.files import require_extra
+from lit_llama.inference import WeightOnly
+from lit_llama.launch import join_processes
+from lit_llama.quantization import Quantize
+
+STANDARD = {"standard": "gsm8k_cot", "5-shot": "gsm8k"}  # settings that the harness has a task for
+ANSWER = r"[Tt]he (?:final )?answer is:?\s*\$?(-?(?:\d[\d,]*)?\.?\d+)"
+
+
+def main(
+    checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
+    adapter_path: list[Path] | None = None,
+    adapter_scale: list[float] | None = None,
+    setting: Literal["standard", "5-shot", "metamath"] = "standard",
+    data_dir: Path | None = None,
+    out_dir: Path = Path("out/gsm8k"),
+    questions: int | None = None,
+    seed: int = 1337,
+    chat_template: bool = False,
+    batch_size: int = 16,
+    precision: Precision = "auto",
+    quantize: Quantize | WeightOnly | None = None,
+    allow_other_base: bool = False,
+) -> None:
+    """Evaluate.
+
+    Args:
+        checkpoint_dir: folder of the base model.
+        adapter_path: an adapter of any method; may be given several times, to be added up.
+        adapter_scale: what it is multiplied by; may be given once for each.
+        setting: "standard" is eight examples with a chain of thought (arXiv 2201.11903), "5-shot" five solutions of the
+            training split, "metamath" no example and the prompt of MetaMath, as in the Aligner paper.
+        data_dir: folder with `train.jsonl` and `test.jsonl`, instead of the hub's data.
+        out_dir: where results go.
+        questions: as many, drawn at random from all 1,319; if not given, all.
+        seed: of that draw.
+        chat_template: put prompts in the model's chat format, examples as turns.
+        batch_size: questions at once.
+        precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
+        quantize: keep the weights in fewer bits.
+        allow_other_base: use the adapter on other weights than those it was trained on.
+    """
+    require_extra("lm_eval", "evaluate")
+    from lm_eval.utils import make_table
+
+    from lit_llama.harness import HarnessModel, load_tasks, random_questions, run_tasks
+
+    task: str | dict[str, Any] = STANDARD.get(setting) or metamath_task()
+    tasks = load_tasks([task], data_dir, out_dir / "data")
+    join_processes()
+    base = open_with_adapters(checkpoint_dir, adapter_path, adapter_scale, precision, quantize, allow_other_base)
+    chosen = None if questions is None else random_questions(tasks, questions, seed)
+    lm = HarnessModel(base.model, base.tokenizer, base.adapter, batch_size)
+    results = run_tasks(lm, tasks, out_dir, name=base.name, questions=chosen, chat_template=chat_template)
+    if results is not None:
+        asked = len(next(iter(results["samples"].values()))) // 2 if questions is None else questions
+        print(f"GSM8K, {setting}, {asked} questions, {base.name}")
+        print(make_table(results))
+
+
+def metamath_task() -> dict[str, Any]:
+    """GSM8K with the prompt that models tuned on MetaMathQA know, as a task of the harness."""
+    from lit_llama.prompts import metamath
+
+    same_number = {"ignore_case": True, "regexes_to_ignore": [",", r"\$", "(?s).*#### ", r"\.$"]}
+    return {
+        "task": "gsm8k_metamath",
+        "dataset_path": "openai/gsm8k",
+        "dataset_name": "main",
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": metamath("{{question}}", ""),
+        "doc_to_target": "{{answer.split('####')[-1].strip()}}",
+        "generation_kwargs": {"until": ["### Instruction:"], "do_sample": False, "max_gen_toks": 512},
+        "filter_list": [
+            {
+                "name": name,
+                "filter": [
+                    {"function": "regex", "regex_pattern": regex, "group_select": -1},
+                    {"function": "take_first"},
+                ],
+            }
+            for name, regex in (("strict-match", ANSWER), ("flexible-extract", r"(-?[$0-9.,]{2,})|(-?[0-9]+)"))
+        ],
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, **same_number}],
+    }
+
+
+if __name__ == "__main__":
+    run(main)
