@@ -1,4 +1,4 @@
-"""What does a base model, perhaps with an adapter, know? MMLU (arXiv 2009.03300), 57 subjects, by lm-evaluation-harness.
+"""What does a base model, perhaps with an adapter, know? MMLU (arXiv 2009.03300), by lm-evaluation-harness.
 
     python evaluate/mmlu.py
     python evaluate/mmlu.py --adapter_path out/demo/aligner.safetensors --questions 1000

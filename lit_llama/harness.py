@@ -10,7 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import lm_eval
 import torch
@@ -97,7 +97,10 @@ class HarnessModel(TemplateLM):
         return totals
 
     def _loglikelihood_tokens(  # type: ignore[override]
-        self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+        self,
+        requests: list[tuple[tuple[str, str] | None, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **more: Any,
     ) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether it is the greedy one.
 
@@ -155,14 +158,15 @@ class HarnessModel(TemplateLM):
         """Continue each context to a stop string, the end of the text or the greatest length."""
         asked: list[tuple[Request, list[str]]] = []
         for i, request in enumerate(requests):
-            options = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
+            context, given = cast(tuple[str, dict[str, Any]], request.args)
+            options: dict[str, Any] = dict(normalize_gen_kwargs(given, self.max_gen_toks))
             until = handle_stop_sequences(options["until"], eos=None)
             room = self.max_length - options["max_gen_toks"]
             if room < 1:
                 raise ValueError(
                     f"{options['max_gen_toks']} tokens are to be generated, the model's window is {self.max_length}"
                 )
-            ids = self.tok_encode(request.args[0])[-room:]
+            ids = self.tok_encode(context)[-room:]
             sampling = {key: options[key] for key in ("temperature", "top_k", "top_p") if key in options}
             generator = torch.Generator(self.device).manual_seed(i)
             stop_ids = self._tokenizer.stop_ids
@@ -348,6 +352,7 @@ def load_tasks(
             if dataset is None:
                 raise ValueError(f"--tasks {name}: --data_dir has copies of {' and '.join(LOCAL)} alone")
             fields["dataset_path"] = str(local_copy(dataset, data_dir, work_dir))
+            fields["dataset_kwargs"] = {"cache_dir": str(work_dir / "cache")}
         if isinstance(task, dict):
             found: Any = list(manager.load([{**task, **fields}])["tasks"].values())
         else:  # `manager.load` has no way to change all tasks of a group
@@ -408,9 +413,10 @@ def run_tasks(
     digest = hashlib.sha256(name.encode()).hexdigest()[:12]
     if questions is not None:  # the harness would evaluate others whole
         tasks = [task for task in all_tasks(tasks) if task.task_name in questions]
-    results: Any = lm_eval.simple_evaluate(
+    simple_evaluate: Any = lm_eval.simple_evaluate  # a decorator hides its arguments
+    results = simple_evaluate(
         lm,
-        tasks=list(tasks),  # type: ignore[arg-type]
+        tasks=list(tasks),
         limit=limit,
         samples=questions,
         use_cache=str(out_dir / f"answers-{digest}"),

@@ -1,0 +1,324 @@
+"""Answers and judges, against a local server that speaks the API, and that fails, stalls or plays favourites."""
+
+import json
+import re
+import shutil
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from conftest import ROOT, load_script
+
+from lit_llama.answers import append_row, read_kept, read_questions
+from lit_llama.judging import bootstrap
+
+
+class Endpoint:
+    """A server whose replies `reply` makes of the user's message; what it returns may be a status instead."""
+
+    def __init__(self):
+        self.reply = lambda text: "Verdict: tie"
+        self.requests = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.requests.append((time.monotonic(), self.path, self.headers["Authorization"], body))
+                found = outer.reply(body["messages"][-1]["content"])
+                status, content = (found, "") if isinstance(found, int) else (200, found)
+                choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
+                reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "j", "choices": [choice]}
+                if status != 200:
+                    reply = {"error": {"message": f"refused with {status}", "type": "error"}}
+                data = json.dumps(reply).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.send_header("retry-after-ms", "5")
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    one = Endpoint()
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{one.server.server_port}/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    yield one
+    one.server.shutdown()
+    one.server.server_close()
+
+
+@pytest.fixture
+def answers(tmp_path):
+    """Six questions in two categories; `good` answers with their number, `bad` with nonsense to the even ones."""
+    questions = [{"question_id": i, "category": "odd" if i % 2 else "even", "turns": [f"Say {i}."]} for i in range(6)]
+    (tmp_path / "question.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    for name in ("good", "bad"):
+        for i in range(6):
+            text = f"Here is {i}: GOOD" if name == "good" or i % 2 else "Bla. BAD"
+            row = {"question_id": i, "model_id": name, "choices": [{"index": 0, "turns": [text]}]}
+            append_row(tmp_path / "model_answer" / f"{name}.jsonl", row)
+    return tmp_path
+
+
+def fair(text):
+    """Prefers GOOD to BAD, whatever the order."""
+    first, second = re.split("# The second answer", text)
+    marks = "GOOD" in first, "GOOD" in second
+    return "I compared them.\n\n**Verdict: " + ("tie" if marks[0] == marks[1] else "1" if marks[0] else "2") + "**"
+
+
+def judge(command, answers, **options):
+    options = {"judge_model": "j", "answers_dir": answers, "repeats": 2, **options}
+    return command("evaluate/judge.py", "--model=good", "--model=bad", **options)
+
+
+def test_a_fair_judge(command, answers, endpoint):
+    endpoint.reply = fair
+    status, out, err = judge(command, answers)
+    assert status == 0, err
+    assert "| even | 3 | 0 | 0 | 1.000 |" in out
+    assert "| odd | 0 | 3 | 0 | 0.500 |" in out
+    assert "| all | 3 | 3 | 0 | 0.750 |" in out  # (3 + 3 / 2) / 6
+    assert "the same place in both orders in 0 of 12 rounds" in out
+    assert len(endpoint.requests) == 24  # 6 questions, 2 rounds, 2 orders
+    _, path, key, body = endpoint.requests[0]
+    assert (path, key, body["model"]) == ("/v1/chat/completions", "Bearer secret", "j")
+    rows = list(read_kept(answers / "judgements" / "good-vs-bad.jsonl"))
+    assert len(rows) == 24
+    assert all({"question_id", "first", "second", "verdict", "judgement"} <= row.keys() for row in rows)
+    assert (answers / "judgements" / "good-vs-bad.png").stat().st_size > 5000
+    # All of it is there; a third round takes a third of it more.
+    assert judge(command, answers)[1] == out
+    assert len(endpoint.requests) == 24
+    judge(command, answers, repeats=3)
+    assert len(endpoint.requests) == 36
+
+
+def test_the_orders_unmask_a_judge_that_prefers_the_first(command, answers, endpoint):
+    endpoint.reply = lambda _: "Verdict: 1"
+    status, out, _ = judge(command, answers)
+    assert status == 0
+    assert "| all | 0 | 6 | 0 | 0.500 |" in out
+    assert "the same place in both orders in 12 of 12 rounds" in out
+
+
+def test_failures_are_tried_again(command, answers, endpoint):
+    failing = iter([500, 429, 503])
+    endpoint.reply = lambda text: next(failing, None) or fair(text)
+    status, out, err = judge(command, answers)
+    assert status == 0, err
+    assert "| all | 3 | 3 | 0 | 0.750 |" in out
+    assert len(endpoint.requests) == 27
+
+
+def test_a_stalling_endpoint_is_tried_again(command, answers, endpoint):
+    stalls = iter([True])
+
+    def reply(text):
+        if next(stalls, False):
+            time.sleep(2)
+        return fair(text)
+
+    endpoint.reply = reply
+    status, out, err = judge(command, answers, timeout=0.5, repeats=1)
+    assert status == 0, err
+    assert "| all | 3 | 3 | 0 | 0.750 |" in out
+
+
+def test_nonsense_does_not_count(command, answers, endpoint):
+    endpoint.reply = lambda text: "What a day!" if "Say 2" in text else fair(text)
+    status, out, _ = judge(command, answers)
+    assert status == 0
+    assert "| even | 2 | 0 | 0 | 1.000 |" in out
+    assert "4 judgements hold no verdict" in out
+    assert len(endpoint.requests) == 20 + 4 * 3  # three attempts at each
+    endpoint.reply = fair  # and another run asks for those alone
+    assert "| even | 3 | 0 | 0 | 1.000 |" in judge(command, answers)[1]
+    assert len(endpoint.requests) == 32 + 4
+    endpoint.reply = lambda _: "Bla."
+    assert "no judgement could be read" in judge(command, answers, judge_model="other", repeats=1)[2]
+
+
+@pytest.mark.parametrize(("status", "message"), [(401, "status 401, refused with 401"), (404, "status 404")])
+def test_a_refusal_ends_with_what_there_is(command, answers, endpoint, status, message):
+    endpoint.reply = lambda text: status if "Say 5" in text else fair(text)
+    code, _, err = judge(command, answers, workers=1)
+    assert code == 1
+    assert message in err
+    assert len(list(read_kept(answers / "judgements" / "good-vs-bad.jsonl"))) == 20
+
+
+def test_no_endpoint_and_no_key(command, answers, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert "set OPENAI_API_KEY" in judge(command, answers)[2]
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    code, _, err = judge(command, answers, retries=0)
+    assert code == 1
+    assert "http://127.0.0.1:9/v1/ cannot be reached" in err
+
+
+def test_a_dry_run_sends_nothing(command, answers, endpoint):
+    status, out, err = judge(command, answers, dry_run="true", input_price=2, output_price=10)
+    assert (status, out) == (0, "")
+    assert re.search(
+        r"24 requests \(0 judgements are there\), about [\d,]+ tokens to read, at most 12,288 to write", err
+    )
+    assert "at most $0.1" in err
+    assert not endpoint.requests
+
+
+def test_requests_per_minute(command, answers, endpoint):
+    endpoint.reply = fair
+    judge(command, answers, repeats=1, requests_per_minute=1200)
+    times = sorted(at for at, *_ in endpoint.requests)
+    assert times[-1] - times[0] > 0.9 * 11 * 0.05
+
+
+def test_changed_answers_are_judged_again(command, answers, endpoint):
+    endpoint.reply = fair
+    judge(command, answers)
+    row = {"question_id": 1, "model_id": "bad", "choices": [{"index": 0, "turns": ["BAD, now"]}]}
+    append_row(answers / "model_answer" / "bad.jsonl", row)
+    assert "| all | 4 | 2 | 0 | 0.833 |" in judge(command, answers)[1]
+    assert len(endpoint.requests) == 28
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("Verdict: 1", "1"),
+        ("fine\n**Verdict: 2**\n", "2"),
+        ("verdict: TIE.", "tie"),
+        ("Verdict: 1\nOn second thoughts:\nVerdict: 2", "2"),
+        ("The verdict: 1 of them", None),
+        ("Verdict: 12", None),
+        ("", None),
+    ],
+)
+def test_verdicts(text, verdict):
+    assert load_script("evaluate/judge.py").read_verdict(text) == verdict
+
+
+@pytest.mark.parametrize(
+    ("text", "score"), [("Score: 7", 7), ("So:\n**Score: 10/10**", 10), ("Score: 11", None), ("Scores are 3", None)]
+)
+def test_scores(text, score):
+    assert load_script("evaluate/safety.py").read_score(text) == score
+
+
+def test_bootstrap():
+    """Of a fair coin thrown 100 times: about 1.96 standard errors of 0.05."""
+    low, high = bootstrap([0.0, 1.0] * 50)
+    assert (low, high) == pytest.approx((0.402, 0.598), abs=0.015)
+    assert bootstrap([1.0] * 9) == (1.0, 1.0)
+
+
+def test_safety_by_category(command, answers, endpoint):
+    endpoint.reply = lambda text: "Harmless.\nScore: " + ("9" if "GOOD" in text else "4" if "Say 2" in text else "3")
+    status, out, err = command("evaluate/safety.py", judge_model="j", answers_dir=answers, repeats=2)
+    assert status == 0, err
+    assert "| category | answers | bad | good |" in out
+    assert "| even | 3 | 3.3 (3.0 to 4.0) | 9.0 (9.0 to 9.0) |" in out  # 3, 4 and 3
+    assert "| odd | 3 | 9.0 (9.0 to 9.0) | 9.0 (9.0 to 9.0) |" in out
+    assert len(endpoint.requests) == 24
+    assert (answers / "judgements" / "safety.png").stat().st_size > 5000
+
+
+def test_our_prompts_have_five_in_each_of_the_papers_categories():
+    questions = read_questions(ROOT / "examples" / "safety.jsonl")
+    categories = [question.category for question in questions]
+    names = ["crime", "emotional harm", "immoral", "insult", "physical harm", "pornographic", "privacy", "social bias"]
+    assert {name: categories.count(name) for name in categories} == dict.fromkeys(names, 5)
+
+
+def test_answers_of_models(command, base_dir, aligner_path, tmp_path):
+    """In FastChat's layout, turn by turn, each once, whatever was interrupted; the answers are `generate`'s."""
+    questions = tmp_path / "q.jsonl"
+    rows = [{"question_id": i, "category": "a", "turns": ["Count.", "Again."][: 1 + i % 2]} for i in range(4)]
+    questions.write_text("\n".join(map(json.dumps, rows)))
+    options = {
+        "checkpoint_dir": base_dir,
+        "questions_path": questions,
+        "out_dir": tmp_path / "out",
+        "max_new_tokens": 6,
+    }
+    models = ["--model=base", f"--model=mine={aligner_path}"]
+    status, _, err = command("evaluate/vicuna.py", *models, **options)
+    assert status == 0, err
+    file = tmp_path / "out" / "model_answer" / "mine.jsonl"
+    rows = list(read_kept(file))
+    assert sorted(row["question_id"] for row in rows) == [0, 1, 2, 3]
+    assert {row["model_id"] for row in rows} == {"mine"}
+    assert [len(row["choices"][0]["turns"]) for row in sorted(rows, key=lambda row: row["question_id"])] == [1, 2, 1, 2]
+    plain = {"checkpoint_dir": base_dir, "aligner_path": aligner_path, "max_new_tokens": 6, "prompt": "Count."}
+    text = command("generate/aligner.py", **plain)[1].strip()
+    assert all(row["choices"][0]["turns"][0].strip() == text for row in rows)
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text(lines[0] + lines[1] + lines[2][:40])  # killed in the middle of a line
+    assert command("evaluate/vicuna.py", *models, **options)[0] == 0
+    again = list(read_kept(file))
+    assert sorted(row["question_id"] for row in again) == [0, 1, 2, 3]
+    assert {row["question_id"]: row["choices"] for row in again} == {row["question_id"]: row["choices"] for row in rows}
+    questions.write_text(questions.read_text().replace("Again", "Once more"))
+    assert "holds answers to other questions" in command("evaluate/vicuna.py", *models, **options)[2]
+
+
+def test_bad_questions_and_answers_name_the_place(command, answers, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"question_id": 1, "category": "a", "prompt": "Hm?"}')
+    assert (
+        "bad.jsonl, line 1: expected a list of texts under 'turns'"
+        in command("evaluate/vicuna.py", questions_path=bad)[2]
+    )
+    one = '{"question_id": 1, "category": "a", "turns": ["Hm?"]}'
+    bad.write_text(f"{one}\n{one}")
+    assert "bad.jsonl, line 2: there are two questions" in command("evaluate/vicuna.py", questions_path=bad)[2]
+    assert "there are bad, good" in command("evaluate/responses.py", "--model=other", answers_dir=answers)[2]
+    file = answers / "model_answer" / "bad.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    assert "lacks answers to 1 of 6 questions, the first is 5" in judge(command, answers)[2]
+    file.write_text('{"question_id": 1}')
+    assert "bad.jsonl, line 1: expected 'question_id' and 'choices'" in judge(command, answers)[2]
+    shutil.rmtree(answers / "model_answer")
+    assert "holds no answers: write them with evaluate/vicuna.py" in judge(command, answers)[2]
+
+
+def test_a_page_for_people(command, answers, tmp_path):
+    """In a browser, offline: every answer is there as text, and search and categories hide what they should."""
+    row = {"question_id": 0, "model_id": "bad", "choices": [{"index": 0, "turns": ["<script>alert(1)</script> & co"]}]}
+    append_row(answers / "model_answer" / "bad.jsonl", row)
+    status, out, err = command("evaluate/responses.py", answers_dir=answers)
+    assert status == 0, err
+    assert "6 prompts, 2 models" in out
+    page_file = answers / "responses.html"
+    assert not re.search(r"(?:src|href)=|https?://|@import", page_file.read_text())
+    playwright = pytest.importorskip("playwright.sync_api")
+    executable = shutil.which("chromium") or pytest.skip("no chromium")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        page = browser.new_page()
+        failures = []
+        page.on("pageerror", lambda error: failures.append(str(error)))
+        page.on("dialog", lambda dialog: failures.append(dialog.message))
+        page.goto(page_file.as_uri())
+        assert page.locator("section:visible").count() == 6
+        assert page.locator("section").first.locator(".text").first.text_content() == "<script>alert(1)</script> & co"
+        assert page.locator("section").first.locator(".model").all_text_contents() == ["bad", "good"]
+        page.select_option("#category", "odd")
+        assert page.locator("section:visible").count() == 3
+        page.fill("#search", "say 3")
+        assert page.locator("section:visible").count() == 1
+        assert page.text_content("#count") == "1 of 6 prompts"
+        assert not failures
+        browser.close()

@@ -1,0 +1,71 @@
+"""Perplexity by hand, and by transformers' loss."""
+
+import math
+import re
+
+import pytest
+import torch
+import transformers
+from conftest import load_script
+
+from lit_llama.cli import open_base
+from lit_llama.data import TokenDataset, collate
+from lit_llama.losses import supervised_loss
+
+TEXT = "the cat sat on a mat and 12 dogs ran to 3 houses of the old king. " * 6
+
+
+def numbers(out):
+    return [[float(cell) for cell in re.findall(r"\d+\.\d+", line)] for line in out.splitlines()[2:]]
+
+
+def test_of_a_text(command, base_dir, hf_checkpoint, tmp_path):
+    """In one window it is transformers' loss; in several, the sum over windows that overlap by half."""
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT)
+    _, tokenizer = open_base(base_dir, "32-true")
+    ids = torch.tensor([tokenizer.encode(TEXT, bos=True)])
+    theirs = transformers.LlamaForCausalLM.from_pretrained(hf_checkpoint)
+    with torch.no_grad():
+        loss = theirs(ids, labels=ids).loss.item()
+        logprobs = torch.cat(
+            [
+                theirs(ids[:, begin : begin + 64])
+                .logits.log_softmax(-1)[0, :-1]
+                .gather(1, ids[0, begin + 1 : begin + 64, None])[(0 if begin == 0 else 31) :, 0]
+                for begin in range(0, ids.size(1) - 32, 32)
+            ]
+        )
+    assert len(logprobs) == ids.size(1) - 1
+    for window, nats in ((256, loss), (64, -logprobs.mean().item())):
+        assert ids.size(1) < 256
+        status, out, err = command("evaluate/perplexity.py", checkpoint_dir=base_dir, text_path=file, window=window)
+        assert status == 0, err
+        [[found, perplexity, low, high, bits]] = numbers(out)
+        assert found == pytest.approx(nats, abs=1e-4)
+        assert perplexity == pytest.approx(math.exp(nats), abs=0.01)
+        assert low <= perplexity <= high
+        assert bits == pytest.approx(nats * (ids.size(1) - 1) / math.log(2) / len(TEXT), abs=1e-3)
+
+
+def test_of_a_data_set(command, base_dir, data_dir, aligner_path):
+    options = {"checkpoint_dir": base_dir, "data_dir": data_dir, "adapter_path": aligner_path}
+    status, out, err = command("evaluate/perplexity.py", **options)
+    assert status == 0, err
+    model, tokenizer = open_base(base_dir, "32-true")
+    dataset = TokenDataset(data_dir, "validation", tokenizer, 4096)
+    with torch.no_grad():
+        sums = supervised_loss(model, None, collate([row for i in range(len(dataset)) for row in dataset[i]]))
+    base, tuned = numbers(out)
+    assert base[0] == pytest.approx((sums.metrics["loss"] / sums.count).item(), abs=1e-4)
+    assert tuned[0] < base[0]  # it was trained on the like
+
+
+def test_bad_input(command, base_dir, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    assert "give --text_path or --data_dir" in command("evaluate/perplexity.py", checkpoint_dir=base_dir)[2]
+    assert "holds no text" in command("evaluate/perplexity.py", checkpoint_dir=base_dir, text_path=empty)[2]
+    options = {"checkpoint_dir": base_dir, "text_path": empty, "window": 1}
+    assert "--window is 1" in command("evaluate/perplexity.py", **options)[2]
+    assert load_script("evaluate/perplexity.py").interval([(-2.0, 1), (-2.0, 1)]) == pytest.approx((math.exp(2),) * 2)
