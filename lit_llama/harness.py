@@ -4,6 +4,7 @@ What the harness asks of a model are log-likelihoods and greedy continuations, o
 harness's own `hf` model does. `run_tasks` evaluates, with the hub's data or with files.
 """
 
+import functools
 import hashlib
 import json
 import random
@@ -324,6 +325,11 @@ def local_copy(name: str, data_dir: Path, folder: Path) -> Path:
     return target
 
 
+@functools.cache
+def _manager() -> TaskManager:
+    return TaskManager()  # reads thousands of files
+
+
 def load_tasks(
     tasks: Sequence[str | dict[str, Any]], data_dir: Path | None, work_dir: Path, **overrides: Any
 ) -> list[Task | Group]:
@@ -338,7 +344,7 @@ def load_tasks(
     Raises:
         ValueError: there is no such task, or its data is not at hand.
     """
-    manager = TaskManager()
+    manager = _manager()
     known = set(manager.all_tasks)
     loaded: list[Task | Group] = []
     for task in tasks:
