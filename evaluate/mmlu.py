@@ -2,15 +2,17 @@
 
     python evaluate/mmlu.py
     python evaluate/mmlu.py --adapter_path out/demo/aligner.safetensors --questions 1000
-    python evaluate/mmlu.py --data_dir data/mmlu --setting zero-shot
+    python evaluate/mmlu.py --data_dir data/mmlu --setting continuation
 
 Prints accuracy by category and overall with its 95% interval, and writes `subjects.md`, `subjects.png` and what
 `evaluate/harness.py` writes to --out_dir. The same command goes on where it was interrupted.
 """
 
 import math
+import re
+import textwrap
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from lit_llama.checkpoint import Precision
 from lit_llama.cli import open_with_adapters, run
@@ -19,15 +21,34 @@ from lit_llama.inference import WeightOnly
 from lit_llama.launch import join_processes
 from lit_llama.quantization import Quantize
 
-SHOTS = {"standard": 5, "zero-shot": 0}  # the Aligner paper's base model scores as one does without examples
-CATEGORIES = {"stem": "STEM", "humanities": "humanities", "social_sciences": "social sciences", "other": "other"}
+
+class Setting(NamedTuple):
+    """How questions are put.
+
+    Args:
+        task: of the harness.
+        shots: examples before each question.
+        metric: of the task's.
+    """
+
+    task: str
+    shots: int
+    metric: str
+
+
+SETTINGS = {
+    "standard": Setting("mmlu", 5, "acc"),
+    "zero-shot": Setting("mmlu", 0, "acc"),
+    "continuation": Setting("mmlu_continuation", 0, "acc_norm"),
+}
+CATEGORIES = {"stem": "STEM", "humanities": "humanities", "social sciences": "social sciences", "other": "other"}
 
 
 def main(
     checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
     adapter_path: list[Path] | None = None,
     adapter_scale: list[float] | None = None,
-    setting: Literal["standard", "zero-shot"] = "standard",
+    setting: Literal["standard", "zero-shot", "continuation"] = "standard",
     data_dir: Path | None = None,
     out_dir: Path = Path("out/mmlu"),
     questions: int | None = None,
@@ -44,7 +65,9 @@ def main(
         checkpoint_dir: folder of the base model.
         adapter_path: an adapter of any method; may be given several times, to be added up.
         adapter_scale: what it is multiplied by; may be given once for each.
-        setting: "standard" is five examples before each question, "zero-shot" none, as the Aligner paper seems to.
+        setting: "standard" is five examples before each question, "zero-shot" none, as the Aligner paper seems to;
+            both ask for a letter, which small models cannot tell. "continuation" takes the choice whose words are the
+            likeliest per byte, and tells small models apart.
         data_dir: folder with `{dev,test}/SUBJECT_{dev,test}.csv`, instead of the hub's data.
         out_dir: where results go.
         questions: as many, drawn at random from all 14,042; if not given, all.
@@ -58,7 +81,8 @@ def main(
     require_extra("lm_eval", "evaluate")
     from lit_llama.harness import HarnessModel, load_tasks, random_questions, run_tasks
 
-    tasks = load_tasks(["mmlu"], data_dir, out_dir / "data", num_fewshot=SHOTS[setting])
+    task, shots, metric = SETTINGS[setting]
+    tasks = load_tasks([task], data_dir, out_dir / "data", num_fewshot=shots)
     join_processes()
     base = open_with_adapters(checkpoint_dir, adapter_path, adapter_scale, precision, quantize, allow_other_base)
     chosen = None if questions is None else random_questions(tasks, questions, seed)
@@ -66,13 +90,15 @@ def main(
     results = run_tasks(lm, tasks, out_dir, name=base.name, questions=chosen, chat_template=chat_template)
     if results is None:
         return
-    categories: Any = {group.name: group.get_all_tasks() for group in tasks[0].get_all_groups()}  # type: ignore[union-attr]
     rows: list[tuple[str, str, list[float]]] = []  # category, subject, whether each answer is right
+    groups: list[Any] = tasks[0].get_all_groups()  # type: ignore[union-attr]
     for key, label in CATEGORIES.items():
-        for task in categories[f"mmlu_{key}"]:
-            right = [sample["acc"] for sample in results["samples"].get(task.task_name, [])]
+        [group] = [group for group in groups if re.split("::|mmlu_", group.name)[-1].replace("_", " ") == key]
+        for one in group.get_all_tasks():
+            right = [sample[metric] for sample in results["samples"].get(one.task_name, [])]
             if right:
-                rows.append((label, task.task_name.removeprefix("mmlu_").replace("_", " "), right))
+                subject = one.task_name.removeprefix("mmlu_").removesuffix("_continuation").replace("_", " ")
+                rows.append((label, subject, right))
     summary = [(label, [x for row in rows if row[0] == label for x in row[2]]) for label in CATEGORIES.values()]
     summary = [*((label, right) for label, right in summary if right), ("all", [x for row in rows for x in row[2]])]
     lines = [f"MMLU, {setting}, {base.name}", "", "| category | questions | accuracy |", "|---|---:|---:|"]
@@ -105,7 +131,8 @@ def plot(rows: list[tuple[str, str, list[float]]], title: str, path: Path) -> No
             axes.barh(places, shares, color=f"C{n}", label=label)
     axes.axvline(0.25, color="black", linewidth=1, linestyle=":", label="chance")
     axes.set_yticks(range(len(rows)), [f"{row[1]} ({len(row[2])})" for row in rows], fontsize=7)
-    axes.set(xlabel="accuracy", title=title, ylim=(-1, len(rows)))
+    axes.set(xlabel="accuracy", ylim=(-1, len(rows)))
+    figure.suptitle(textwrap.fill(title, 90), fontsize=10)
     axes.legend(loc="lower right")
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

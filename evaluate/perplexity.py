@@ -5,12 +5,15 @@
     python evaluate/perplexity.py --data_dir data/demo --adapter_path out/demo/aligner.safetensors
 
 A text is read in windows that overlap, each token counted once, with half a window or more before it. Of a data set
-the scored tokens count, those of the answers. An interval is the bootstrap's over windows or examples.
+the scored tokens count, those of the answers. An interval is the bootstrap's over windows or examples. Each of those is
+kept in --out_dir as soon as it is there: the same command goes on where it was interrupted, and another adapter's finds
+the base done.
 """
 
+import hashlib
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,9 +21,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from lit_llama.answers import append_row, read_kept
 from lit_llama.checkpoint import Precision
 from lit_llama.cli import open_with_adapters, run
-from lit_llama.data import TokenDataset, collate
+from lit_llama.data import Example, TokenDataset, collate
 from lit_llama.files import read_text
 from lit_llama.inference import WeightOnly
 from lit_llama.losses import response_logprobs
@@ -29,11 +33,11 @@ from lit_llama.quantization import Quantize
 
 
 class Piece(NamedTuple):
-    """What is predicted at once.
+    """What a model makes of a window or an example.
 
     Args:
-        logprob: of the counted tokens together, in nats.
-        tokens: counted.
+        logprob: of the scored tokens together, in nats.
+        tokens: scored.
     """
 
     logprob: float
@@ -48,6 +52,7 @@ def main(
     data_dir: Path | None = None,
     split: Literal["train", "validation"] = "validation",
     window: int = 1024,
+    out_dir: Path = Path("out/perplexity"),
     precision: Precision = "auto",
     quantize: Quantize | WeightOnly | None = None,
     allow_other_base: bool = False,
@@ -62,6 +67,7 @@ def main(
         data_dir: or a prepared data set.
         split: of the data set.
         window: longest context for a text, in tokens; the model's own may be shorter.
+        out_dir: where log-probabilities are kept.
         precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
         quantize: keep the weights in fewer bits.
         allow_other_base: use the adapter on other weights than those it was trained on.
@@ -77,52 +83,60 @@ def main(
         ids = base.tokenizer.encode(text, bos=True)
         if len(ids) < 2:
             raise ValueError(f"{text_path} holds no text to predict")
+        examples = list(windows(ids, window))
     else:
         dataset = TokenDataset(data_dir, split, base.tokenizer, sys.maxsize)
+        examples = [example for i in range(len(dataset)) for example in dataset[i]]
+    models: list[tuple[str, Adapter | None]] = [(base.base_name, None)]
+    if base.adapter is not None:
+        models.append((base.name, base.adapter))
     print("| model | tokens | nats per token | perplexity | 95% interval |" + (" bits per byte |" if text else ""))
     print("|---|---:|---:|---:|---|" + ("---:|" if text else ""))
-    models: list[tuple[str, Adapter | None]] = [(base.name.split(" + ")[0], None)]
-    if base.adapter is not None:
-        models.append(("+ " + base.name.partition(" + ")[2], base.adapter))
+    resampled = []
     for name, adapter in models:
-        pieces = predict_text(base.model, adapter, ids, window) if text else predict_data(base.model, adapter, dataset)
-        found = list(pieces)
-        tokens, nats = sum(piece.tokens for piece in found), -sum(piece.logprob for piece in found)
-        low, high = interval(found)
+        pieces = predict(base.model, adapter, name, examples, out_dir / "pieces.jsonl")
+        tokens, nats = sum(piece.tokens for piece in pieces), -sum(piece.logprob for piece in pieces)
+        resampled.append(resample(pieces))
+        low, high = np.exp(np.percentile(resampled[-1], [2.5, 97.5]))
         line = (
             f"| {name} | {tokens:,} | {nats / tokens:.4f} | {math.exp(nats / tokens):.2f} | {low:.2f} to {high:.2f} |"
         )
         print(line + (f" {nats / math.log(2) / len(text.encode()):.4f} |" if text else ""), flush=True)
+    if base.adapter is not None:
+        low, high = np.percentile(resampled[1] - resampled[0], [2.5, 97.5])
+        print(f"\nThe adapter adds {low:+.4f} to {high:+.4f} nats per token (95% interval over the same pieces).")
+
+
+def windows(ids: list[int], window: int) -> Iterator[Example]:
+    """Parts of a text that begin half a window apart; each scores what no earlier one did."""
+    scored = 1  # nothing predicts the first token
+    for begin in range(0, max(1, len(ids) - window // 2), window // 2):
+        part = np.array(ids[begin : begin + window])
+        yield Example(part, np.arange(begin, begin + len(part)) >= scored)
+        scored = begin + len(part)
 
 
 @torch.no_grad()
-def predict_text(model: LLaMA, adapter: Adapter | None, ids: list[int], window: int) -> Iterator[Piece]:
-    """Every token but the first, once, in windows that begin half a window apart."""
-    counted = 1  # tokens that need no more prediction
-    for begin in tqdm(range(0, max(1, len(ids) - window // 2), window // 2), desc="windows", leave=False):
-        part = torch.tensor(ids[begin : begin + window], device=model.device)
-        at = torch.arange(begin + 1, begin + len(part), device=model.device) >= counted
-        chosen = torch.cat([at, at.new_zeros(1)])[None]  # (1, T): position t predicts token t + 1
-        logits = model(part[None], adapter, logits_at=chosen).float()
-        logprobs = -torch.nn.functional.cross_entropy(logits, part[1:][at], reduction="none")
-        counted = begin + len(part)
-        yield Piece(float(logprobs.sum()), len(logprobs))
+def predict(model: LLaMA, adapter: Adapter | None, name: str, examples: Sequence[Example], path: Path) -> list[Piece]:
+    """The scored tokens of each example; what is kept at `path` under that name is not computed again."""
+    kept = {row["identity"]: row["logprob"] for row in read_kept(path)}
+    pieces = []
+    for example in tqdm(examples, desc="pieces", leave=False):
+        batch = collate([example])
+        said = repr((name, batch.ids.tolist(), batch.scored.tolist()))
+        identity, tokens = hashlib.sha256(said.encode()).hexdigest()[:16], int(batch.scored.sum())
+        if identity not in kept:
+            kept[identity] = float(response_logprobs(model, adapter, batch.to(model.device)).sum())
+            append_row(path, {"identity": identity, "model": name, "tokens": tokens, "logprob": kept[identity]})
+        pieces.append(Piece(kept[identity], tokens))
+    return pieces
 
 
-@torch.no_grad()
-def predict_data(model: LLaMA, adapter: Adapter | None, dataset: TokenDataset) -> Iterator[Piece]:
-    """The scored tokens of each example."""
-    for i in tqdm(np.argsort(-dataset.lengths).tolist(), desc="examples", leave=False):
-        batch = collate(dataset[i]).to(model.device)
-        yield Piece(float(response_logprobs(model, adapter, batch).sum()), int(batch.scored.sum()))
-
-
-def interval(pieces: list[Piece], resamples: int = 2000, seed: int = 1337) -> tuple[float, float]:
-    """The 95% bootstrap interval of the perplexity over pieces."""
+def resample(pieces: list[Piece], resamples: int = 2000, seed: int = 1337) -> np.ndarray:
+    """Nats per token in bootstrap samples of the pieces, the same ones for another model (resamples)."""
     logprobs, tokens = np.array(pieces).T
     draws = np.random.default_rng(seed).integers(len(pieces), size=(resamples, len(pieces)))
-    low, high = np.percentile(np.exp(-logprobs[draws].sum(1) / tokens[draws].sum(1)), [2.5, 97.5])
-    return float(low), float(high)
+    return -logprobs[draws].sum(1) / tokens[draws].sum(1)
 
 
 if __name__ == "__main__":

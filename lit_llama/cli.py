@@ -420,6 +420,7 @@ class Opened(NamedTuple):
         adapter: beside the base model, if any.
         prompt_style: the one that the first adapter was trained with, if any.
         name: of all of it, files and scales included; models of different weights have different ones.
+        base_name: of the base model alone.
     """
 
     model: LLaMA
@@ -427,6 +428,7 @@ class Opened(NamedTuple):
     adapter: Adapter | None
     prompt_style: str | None
     name: str
+    base_name: str
 
 
 def open_with_adapters(
@@ -459,9 +461,10 @@ def open_with_adapters(
     model, tokenizer = open_base(checkpoint_dir, precision, quantize)
     adapter, infos = open_adapters(paths, scales, model, model.device, allow_other_base)
     parts = [f"{path} ({hashlib.sha256(path.read_bytes()).hexdigest()[:8]})" for path in paths]
-    name = " + ".join([f"{model.config.name} ({model.fingerprint[:8]})", *parts])
-    name += "".join(f" x {scale:g}" for scale in scales or []) + f", {quantize or model.dtype}".replace("torch.", "")
-    return Opened(model, tokenizer, adapter, infos[0].prompt_style if infos else None, name)
+    parts += [f"x {scale:g}" for scale in scales or []]
+    base_name, weights = f"{model.config.name} ({model.fingerprint[:8]})", str(quantize or model.dtype)
+    names = [f"{' + '.join(whole)}, {weights.removeprefix('torch.')}" for whole in ([base_name, *parts], [base_name])]
+    return Opened(model, tokenizer, adapter, infos[0].prompt_style if infos else None, *names)
 
 
 def open_base(

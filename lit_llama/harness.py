@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import datasets
 import lm_eval
 import torch
 import torch.distributed as dist
@@ -344,6 +345,8 @@ def load_tasks(
     Raises:
         ValueError: there is no such task, or its data is not at hand.
     """
+    if data_dir is not None:
+        datasets.disable_progress_bars()  # two for each of MMLU's 57 subjects
     manager = _manager()
     known = set(manager.all_tasks)
     loaded: list[Task | Group] = []

@@ -1,5 +1,6 @@
 """Perplexity by hand, and by transformers' loss."""
 
+import json
 import math
 import re
 
@@ -16,7 +17,7 @@ TEXT = "the cat sat on a mat and 12 dogs ran to 3 houses of the old king. " * 6
 
 
 def numbers(out):
-    return [[float(cell) for cell in re.findall(r"\d+\.\d+", line)] for line in out.splitlines()[2:]]
+    return [[float(cell) for cell in re.findall(r"[-+]?\d+\.\d+", line)] for line in out.splitlines()[2:]]
 
 
 def test_of_a_text(command, base_dir, hf_checkpoint, tmp_path):
@@ -39,7 +40,8 @@ def test_of_a_text(command, base_dir, hf_checkpoint, tmp_path):
     assert len(logprobs) == ids.size(1) - 1
     for window, nats in ((256, loss), (64, -logprobs.mean().item())):
         assert ids.size(1) < 256
-        status, out, err = command("evaluate/perplexity.py", checkpoint_dir=base_dir, text_path=file, window=window)
+        options = {"checkpoint_dir": base_dir, "text_path": file, "window": window, "out_dir": tmp_path}
+        status, out, err = command("evaluate/perplexity.py", **options)
         assert status == 0, err
         [[found, perplexity, low, high, bits]] = numbers(out)
         assert found == pytest.approx(nats, abs=1e-4)
@@ -48,24 +50,41 @@ def test_of_a_text(command, base_dir, hf_checkpoint, tmp_path):
         assert bits == pytest.approx(nats * (ids.size(1) - 1) / math.log(2) / len(TEXT), abs=1e-3)
 
 
-def test_of_a_data_set(command, base_dir, data_dir, aligner_path):
-    options = {"checkpoint_dir": base_dir, "data_dir": data_dir, "adapter_path": aligner_path}
+def test_of_a_data_set(command, base_dir, data_dir, aligner_path, tmp_path):
+    options = {"checkpoint_dir": base_dir, "data_dir": data_dir, "adapter_path": aligner_path, "out_dir": tmp_path}
     status, out, err = command("evaluate/perplexity.py", **options)
     assert status == 0, err
     model, tokenizer = open_base(base_dir, "32-true")
     dataset = TokenDataset(data_dir, "validation", tokenizer, 4096)
     with torch.no_grad():
         sums = supervised_loss(model, None, collate([row for i in range(len(dataset)) for row in dataset[i]]))
-    base, tuned = numbers(out)
+    base, tuned, _, (low, high) = numbers(out)
     assert base[0] == pytest.approx((sums.metrics["loss"] / sums.count).item(), abs=1e-4)
     assert tuned[0] < base[0]  # it was trained on the like
+    assert low - 1e-4 <= tuned[0] - base[0] <= high + 1e-4 < 1e-4
+
+
+def test_goes_on_where_it_stopped(command, base_dir, data_dir, aligner_path, tmp_path):
+    """What is kept is used, whatever it says, but not for other weights."""
+    options = {"checkpoint_dir": base_dir, "data_dir": data_dir, "out_dir": tmp_path}
+    whole = command("evaluate/perplexity.py", **options)[1]
+    kept = tmp_path / "pieces.jsonl"
+    rows = kept.read_text().splitlines()
+    kept.write_text("\n".join(rows[1:])[:-5])  # without the first, the last cut short
+    assert command("evaluate/perplexity.py", **options)[1] == whole
+    kept.write_text("".join(json.dumps({**json.loads(row), "logprob": 0.0}) + "\n" for row in rows))
+    status, out, err = command("evaluate/perplexity.py", **options, adapter_path=aligner_path)
+    assert status == 0, err
+    base, tuned, *_ = numbers(out)
+    assert base[0] == 0 < tuned[0]
 
 
 def test_bad_input(command, base_dir, tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text("")
+    script = load_script("evaluate/perplexity.py")
     assert "give --text_path or --data_dir" in command("evaluate/perplexity.py", checkpoint_dir=base_dir)[2]
     assert "holds no text" in command("evaluate/perplexity.py", checkpoint_dir=base_dir, text_path=empty)[2]
     options = {"checkpoint_dir": base_dir, "text_path": empty, "window": 1}
     assert "--window is 1" in command("evaluate/perplexity.py", **options)[2]
-    assert load_script("evaluate/perplexity.py").interval([(-2.0, 1), (-2.0, 1)]) == pytest.approx((math.exp(2),) * 2)
+    assert script.resample([script.Piece(-2.0, 1), script.Piece(-4.0, 2)]) == pytest.approx(2.0)

@@ -1,0 +1,83 @@
+"""Do models differ that answered the same questions? Their difference, question by question.
+
+    python evaluate/mmlu.py --out_dir out/mmlu-base
+    python evaluate/mmlu.py --out_dir out/mmlu-aligned --adapter_path out/demo/aligner.safetensors
+    python evaluate/difference.py --results_dir out/mmlu-base --results_dir out/mmlu-aligned
+
+Reads what `evaluate/harness.py`, `mmlu.py` and `gsm8k.py` write, and compares each model with the first. On the same
+questions most of the chance in two scores is the same and drops out of the difference, whose interval is that of the
+bootstrap over questions.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from lit_llama.cli import run
+from lit_llama.files import read_records
+from lit_llama.judging import bootstrap
+
+Question = tuple[str, int, str]  # task, number, digest of its content
+
+
+def main(results_dir: list[Path] | None = None) -> None:
+    """Compare.
+
+    Args:
+        results_dir: folder of results; given twice or more, the first is what the others are compared with.
+    """
+    folders = results_dir or []
+    if len(folders) < 2:
+        raise ValueError("give --results_dir twice or more: what to compare with, then what to compare")
+    (first_name, first), *others = [(model_name(folder), read_scores(folder)) for folder in folders]
+    print("| metric | model | questions | score | difference | 95% interval | lost | gained |")
+    print("|---|---|---:|---:|---:|---|---:|---:|")
+    for metric, reference in first.items():
+        print(
+            f"| {metric} | {first_name} | {len(reference)} | {sum(reference.values()) / len(reference):.2%} | | | | |"
+        )
+        for folder, (name, scores) in zip(folders[1:], others, strict=True):
+            found = scores.get(metric, {})
+            both = [question for question in reference if question in found]
+            if not both:
+                raise ValueError(f"{folder} and {folders[0]} have no question with {metric} in common")
+            if len(both) < max(len(reference), len(found)):
+                print(f"warning: {folder} and {folders[0]} have {len(both)} questions in common, which alone count",
+                      file=sys.stderr)  # fmt: skip
+            changes = [found[question] - reference[question] for question in both]
+            low, high = bootstrap(changes)
+            cells = [metric, name, len(both), f"{sum(found[question] for question in both) / len(both):.2%}"]
+            cells += [f"{sum(changes) / len(both):+.2%}", f"{low:+.2%} to {high:+.2%}"]
+            cells += [sum(change < 0 for change in changes), sum(change > 0 for change in changes)]
+            print("| " + " | ".join(map(str, cells)) + " |")
+
+
+def model_name(folder: Path) -> str:
+    """Of the model whose results these are."""
+    path = folder / "results.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no results.json: write it with evaluate/harness.py or its short ways in"
+        )
+    return str(json.loads(path.read_text(encoding="utf-8"))["config"]["model_name"])
+
+
+def read_scores(folder: Path) -> dict[str, dict[Question, float]]:
+    """The scores of each question, by metric, and by filter where there are several."""
+    scores: dict[str, dict[Question, float]] = {}
+    for metric, question, score in rows(folder):
+        scores.setdefault(metric, {})[question] = score
+    return scores
+
+
+def rows(folder: Path) -> Iterator[tuple[str, Question, float]]:
+    for _, row in read_records(folder / "samples.jsonl"):
+        for metric in row["metrics"]:
+            if isinstance(row[metric], int | float):  # a log-likelihood with its number of words is no score
+                name = metric if row["filter"] == "none" else f"{metric}, {row['filter']}"
+                yield name, (row["task"], row["doc_id"], row["doc_hash"]), float(row[metric])
+
+
+if __name__ == "__main__":
+    run(main)
