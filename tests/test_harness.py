@@ -226,3 +226,14 @@ def test_mmlu_by_category_and_subject(command, long_base, data, tmp_path):
     rows = [line.split(" | ") for line in table.split("| subject |")[1].splitlines()[2:]]
     assert sum(int(row[2]) for row in rows) == 60
     assert (tmp_path / "out" / "subjects.png").stat().st_size > 10_000
+    # By continuation: the choice of the greatest log-likelihood per byte is the answer.
+    status, out, err = command("evaluate/mmlu.py", setting="continuation", **options)
+    assert status == 0, err
+    right = 0
+    for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines():
+        sample = json.loads(line)
+        assert sample["arguments"][0][0].startswith("Question: ")
+        choices = sample["doc"]["choices"]
+        rates = [float(found[0]) / len(choice) for found, choice in zip(sample["filtered_resps"], choices, strict=True)]
+        right += max(range(4), key=rates.__getitem__) == sample["target"]
+    assert f"| all | 60 | {right / 60:.1%} ±" in out
