@@ -232,7 +232,7 @@ def test_mmlu_by_category_and_subject(command, long_base, data, tmp_path):
     right = 0
     for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines():
         sample = json.loads(line)
-        assert sample["arguments"][0][0].startswith("Question: ")
+        assert "\n\nQuestion: " in sample["arguments"][0][0]  # not the letters of "standard"
         choices = sample["doc"]["choices"]
         rates = [float(found[0]) / len(choice) for found, choice in zip(sample["filtered_resps"], choices, strict=True)]
         right += max(range(4), key=rates.__getitem__) == sample["target"]
