@@ -432,18 +432,46 @@ def save_adapter(path: Path | str, adapter: AnyAdapter, base: LLaMA | None = Non
         save_file(tensors, temporary, metadata=metadata)
 
 
+def adapter_file(path: Path | str) -> Path:
+    """The file of an adapter. The folder of a training run stands for the adapter in it.
+
+    Args:
+        path: the file, or a folder with one file named after a method, such as `aligner.safetensors`.
+
+    Raises:
+        FileNotFoundError: there is no such file, or the folder does not hold exactly one.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        check_file(path)
+        return path
+    names = [f"{method}.safetensors" for method in METHODS]
+    found = [name for name in names if (path / name).is_file()]
+    if len(found) != 1:
+        raise FileNotFoundError(
+            f"{path} is a folder and holds {' and '.join(found) or 'no adapter'}; expected the file of an adapter, or "
+            f"a training run's folder, with one of {', '.join(names)} in it"
+        )
+    return path / found[0]
+
+
 def load_adapter(path: Path | str, method: Method | None = None) -> AnyAdapter:
     """Load an adapter for use: this project's file of any method, or an Aligner of the authors'.
 
     Args:
-        path: the file.
+        path: the file, or the folder of its training run.
         method: the only one that is accepted.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, not an adapter, or of another method.
     """
-    path = Path(path)
+    return read_adapter(path, method)[0]
+
+
+def read_adapter(path: Path | str, method: Method | None = None) -> tuple[AnyAdapter, AdapterInfo]:
+    """Load an adapter for use, together with what its file says about itself; see `load_adapter`."""
+    path = adapter_file(path)
     info = adapter_info(path)
     if method is not None and info.method != method:
         raise ValueError(
@@ -464,7 +492,7 @@ def load_adapter(path: Path | str, method: Method | None = None) -> AnyAdapter:
     for name, tensor in expected.items():
         _check_shape(name, tensors[name].shape, tensor.shape, str(path))
     adapter.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    return adapter.eval()
+    return adapter.eval(), info
 
 
 def adapter_fingerprint(adapter: AnyAdapter) -> str:
@@ -482,7 +510,7 @@ def adapter_info(path: Path | str) -> AdapterInfo:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or not an adapter.
     """
-    path = Path(path)
+    path = adapter_file(path)
     tensors = TensorFiles([path])
     if path.suffix != ".safetensors":
         aligner = _read_authors(path, tensors)

@@ -28,6 +28,7 @@ from lit_llama.checkpoint import (
     AdapterInfo,
     Method,
     Precision,
+    adapter_file,
     adapter_info,
     check_adapter,
     load_adapter,
@@ -460,7 +461,7 @@ def open_with_adapters(
         quantize = quantize or adapter_info(paths[0]).hyperparameters.get("quantize")
     model, tokenizer = open_base(checkpoint_dir, precision, quantize)
     adapter, infos = open_adapters(paths, scales, model, model.device, allow_other_base)
-    parts = [f"{path} ({hashlib.sha256(path.read_bytes()).hexdigest()[:8]})" for path in paths]
+    parts = [f"{path} ({hashlib.sha256(adapter_file(path).read_bytes()).hexdigest()[:8]})" for path in paths]
     parts += [f"x {scale:g}" for scale in scales or []]
     base_name, weights = f"{model.config.name} ({model.fingerprint[:8]})", str(quantize or model.dtype)
     names = [f"{' + '.join(whole)}, {weights.removeprefix('torch.')}" for whole in ([base_name, *parts], [base_name])]

@@ -22,6 +22,7 @@ from lit_llama.checkpoint import (
     save_adapter,
 )
 from lit_llama.files import atomic_file, atomic_folder
+from lit_llama.lora import LoRA
 from lit_llama.model import LLaMA, LLaMAConfig
 
 RELEASED = ROOT.parent / "shared" / "released"
@@ -139,6 +140,18 @@ def test_aligner_file_says_what_it_is(tmp_path, tiny_model):
     info = check_adapter(tmp_path / "a.safetensors", tiny_model)
     assert (info.method, info.base_name, info.step, info.validation_loss) == ("aligner", "tiny", 7, 0.5)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_run_folder_stands_for_its_adapter(tmp_path, tiny_model):
+    save_adapter(tmp_path / "run/aligner.safetensors", Aligner(tiny_model.config, 3, 1), tiny_model, step=7)
+    save_adapter(tmp_path / "run/other.safetensors", Aligner(tiny_model.config, 1), tiny_model)
+    assert load_adapter(tmp_path / "run", "aligner").sizes["length"] == 3
+    assert check_adapter(tmp_path / "run", tiny_model).step == 7
+    with pytest.raises(FileNotFoundError, match=r"is a folder and holds no adapter; expected .* aligner\.safetensors"):
+        load_adapter(tmp_path)
+    save_adapter(tmp_path / "run/lora.safetensors", LoRA(tiny_model.config), tiny_model)
+    with pytest.raises(FileNotFoundError, match=r"holds aligner\.safetensors and lora\.safetensors; expected"):
+        load_adapter(tmp_path / "run")
 
 
 def test_adapter_of_another_base(tmp_path, tiny_model):
