@@ -1,7 +1,7 @@
 """Let the base model answer with a LoRA.
 
     python generate/lora.py --prompt "What is the capital of France?"
-    python generate/lora.py --lora_path out/json/lora.safetensors --prompts_file prompts.jsonl
+    python generate/lora.py --adapter_path out/json/lora.safetensors --prompts_file prompts.jsonl
     echo "Name three rivers." | python generate/lora.py --temperature 0.8
 
 Only the answers go to stdout.
@@ -14,20 +14,20 @@ from lit_llama.cli import answer_with, run
 
 
 def main(
-    lora_path: list[Path] = [Path("out/lora/lora.safetensors")],  # noqa: B006
-    lora_scale: list[float] | None = None,
+    adapter_path: list[Path] = [Path("out/lora/lora.safetensors")],  # noqa: B006
+    adapter_scale: list[float] | None = None,
     prompt: list[str] | None = None,
     **options: Any,
 ) -> None:
     """Generate.
 
     Args:
-        lora_path: the LoRA; may be given several times, to be added up.
-        lora_scale: what it is multiplied by, from 0 (the base) to beyond 1; may be given once for each.
+        adapter_path: the LoRA; may be given several times, to be added up.
+        adapter_scale: what it is multiplied by, from 0 (the base) to beyond 1; may be given once for each.
         prompt: what to answer; may be given several times. Without it and a file, standard input is one prompt.
         options: those of every such script, see `answer_with`.
     """
-    answer_with("lora", lora_path, lora_scale, None, 1, prompt, **options)
+    answer_with("lora", adapter_path, adapter_scale, None, 1, prompt, **options)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,12 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from lit_llama.adapter import LLaMAAdapter
@@ -32,6 +31,9 @@ from lit_llama.model import PRESETS, LLaMA, LLaMAConfig
 from lit_llama.quantization import Quantize, is_quantized, quantize_layers, quantize_weight
 from lit_llama.sharding import local_rows, shard
 from lit_llama.tokenizer import TOKENIZER_FILES, Tokenizer
+
+if TYPE_CHECKING:  # slow to import, which --help should not be
+    from torch.distributed.device_mesh import DeviceMesh
 
 CONFIG_FILE = "lit_config.json"
 SHARD_BYTES = 4 * 1024**3
@@ -270,7 +272,7 @@ def load_base(
     device: torch.device | str = "cpu",
     config: LLaMAConfig | None = None,
     *,
-    mesh: DeviceMesh | None = None,
+    mesh: "DeviceMesh | None" = None,
     quantize: Quantize | None = None,
 ) -> LLaMA:
     """Load a base model, frozen, one tensor at a time.

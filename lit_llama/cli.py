@@ -4,10 +4,12 @@ Scripts do not import each other, so this stands in the package. It alone parses
 Generated text goes to stdout, everything else to stderr.
 """
 
+import argparse
 import hashlib
 import inspect
 import itertools
 import json
+import os
 import re
 import resource
 import signal
@@ -17,10 +19,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 import jsonargparse
 import torch
+from jsonargparse import ActionConfigFile  # type: ignore[reportPrivateImportUsage]
 from tqdm import tqdm
 
 from lit_llama.checkpoint import (
@@ -51,7 +54,8 @@ def run(main: Callable[..., Any]) -> None:
     """Call `main` with each of its keywords as a command-line option, and exit.
 
     A user's error (`ValueError`, `OSError`, ...) becomes one line on stderr and exit status 1. An option whose type is
-    a list may be repeated: `--prompt A --prompt B`.
+    a list may be repeated: `--prompt A --prompt B`. Every script also has `--threads`, and `--aligner_path` and
+    `--lora_path` are other names of `--adapter_path`.
 
     Args:
         main: the script's function; the docstring of its module becomes the help's description.
@@ -59,14 +63,15 @@ def run(main: Callable[..., Any]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written files are cleaned up
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
-        jsonargparse.auto_cli(
-            main,
-            args=_join_repeated(main, sys.argv[1:]),
-            as_positional=False,
-            description=inspect.getdoc(sys.modules[main.__module__]),
-            formatter_class=_HelpFormatter,
-            parser_class=_Parser,
-        )
+        options = _parser(main).parse_args(_join_repeated(main, _translate_names(main, sys.argv[1:]))).as_dict()
+        del options["config"]
+        threads = options.pop("threads")
+        if threads is not None:
+            if threads < 1:
+                raise ValueError(f"--threads is {threads}, it must be at least 1")
+            torch.set_num_threads(threads)
+            os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that a script starts
+        main(**options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -78,23 +83,107 @@ def run(main: Callable[..., Any]) -> None:
         sys.exit(1)
 
 
+# Options that say where and how a script runs, not what comes of it, and those that say what becomes of files. Options
+# whose names end in one of _ENDINGS are files, too; all others are the experiment's.
+_MACHINE = {"activation_checkpointing", "compile", "devices", "dtype", "host", "num_nodes", "port", "precision"}
+_MACHINE |= {"quantize", "shard_base", "threads", "workers"}
+_FILES = {"logger", "overwrite", "resume"}
+_ENDINGS = {"_dir": "FOLDER", "_file": "FILE", "_path": "PATH"}
+
+
+def _parser(main: Callable[..., Any]) -> "_Parser":
+    """A parser of the keywords of `main`, whose help shows them in groups."""
+    parser = _Parser(description=inspect.getdoc(sys.modules[main.__module__]), formatter_class=_HelpFormatter)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options")
+    parser.add_function_arguments(main, as_group=False)
+    parser.add_argument(
+        "--threads",
+        type=int | None,
+        help="CPU threads of each process; with more processes than cores, threads wait for each other, so give fewer.",
+    )
+    groups = {title: parser.add_argument_group(title) for title in ("experiment", "machine", "files")}
+    general = parser._optionals._group_actions
+    options = [action for action in parser._actions if action.dest not in ("help", "config", "print_config")]
+    general[:] = [action for action in general if action not in options]
+    for action in options:
+        file = action.dest in _FILES or any(action.dest.endswith(ending) for ending in _ENDINGS)
+        title = "machine" if action.dest in _MACHINE else "files" if file else "experiment"
+        groups[title]._group_actions.append(action)
+        action.metavar = _type_in_words(action.dest, getattr(action, "_typehint", action.type))
+    for action in general:
+        action.metavar = "FILE"  # of --config
+        if action.dest == "print_config":
+            action.help = "show all options with their values as such a file and exit"
+    required = "".join(f" {action.option_strings[0]} {action.metavar}" for action in options if action.required)
+    parser.usage = f"%(prog)s{required} [--option VALUE ...]"
+    return parser
+
+
+def _type_in_words(name: str, annotation: Any) -> str:
+    """What stands behind an option in the help: NUMBER, FOLDER, {true,false}, ..."""
+    for ending, word in _ENDINGS.items():
+        if name.endswith(ending):
+            return word
+    if annotation is bool:
+        return "{true,false}"
+    if get_origin(annotation) is Literal:
+        return "{" + ",".join(map(str, get_args(annotation))) + "}"
+    if annotation in (int, float):
+        return "NUMBER"
+    parts = [_type_in_words(name, part) for part in get_args(annotation) if part is not type(None)]
+    return "{" + ",".join(part.strip("{}") for part in parts) + "}" if len(parts) > 1 else "".join(parts) or "TEXT"
+
+
 class _Parser(jsonargparse.ArgumentParser):
     """Says in one line what is wrong with an option, without the usage of all of them."""
 
     def error(self, message: str, *_: Any, **__: Any) -> NoReturn:
         message = " ".join(message.split())
-        choice = re.search(r'key "(\w+)".*?Literal\[(.*?)\].*(?:Given|Got) value: (.*)', message)
-        if choice:
-            message = f"--{choice[1]} {choice[3]}: there are {choice[2]}"
+        wrong = re.search(r'key "(\w+)": .*(?:Given|Got) value: (.*)', message)
+        kinds = {action.dest: str(action.metavar) for action in self._actions}
+        if wrong and wrong[1] in kinds:
+            kind = kinds[wrong[1]]
+            choices = ", ".join(repr(choice) for choice in kind.strip("{}").split(","))
+            message = f"--{wrong[1]} {wrong[2]}: " + (f"there are {choices}" if kind[0] == "{" else f"expected {kind}")
         print(f"error: {message} (--help lists the options)", file=sys.stderr)
         sys.exit(2)
 
 
 class _HelpFormatter(jsonargparse.DefaultHelpFormatter):
-    """Keeps the line breaks of the script's docstring."""
+    """Keeps the line breaks of the script's docstring, and shows each option once, with its default in words."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "".join(indent + line for line in text.splitlines(keepends=True))
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        names = [name for name in action.option_strings if not name.endswith("+")]
+        if action.nargs == 0 or action.dest == "print_config":
+            return ", ".join(names)
+        return f"{', '.join(names)} {action.metavar}"
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        default = action.default
+        if isinstance(default, list | tuple):
+            default = " ".join(map(str, default))
+        if action.required:
+            note = " (required)"
+        elif default in (None, argparse.SUPPRESS) or action.nargs == 0 or action.dest == "print_config":
+            note = ""
+        else:
+            note = f" (default: {str(default).lower() if isinstance(default, bool) else default})"
+        return (action.help or "") + note
+
+
+def _translate_names(main: Callable[..., Any], args: list[str]) -> list[str]:
+    """Take `--aligner_path` and `--lora_path` for `--adapter_path`, and their scales, where `main` has that."""
+    names = inspect.signature(main).parameters
+
+    def translate(arg: str) -> str:
+        option, equals, value = arg.partition("=")
+        primary = re.sub(r"^--(?:aligner|lora)_(path|scale)$", r"--adapter_\1", option)
+        return primary + equals + value if primary[2:] in names and option[2:] not in names else arg
+
+    return [translate(arg) for arg in args]
 
 
 def _join_repeated(main: Callable[..., Any], args: list[str]) -> list[str]:

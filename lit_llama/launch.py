@@ -1,24 +1,23 @@
 """The processes of a run, and the loggers that it reports to beside its own files."""
 
+from __future__ import annotations
+
 import atexit
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.loggers.logger import Logger
-from lightning.fabric.loggers.tensorboard import TensorBoardLogger
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch.distributed.device_mesh import DeviceMesh
 
 from lit_llama.files import require_extra
 from lit_llama.sharding import shard
 from lit_llama.training import last_state
+
+if TYPE_CHECKING:  # takes seconds to import, which --help should not cost
+    from lightning.fabric import Fabric
+    from lightning.fabric.loggers.logger import Logger
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def launch(
@@ -38,6 +37,12 @@ def launch(
     Raises:
         ValueError: there are not as many devices.
     """
+    from lightning.fabric import Fabric
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+    from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     environments = TorchElasticEnvironment.detect(), SLURMEnvironment.detect(), "LT_CLI_USED" in os.environ
     if num_nodes > 1 and not any([*environments, "MASTER_ADDR" in os.environ]):
         raise ValueError(
@@ -73,6 +78,8 @@ def join_processes() -> None:
 
     They share work, not a model: each has it whole.
     """
+    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
     if not TorchElasticEnvironment.detect():
         return
     if torch.cuda.is_available():
@@ -103,6 +110,8 @@ def make_loggers(names: Sequence[str], out_dir: Path, resume: bool) -> list[Logg
     for name in names:
         if name == "tensorboard":
             require_extra("tensorboard", "tensorboard")
+            from lightning.fabric.loggers.tensorboard import TensorBoardLogger
+
             state = last_state(out_dir) if resume else None
             purge: dict[str, Any] = {} if state is None else {"purge_step": int(state.stem.rpartition("-")[2]) + 1}
             loggers.append(TensorBoardLogger(out_dir, name="tensorboard", version="", **purge))

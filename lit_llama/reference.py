@@ -1,13 +1,15 @@
 """Log-probabilities of a preference data set under the reference of DPO, computed once and kept on disk."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,6 +20,9 @@ from lit_llama.data import TokenDataset, by_length
 from lit_llama.files import atomic_file
 from lit_llama.losses import response_logprobs
 from lit_llama.model import LLaMA
+
+if TYPE_CHECKING:  # takes seconds to import, which --help should not cost
+    from lightning.fabric import Fabric
 
 
 def cached_reference(

@@ -4,11 +4,17 @@ Each block gathers its weights just before it computes, in forward and backward,
 and backward is a matter of all processes at once, generation included.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from lit_llama.model import LLaMA
+
+if TYPE_CHECKING:  # slow to import, which --help should not be
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def shard(model: LLaMA, mesh: DeviceMesh) -> LLaMA:

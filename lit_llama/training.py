@@ -1,5 +1,7 @@
 """The training loop: steps, schedule, validation, metrics, files. It does not know which adapter it trains, or why."""
 
+from __future__ import annotations
+
 import csv
 import itertools
 import math
@@ -13,12 +15,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import yaml
-from lightning.fabric import Fabric
 from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -31,6 +32,9 @@ from lit_llama.losses import SUPERVISED_METRICS, Sums
 from lit_llama.model import LLaMA
 from lit_llama.prompts import PromptStyle, prompt_style
 from lit_llama.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # takes seconds to import, which --help should not cost
+    from lightning.fabric import Fabric
 
 Decay = Literal["none", "linear"]
 SAVE_SECONDS = 600  # between states, however long a step takes
@@ -322,7 +326,7 @@ class Progress:
             f"training diverged: the {what} is {value} at step {self.step}; {kept}; try a lower --learning_rate"
         )
 
-    def count_skipped(self, done: "StepResult", out_dir: Path) -> None:
+    def count_skipped(self, done: StepResult, out_dir: Path) -> None:
         """Count a step that was skipped.
 
         Raises:
@@ -438,7 +442,7 @@ class MetricsFile:
                 writer.writerows(map(_as_text, self.rows))
             self._file = open(path, "a", newline="")  # noqa: SIM115 (closed by __exit__)
 
-    def __enter__(self) -> "MetricsFile":
+    def __enter__(self) -> MetricsFile:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -464,7 +468,7 @@ class _StopRequest:
     def __init__(self) -> None:
         self.requested = False
 
-    def __enter__(self) -> "_StopRequest":
+    def __enter__(self) -> _StopRequest:
         self._handlers = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 

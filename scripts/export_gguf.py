@@ -1,7 +1,7 @@
 """Put a one-token Aligner into a GGUF file, for llama.cpp, Ollama, LM Studio and all that is built on them.
 
     python scripts/export_gguf.py --gguf_path checkpoints/SmolLM2-135M-Instruct.Q4_1.gguf \\
-        --aligner_path out/demo/aligner.safetensors --output_path captain.gguf
+        --adapter_path out/demo/aligner.safetensors --output_path captain.gguf
 
 Copies the file, quantised or not: every tensor byte for byte, all metadata. Adds one bias of the attention's output
 projection to each layer, `blk.L.attn_output.bias`, which is all that an Aligner of one token is; several add up. The
@@ -31,8 +31,8 @@ BIAS = "blk.{}.attn_output.bias"
 def main(
     gguf_path: Path,
     output_path: Path,
-    aligner_path: list[Path],
-    aligner_scale: list[float] | None = None,
+    adapter_path: list[Path],
+    adapter_scale: list[float] | None = None,
     overwrite: bool = False,
     allow_other_base: bool = False,
 ) -> None:
@@ -41,8 +41,8 @@ def main(
     Args:
         gguf_path: the base model.
         output_path: the file to write.
-        aligner_path: an Aligner of one token; may be given several times, to be added up.
-        aligner_scale: what the Aligner is multiplied by; may be given once for each. 1 if not given.
+        adapter_path: an Aligner of one token; may be given several times, to be added up.
+        adapter_scale: what the Aligner is multiplied by; may be given once for each. 1 if not given.
         overwrite: replace the file if there is one.
         allow_other_base: use an Aligner that was trained on other weights, such as the same model's before it was
             quantised.
@@ -58,7 +58,7 @@ def main(
     with torch.device("meta"):
         base = LLaMA(config)
     base.fingerprint = base_fingerprint(tensors)
-    adapter, _ = open_adapters(aligner_path, aligner_scale, base, torch.device("cpu"), allow_other_base)
+    adapter, _ = open_adapters(adapter_path, adapter_scale, base, torch.device("cpu"), allow_other_base)
     assert adapter is not None
     biases = fold_all(config, tensors, adapter)
     with atomic_file(output_path) as temporary:

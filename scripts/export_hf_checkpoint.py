@@ -1,8 +1,8 @@
 """Export a base model, with adapters in it, to Hugging Face's format.
 
     python scripts/export_hf_checkpoint.py --output_dir export/base
-    python scripts/export_hf_checkpoint.py --aligner_path out/demo/aligner.safetensors --output_dir export/captain
-    python scripts/export_hf_checkpoint.py --aligner_path out/lora/lora.safetensors --format peft --output_dir lora
+    python scripts/export_hf_checkpoint.py --adapter_path out/demo/aligner.safetensors --output_dir export/captain
+    python scripts/export_hf_checkpoint.py --adapter_path out/lora/lora.safetensors --format peft --output_dir lora
 
 An Aligner of one token becomes biases and a LoRA is merged: the result is a stock `LlamaForCausalLM`, which
 transformers, vLLM and whatever else reads that format load without custom code. Longer prefixes come with a small
@@ -46,8 +46,8 @@ MODELING_FILE = Path(lit_llama.__file__).parent / "modeling_prefix_llama.py"
 def main(
     output_dir: Path,
     checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
-    aligner_path: list[Path] | None = None,
-    aligner_scale: list[float] | None = None,
+    adapter_path: list[Path] | None = None,
+    adapter_scale: list[float] | None = None,
     format: Literal["transformers", "peft"] = "transformers",
     dtype: DType | None = None,
     allow_other_base: bool = False,
@@ -57,21 +57,21 @@ def main(
     Args:
         output_dir: the folder to write; must not exist yet.
         checkpoint_dir: folder of the base model.
-        aligner_path: an adapter of any method; may be given several times, to be added up.
-        aligner_scale: what the adapter is multiplied by; may be given once for each. 1 if not given.
+        adapter_path: an adapter of any method; may be given several times, to be added up.
+        adapter_scale: what the adapter is multiplied by; may be given once for each. 1 if not given.
         format: "transformers" for the whole model, "peft" for a LoRA without its base.
         dtype: of the weights on disk; if not given, as they are. Biases and prefixes are float32 always.
         allow_other_base: use adapters on other weights than those they were trained on.
     """
-    paths = aligner_path or []
+    paths = adapter_path or []
     config, tensors = read_config(checkpoint_dir), TensorFiles(weight_files(checkpoint_dir))
     with torch.device("meta"):
         base = LLaMA(config)
     base.fingerprint = base_fingerprint(tensors) if paths else ""
-    adapter, infos = open_adapters(paths, aligner_scale, base, torch.device("cpu"), allow_other_base)
+    adapter, infos = open_adapters(paths, adapter_scale, base, torch.device("cpu"), allow_other_base)
     if format == "peft":
         if not isinstance(adapter, LoRA):
-            raise ValueError("--format peft is for one LoRA, unscaled: give its file as --aligner_path")
+            raise ValueError("--format peft is for one LoRA, unscaled: give its file as --adapter_path")
         with atomic_folder(output_dir) as folder:
             write_peft(folder, adapter, config)
     else:

@@ -1,8 +1,8 @@
 """Look inside an Aligner: what it is, its gates as a picture, its tokens against each other and the vocabulary.
 
-    python scripts/inspect_adapter.py --aligner_path out/demo/aligner.safetensors
-    python scripts/inspect_adapter.py --aligner_path out/demo/aligner.safetensors --checkpoint_dir checkpoints/BASE
-    python scripts/inspect_adapter.py --aligner_path a.safetensors --aligner_path b.safetensors
+    python scripts/inspect_adapter.py --adapter_path out/demo/aligner.safetensors
+    python scripts/inspect_adapter.py --adapter_path out/demo/aligner.safetensors --checkpoint_dir checkpoints/BASE
+    python scripts/inspect_adapter.py --adapter_path a.safetensors --adapter_path b.safetensors
 
 The authors' published `.pth` files can be inspected as they are. Text goes to stdout, the picture to `--output_path`.
 """
@@ -21,7 +21,7 @@ from lit_llama.tokenizer import Tokenizer
 
 
 def main(
-    aligner_path: list[str],
+    adapter_path: list[str],
     checkpoint_dir: Path | None = None,
     output_path: Path | None = None,
     nearest: int = 5,
@@ -30,15 +30,15 @@ def main(
     """Inspect one Aligner, or compare two.
 
     Args:
-        aligner_path: the file; give the option twice to compare.
+        adapter_path: the file; give the option twice to compare.
         checkpoint_dir: folder of the base model, to find the vocabulary entries nearest to each token.
         output_path: the PNG to write; if not given, named after the first file, in the current folder.
         nearest: how many vocabulary entries to list for each token.
         allow_other_base: compare with the vocabulary of other weights than those it was trained on.
     """
-    paths = [Path(path) for path in aligner_path]
+    paths = [Path(path) for path in adapter_path]
     if len(paths) > 2:
-        raise ValueError(f"--aligner_path was given {len(paths)} times: one can be inspected, two compared")
+        raise ValueError(f"--adapter_path was given {len(paths)} times: one can be inspected, two compared")
     aligners = [load_adapter(path, "aligner") for path in paths]
     for path, aligner in zip(paths, aligners, strict=True):
         print(describe(path, adapter_info(path), aligner))

@@ -1,8 +1,8 @@
 """Check an exported model against this project: the same logits, the same greedy answers.
 
-    python scripts/verify_export.py --export_path export/captain --aligner_path out/demo/aligner.safetensors
-    python scripts/verify_export.py --export_path captain.gguf --aligner_path out/demo/aligner.safetensors
-    python scripts/verify_export.py --export_path lora --peft_base export/base --aligner_path out/lora/lora.safetensors
+    python scripts/verify_export.py --export_path export/captain --adapter_path out/demo/aligner.safetensors
+    python scripts/verify_export.py --export_path captain.gguf --adapter_path out/demo/aligner.safetensors
+    python scripts/verify_export.py --export_path lora --peft_base export/base --adapter_path out/lora/lora.safetensors
 
 Answers prompts here, and lets the other engine read prompts and answers: transformers for a folder of
 scripts/export_hf_checkpoint.py, PEFT on top for an adapter of its format, llama.cpp for a GGUF file. Prints one line;
@@ -28,8 +28,8 @@ PROMPTS = ["Why is the sky blue?", "Name three rivers.", "How do I boil an egg?"
 def main(
     export_path: Path,
     checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
-    aligner_path: list[Path] | None = None,
-    aligner_scale: list[float] | None = None,
+    adapter_path: list[Path] | None = None,
+    adapter_scale: list[float] | None = None,
     peft_base: Path | None = None,
     prompt: list[str] | None = None,
     prompt_style: str | None = None,
@@ -43,8 +43,8 @@ def main(
     Args:
         export_path: the exported folder, or GGUF file.
         checkpoint_dir: folder of the base model that was exported.
-        aligner_path: the adapters that were exported with it.
-        aligner_scale: their scales.
+        adapter_path: the adapters that were exported with it.
+        adapter_scale: their scales.
         peft_base: folder of the base model in Hugging Face's format, for an adapter in PEFT's.
         prompt: what to answer; may be given several times. A few questions if not given.
         prompt_style: as in generate/aligner.py.
@@ -56,7 +56,7 @@ def main(
     if not export_path.exists():
         raise FileNotFoundError(f"{export_path}: no such file or folder")
     model, tokenizer = open_base(checkpoint_dir, "32-true")
-    adapter, infos = open_adapters(aligner_path or [], aligner_scale, model, model.device, allow_other_base)
+    adapter, infos = open_adapters(adapter_path or [], adapter_scale, model, model.device, allow_other_base)
     trained = next((info.prompt_style for info in infos if info.prompt_style), None)
     style = get_prompt_style(prompt_style or trained or "chat", tokenizer)
     prompts = [tokenizer.encode(style.prompt(text), bos=style.bos) for text in prompt or PROMPTS]

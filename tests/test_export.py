@@ -126,14 +126,14 @@ def test_the_tokenizer_comes_along(tmp_path, base):
 def test_an_aligner(tmp_path, base, length):
     """Of one token it is a stock LlamaForCausalLM with biases."""
     file = save_aligner(tmp_path / "a.safetensors", base, length)
-    export.main(tmp_path / "export", checkpoint_dir=base, aligner_path=[file])
+    export.main(tmp_path / "export", checkpoint_dir=base, adapter_path=[file])
     model = load_exported(tmp_path / "export")
     assert (type(model) is transformers.LlamaForCausalLM) == (length == 1)
     assert_same(model, base, load_adapter(file))
 
 
 def test_a_trained_aligner(tmp_path, base_dir, aligner_path):
-    export.main(tmp_path / "export", checkpoint_dir=base_dir, aligner_path=[aligner_path])
+    export.main(tmp_path / "export", checkpoint_dir=base_dir, adapter_path=[aligner_path])
     with torch.no_grad():
         ids = torch.randint(4, 390, (2, 40))
         theirs = load_exported(tmp_path / "export")(ids).logits
@@ -145,7 +145,7 @@ def test_several_scaled_at_once(tmp_path, base):
     files = [save_aligner(tmp_path / f"{n}.safetensors", base, n, start_layer=n % 3) for n in (1, 5, 2)]
     files.append(save_lora(tmp_path / "lora.safetensors", base, ["q", "v", "o"]))
     scales = [0.5, 1.0, -0.7, 0.3]
-    export.main(tmp_path / "export", checkpoint_dir=base, aligner_path=files, aligner_scale=scales)
+    export.main(tmp_path / "export", checkpoint_dir=base, adapter_path=files, adapter_scale=scales)
     adapter = Sum(*((load_adapter(file), scale) for file, scale in zip(files, scales, strict=True)))
     assert_same(load_exported(tmp_path / "export"), base, adapter)
 
@@ -153,9 +153,9 @@ def test_several_scaled_at_once(tmp_path, base):
 @pytest.mark.parametrize("targets", [["q", "v"], list(PROJECTIONS)])
 def test_a_lora_is_merged_or_pefts(tmp_path, base, targets):
     file = save_lora(tmp_path / "lora.safetensors", base, targets)
-    export.main(tmp_path / "merged", checkpoint_dir=base, aligner_path=[file])
+    export.main(tmp_path / "merged", checkpoint_dir=base, adapter_path=[file])
     assert_same(load_exported(tmp_path / "merged"), base, load_adapter(file))
-    export.main(tmp_path / "peft", checkpoint_dir=base, aligner_path=[file], format="peft")
+    export.main(tmp_path / "peft", checkpoint_dir=base, adapter_path=[file], format="peft")
     stock = transformers.AutoModelForCausalLM.from_pretrained(base.parent / "hf")
     assert_same(peft.PeftModel.from_pretrained(stock, tmp_path / "peft"), base, load_adapter(file))
 
@@ -165,7 +165,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path, base, base_dir, command):
     for more, message in (
         ({"format": "peft", "checkpoint_dir": base}, "--format peft is for one LoRA, unscaled"),
         ({"checkpoint_dir": base_dir}, "was trained on|was made for another base"),
-        ({"checkpoint_dir": base, "aligner_scale": "0.5, 2"}, "aligner_scale"),
+        ({"checkpoint_dir": base, "adapter_scale": "0.5, 2"}, "adapter_scale"),
     ):
         status, _, err = command(SCRIPT, aligner_path=file, output_dir=tmp_path / "export", **more)
         assert status in (1, 2)
@@ -185,8 +185,8 @@ def test_what_cannot_be_exported_is_refused(tmp_path, base, base_dir, command):
 def test_verify_export(tmp_path, base, command):
     file = save_aligner(tmp_path / "a.safetensors", base, 1)
     lora = save_lora(tmp_path / "l.safetensors", base, ["q"])
-    export.main(tmp_path / "export", checkpoint_dir=base, aligner_path=[file])
-    export.main(tmp_path / "peft", checkpoint_dir=base, aligner_path=[lora], format="peft")
+    export.main(tmp_path / "export", checkpoint_dir=base, adapter_path=[file])
+    export.main(tmp_path / "peft", checkpoint_dir=base, adapter_path=[lora], format="peft")
     verify = "scripts/verify_export.py"
     status, out, _ = command(verify, export_path=tmp_path / "export", checkpoint_dir=base, aligner_path=file)
     assert status == 0
@@ -209,7 +209,7 @@ def test_gguf(tmp_path, quantization):
     files = [save_aligner(tmp_path / "a.safetensors", tmp_path / "base", 1)]
     files.append(save_aligner(tmp_path / "b.safetensors", tmp_path / "base", 1, start_layer=2))
     script = load_script("scripts/export_gguf.py")
-    script.main(path, output, aligner_path=files, aligner_scale=[1.0, 0.5])
+    script.main(path, output, adapter_path=files, adapter_scale=[1.0, 0.5])
 
     before, after = gguf.GGUFReader(path), gguf.GGUFReader(output)
     for name, field in before.fields.items():
@@ -274,7 +274,7 @@ def test_llama_cpp_answers_in_the_demos_form(tmp_path, command):
     if not aligner.is_file() or not base.is_file():
         pytest.skip("run make demo first")
     torch.set_num_threads(torch.get_num_interop_threads())
-    load_script("scripts/export_gguf.py").main(base, folded, aligner_path=[aligner])
+    load_script("scripts/export_gguf.py").main(base, folded, adapter_path=[aligner])
     status, out, err = command("scripts/verify_export.py", export_path=folded, aligner_path=aligner)
     assert status == 0, err
     rows = [json.loads(line) for line in (ROOT / "examples" / "questions.jsonl").read_text().splitlines()]

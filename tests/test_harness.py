@@ -36,7 +36,7 @@ def pair(base_dir, aligner_path, tmp_path_factory):
     """The harness's model of an exported base with an Aligner, and ours of the same."""
     folder = tmp_path_factory.mktemp("export") / "hf"
     export = load_script("scripts/export_hf_checkpoint.py").main
-    export(checkpoint_dir=base_dir, aligner_path=[aligner_path], output_dir=folder)
+    export(checkpoint_dir=base_dir, adapter_path=[aligner_path], output_dir=folder)
     theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4, trust_remote_code=True)
     base = open_with_adapters(base_dir, [aligner_path], None, "32-true")
     return theirs, HarnessModel(base.model, base.tokenizer, base.adapter, batch_size=4)

@@ -1,6 +1,7 @@
 """The scripts as people run them: options in, text on stdout, files where asked for, one line for an error."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -76,6 +77,76 @@ def test_every_option_is_explained():
         main = load_script(script).main
         for name in main.__annotations__.keys() - {"return"}:
             assert f"        {name}: " in (main.__doc__ or ""), f"{script} does not explain --{name}"
+
+
+SLOW_MODULES = (
+    "lightning|transformers|peft|matplotlib|lm_eval|datasets|litserve|fastapi|huggingface_hub|torchao|bitsandbytes|openai"
+    "|torch._dynamo|torch._inductor|torch.distributed.fsdp|torch.distributed.tensor|torch.distributed.checkpoint"
+)
+
+
+def test_help_imports_torch_at_most():
+    """In one fresh process, script after script, so that the first one with a slow import is named."""
+    code = (
+        "import contextlib, importlib.util, io, re, sys, torch\n"
+        "from lit_llama.cli import run\n"
+        "slow, known = re.compile(sys.argv[1]), set(sys.modules)\n"
+        "for number, path in enumerate(sys.argv[2:]):\n"
+        "    spec = importlib.util.spec_from_file_location(f'script_{number}', path)\n"
+        "    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)\n"
+        "    spec.loader.exec_module(module)\n"
+        "    sys.argv = [path, '--help']\n"
+        "    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
+        "        run(module.main)\n"
+        "    print(path, *sorted(name for name in sys.modules.keys() - known if slow.fullmatch(name)))\n"
+    )
+    command = [sys.executable, "-c", code, f"({SLOW_MODULES})([.].*)?", *SCRIPTS]
+    result = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert result.stdout.split() == SCRIPTS
+
+
+def test_help_groups_options_with_types_in_words(command):
+    _, out, _ = command("finetune/aligner.py", "--help")
+    groups = dict(re.findall(r"^(\w+):\n((?:  .*\n)+)", out, re.MULTILINE))
+    assert groups.keys() == {"options", "experiment", "machine", "files"}
+    options = {name: re.findall(r"^  (--.*?)(?:  |$)", text, re.MULTILINE) for name, text in groups.items()}
+    assert {"--seed NUMBER", "--decay {none,linear}", "--pack {true,false}"} <= set(options["experiment"])
+    assert {"--devices NUMBER", "--quantize {nf4,int8}", "--threads NUMBER"} <= set(options["machine"])
+    assert {"--out_dir FOLDER", "--resume {true,false}", "--logger TEXT"} <= set(options["files"])
+    assert "(default: out/demo)" in out
+    for script in SCRIPTS:
+        _, out, _ = command(script, "--help")
+        assert "--threads NUMBER" in out
+        assert not re.search(r"null|None|Path\(|Optional|<class|type:|\+, --", out), script
+        for name in load_script(script).main.__annotations__.keys() - {"return", "options"}:
+            assert len(re.findall(rf"^  --{name} ", out, re.MULTILINE)) == 1, f"{script} --{name}"
+
+
+def test_threads(command, base_dir):
+    threads, variable = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    try:
+        options = {"checkpoint_dir": base_dir, "prompt": "x", "max_new_tokens": 1}
+        assert command("generate/base.py", threads=3, **options)[0] == 0
+        assert (torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]) == (3, "3")
+    finally:
+        torch.set_num_threads(threads)
+        os.environ.pop("OMP_NUM_THREADS")
+        if variable is not None:
+            os.environ["OMP_NUM_THREADS"] = variable
+    status, _, err = command("generate/base.py", threads=0, **options)
+    assert (status, err) == (1, "error: --threads is 0, it must be at least 1\n")
+
+
+@pytest.mark.parametrize("name", ["adapter", "aligner", "lora"])
+def test_adapters_go_by_any_name_in_every_script(command, name):
+    scripts = {script: load_script(script).main.__annotations__ for script in SCRIPTS}
+    assert not any(option in options for options in scripts.values() for option in ("aligner_path", "lora_path"))
+    for script, options in scripts.items():
+        for option, value in (("path", "a.safetensors"), ("scale", "0.25")):
+            if f"adapter_{option}" in options:
+                status, out, err = command(script, f"--{name}_{option}", value, "--print_config")
+                assert status == 0, err
+                assert re.search(rf"^adapter_{option}:(\n-)? {re.escape(value)}$", out, re.MULTILINE), out
 
 
 def test_generate_base_and_aligner(command, base_dir, aligner_path, tmp_path):
@@ -233,6 +304,20 @@ def test_unknown_option_is_refused(command, base_dir):
     status, _, err = command("generate/base.py", checkpoint_dir=base_dir, prompt="x", temprature=1)
     assert status == 2
     assert "temprature" in err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--seed=x", "--seed x: expected NUMBER"),
+        ("--top_k=2.5", "--top_k 2.5: expected NUMBER"),
+        ("--adapter_scale=a", "--adapter_scale ['a']: expected NUMBER"),
+        ("--quantize=3", "--quantize 3: there are 'nf4', 'int8', 'int8-weights', 'int4-weights'"),
+        ("--compile=maybe", "--compile maybe: there are 'true', 'false'"),
+    ],
+)
+def test_values_of_another_type_are_refused_in_words(command, option, message):
+    assert command("generate/aligner.py", option)[::2] == (2, f"error: {message} (--help lists the options)\n")
 
 
 def test_adapter_of_other_weights(command, base_dir, aligner_path, tmp_path):
