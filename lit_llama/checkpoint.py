@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from lit_llama.adapter import LLaMAAdapter
 from lit_llama.aligner import Aligner
+from lit_llama.fields import check_object, check_value, take
 from lit_llama.files import atomic_file, check_file, read_json, write_json
 from lit_llama.hf import pairs_from_halves
 from lit_llama.lora import LoRA
@@ -84,7 +85,7 @@ def _open_tensors(file: Path) -> list[tuple[str, Callable[[str], Tensor]]]:
         try:
             handle = safe_open(file, framework="pt")
         except SafetensorError as error:
-            raise ValueError(f"{file} is no complete safetensors file ({error}): fetch or write it again") from None
+            raise ValueError(f"{file} is not a complete safetensors file ({error}): fetch or write it again") from None
         return [(name, handle.get_tensor) for name in handle.keys()]  # noqa: SIM118 (not a mapping)
     try:
         try:
@@ -95,7 +96,7 @@ def _open_tensors(file: Path) -> list[tuple[str, Callable[[str], Tensor]]]:
             tensors = torch.load(file, map_location="cpu", weights_only=True)  # torch's format before 1.6
     except Exception as error:  # junk makes torch's unpickler raise errors of any kind
         raise ValueError(
-            f"{file} is no file of tensors that torch can read without running code in it; nothing was run "
+            f"{file} is not a file of tensors that torch can read without running code in it; nothing was run "
             f"({type(error).__name__})"
         ) from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
@@ -114,13 +115,18 @@ def weight_files(folder: Path) -> list[Path]:
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.is_file():
-            content = read_json(index)
-            if not isinstance(content, dict) or not isinstance(content.get("weight_map"), dict):
-                raise ValueError(f"{index}: expected an object with a 'weight_map'")
-            files = [folder / shard for shard in sorted(set(content["weight_map"].values()))]
+            weight_map = take(check_object(read_json(index), index), "weight_map", dict, index)
+            for tensor, shard in weight_map.items():
+                check_value(shard, f"{index}: file of {tensor}", str)
+                if Path(shard).name != shard:
+                    raise ValueError(f"{index}: file of {tensor} is {shard!r}, expected the name of a file beside it")
+            files = [folder / shard for shard in sorted(set(weight_map.values()))]
+            if not files:
+                raise ValueError(f"{index} names no weights")
             missing = [file.name for file in files if not file.is_file()]
             if missing:
-                raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
+                some = ", ".join(missing[:3]) + (f", ... ({len(missing)} files)" if len(missing) > 3 else "")
+                raise FileNotFoundError(f"{folder} lacks {some}, which {index.name} names")
             return files
         if (folder / name).is_file():
             return [folder / name]
@@ -168,10 +174,14 @@ def write_base(
         _refuse_names(source["from"], needed - set(tensors), set(tensors) - needed)
 
     def read(name: str) -> Tensor:
-        parts = [tensors[part] for part in sources[name]]
-        if halved_rotary and len(parts) == 3:  # query, key, value
-            parts[:2] = [pairs_from_halves(part, config.head_size) for part in parts[:2]]
-        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        try:
+            parts = [tensors[part] for part in sources[name]]
+            if halved_rotary and len(parts) == 3:  # query, key, value
+                parts[:2] = [pairs_from_halves(part, config.head_size) for part in parts[:2]]
+            tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        except (RuntimeError, IndexError) as error:  # what torch says of shapes that do not fit each other
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{source['from']}: {', '.join(sources[name])} do not make {name} ({reason})") from None
         _check_shape(name, tensor.shape, shapes[name], source["from"])
         return tensor.to(dtype=dtype).contiguous()
 
@@ -257,12 +267,10 @@ def read_config(checkpoint_dir: Path) -> LLaMAConfig:
         raise FileNotFoundError(
             f"{checkpoint_dir} holds no {CONFIG_FILE}: convert the model with one of scripts/convert_*_checkpoint.py"
         )
-    content = read_json(file)
-    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
-        raise ValueError(f"{file}: expected an object with a 'config' in it")
+    fields = take(check_object(read_json(file), file), "config", dict, file)
     try:
-        return LLaMAConfig.from_dict(content["config"])
-    except (TypeError, ValueError) as error:
+        return LLaMAConfig.from_dict(fields)
+    except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
 

@@ -10,11 +10,14 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, cast
+
+MOST_SETTINGS = 2**25  # bytes of a JSON file that is read as a whole
+MOST_NESTED = 100  # lists and objects in each other; real files have a tenth of that
 
 
 def require_extra(module: str, extra: str) -> ModuleType:
@@ -134,16 +137,52 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file.
+    """The value in a JSON file of settings, which is small and not deeply nested.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not JSON; the message names the line.
+        ValueError: it is not JSON, and the message names the line; or it is too large or too deeply nested.
+    """
+    check_file(path)
+    if path.stat().st_size > MOST_SETTINGS:
+        raise ValueError(
+            f"{path} has {path.stat().st_size} bytes, expected a file of settings of at most {MOST_SETTINGS}"
+        )
+    return parse_json(read_text(path), path)
+
+
+def parse_json(text: str, place: object) -> Any:
+    """The value that JSON text holds.
+
+    Args:
+        text: from a file that anybody may have written.
+        place: the file, for error messages.
+
+    Raises:
+        ValueError: it is not JSON, and the message names the line; or it is too deeply nested, or a number too long.
     """
     try:
-        return json.loads(read_text(path))
+        value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
+        raise ValueError(f"{place}, line {error.lineno}: not JSON ({error.msg})") from None
+    except RecursionError:
+        raise _too_deep(place) from None
+    except ValueError:  # Python reads no whole number of more than 4300 digits
+        raise ValueError(f"{place}: a number has too many digits") from None
+    level = [value]
+    for _ in range(MOST_NESTED):
+        level = [inner for outer in level for inner in _inside(outer)]
+        if not level:
+            return value
+    raise _too_deep(place)
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _too_deep(place: object) -> ValueError:
+    return ValueError(f"{place}: lists and objects are nested more than {MOST_NESTED} deep")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -229,5 +268,5 @@ def _array_entries(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
         for number, value in enumerate(ijson.items(file, "item", use_float=True), start=1):
             yield f"{path}, example {number}", value
     except (ijson.JSONError, UnicodeDecodeError) as error:
-        read_json(path)  # names the line
+        parse_json(read_text(path), path)  # names the line
         raise ValueError(f"{path}: not JSON ({str(error).splitlines()[0]})") from None

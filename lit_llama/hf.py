@@ -1,10 +1,13 @@
 """Hugging Face's names and configuration of LLaMA-family models, from and to this project's."""
 
+import reprlib
+import warnings
 from typing import Any
 
 from torch import Tensor
 
-from lit_llama.model import LLaMAConfig, RopeScaling
+from lit_llama.fields import check_object, take
+from lit_llama.model import MOST_TOKENS, LLaMAConfig, RopeScaling
 
 LAYER = "transformer.h.{}."
 PROJECTIONS = {name: f"self_attn.{name}_proj" for name in "qkvo"} | {
@@ -25,52 +28,83 @@ NAMES = {
 }
 
 
-def config_from_hf(fields: dict[str, Any], name: str) -> LLaMAConfig:
+def config_from_hf(fields: Any, name: str, place: object = "config.json") -> LLaMAConfig:
     """The model's configuration from a config.json; fields that are absent have transformers' defaults.
+
+    Args:
+        fields: what the file holds.
+        name: what the model is called.
+        place: the file, for error messages.
 
     Raises:
         ValueError: the model has something that `lit_llama.model` cannot compute; the message names the field.
     """
-    if not isinstance(fields, dict):
-        raise ValueError(f"config.json: expected an object, found {type(fields).__name__}")
+    fields = check_object(fields, place)
     allowed: dict[str, tuple[Any, ...]] = {
         "model_type": ("llama", "mistral"),
         "hidden_act": ("silu",),
         "attention_bias": (False,),
         "mlp_bias": (False,),
-        "sliding_window": (None,),
         "partial_rotary_factor": (1.0,),
         "quantization_config": (None,),
     }
-    if fields.get("model_type") == "mistral" and "sliding_window" not in fields:
-        fields = {**fields, "sliding_window": 4096}
     for field, values in allowed.items():
         if fields.get(field, values[0]) not in values:
             raise ValueError(
-                f"config.json has {field} {fields[field]!r}, which this model cannot do; possible: "
+                f"{place}: {field} is {reprlib.repr(fields[field])}, which this model cannot do; possible: "
                 f"{', '.join(map(str, values))}"
             )
     required = ("num_attention_heads", "hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size")
-    missing = [field for field in required if field not in fields]
+    missing = [field for field in required if fields.get(field) is None]
     if missing:
-        raise ValueError(f"config.json lacks {', '.join(missing)}: it is not a LLaMA-family model's")
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    n_head, n_embd = fields["num_attention_heads"], fields["hidden_size"]
-    return LLaMAConfig(
-        name=name,
-        block_size=fields.get("max_position_embeddings", 2048),
-        vocab_size=fields["vocab_size"],
-        n_layer=fields["num_hidden_layers"],
-        n_head=n_head,
-        n_embd=n_embd,
-        n_kv_head=fields.get("num_key_value_heads") or n_head,
-        head_size=fields.get("head_dim") or n_embd // n_head,
-        intermediate_size=fields["intermediate_size"],
-        norm_eps=fields.get("rms_norm_eps", 1e-6),
-        rope_base=float(rope.get("rope_theta", fields.get("rope_theta", 10000.0))),
-        rope_scaling=_rope_scaling(rope),
-        tie_embeddings=fields.get("tie_word_embeddings", False),
+        raise ValueError(f"{place} lacks {', '.join(missing)}: it is not a LLaMA-family model's")
+
+    def size(field: str, default: Any = None, most: int = MOST_TOKENS) -> int:
+        return take(fields, field, int, place, default, 1, most)
+
+    n_head, n_embd = size("num_attention_heads"), size("hidden_size")
+    block_size = size("max_position_embeddings", 2048)
+    if "sliding_window" in fields or fields.get("model_type") == "mistral":
+        window = size("sliding_window", 4096 if "sliding_window" not in fields else None)
+        block_size = within_window(block_size, window, f"{place}: sliding_window")
+    rope = take(fields, "rope_parameters", dict, place, {}) or take(fields, "rope_scaling", dict, place, {})
+    rope_base = take(rope, "rope_theta", float, place, take(fields, "rope_theta", float, place, 10000.0))
+    try:
+        return LLaMAConfig(
+            name=name,
+            block_size=block_size,
+            vocab_size=fields["vocab_size"],
+            n_layer=fields["num_hidden_layers"],
+            n_head=n_head,
+            n_embd=n_embd,
+            n_kv_head=size("num_key_value_heads", n_head),
+            head_size=size("head_dim", n_embd // n_head),
+            intermediate_size=fields["intermediate_size"],
+            norm_eps=take(fields, "rms_norm_eps", float, place, 1e-6),
+            rope_base=rope_base,
+            rope_scaling=_rope_scaling(rope),
+            tie_embeddings=take(fields, "tie_word_embeddings", bool, place, False),
+        )
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+
+
+def within_window(block_size: int, window: int | None, what: str) -> int:
+    """The longest context in which attention through a sliding window is ordinary attention; warns if it is shorter.
+
+    Args:
+        block_size: the model's own longest context, in tokens.
+        window: how many tokens each token attends to, with itself; None means all.
+        what: the field that says so, for the warning.
+    """
+    if window is None or window >= block_size:
+        return block_size
+    warnings.warn(
+        f"{what} is {window}, and up to that many tokens this model computes the same without a sliding window: "
+        f"block_size is {window}, not {block_size}",
+        stacklevel=3,
     )
+    return window
 
 
 _LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -78,23 +112,23 @@ _LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max
 
 def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
-    needs = {"linear": ("factor",), "llama3": _LLAMA3_FIELDS}.get(kind, ())
-    missing = [field for field in needs if field not in rope]
-    if missing:
-        raise ValueError(f"config.json has rope_scaling of type {kind!r} without {', '.join(missing)}")
     if kind == "default":
         return None
+    if kind not in ("linear", "llama3"):
+        raise ValueError(f"rope_scaling is of type {reprlib.repr(kind)}; this model can do default, linear and llama3")
+    needs = _LLAMA3_FIELDS if kind == "llama3" else ("factor",)
+    missing = [field for field in needs if rope.get(field) is None]
+    if missing:
+        raise ValueError(f"rope_scaling of type {kind!r} lacks {', '.join(missing)}")
     if kind == "linear":
         return RopeScaling("linear", factor=rope["factor"])
-    if kind == "llama3":
-        return RopeScaling(
-            "llama3",
-            factor=rope["factor"],
-            low_freq_factor=rope["low_freq_factor"],
-            high_freq_factor=rope["high_freq_factor"],
-            original_block_size=rope["original_max_position_embeddings"],
-        )
-    raise ValueError(f"config.json has rope_scaling of type {kind!r}; this model can do default, linear and llama3")
+    return RopeScaling(
+        "llama3",
+        factor=rope["factor"],
+        low_freq_factor=rope["low_freq_factor"],
+        high_freq_factor=rope["high_freq_factor"],
+        original_block_size=rope["original_max_position_embeddings"],
+    )
 
 
 def config_to_hf(config: LLaMAConfig) -> dict[str, Any]:

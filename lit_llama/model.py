@@ -7,6 +7,7 @@ N prefix tokens, S cache length, V vocabulary.
 
 import math
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
@@ -17,6 +18,22 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from lit_llama.fields import check_value, take
+
+# Larger than any model's, small enough that no file can make this program build for minutes.
+MOST_TOKENS = 2**24
+_LARGEST = {
+    "block_size": MOST_TOKENS,
+    "vocab_size": 2**24,
+    "n_layer": 1024,
+    "n_head": 2**12,
+    "n_embd": 2**18,
+    "n_kv_head": 2**12,
+    "head_size": 2**14,
+    "intermediate_size": 2**20,
+}
+_FILLED = ("n_kv_head", "head_size", "intermediate_size")  # 0 if not given
 
 
 @dataclass(frozen=True)
@@ -30,6 +47,9 @@ class RopeScaling:
         low_freq_factor: wavelengths above `original_block_size / low_freq_factor` are divided.
         high_freq_factor: wavelengths below `original_block_size / high_freq_factor` are kept.
         original_block_size: context length before stretching, in tokens.
+
+    Raises:
+        ValueError: a field is of another type, or out of range.
     """
 
     type: Literal["linear", "llama3"]
@@ -37,6 +57,19 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_block_size: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.type not in ("linear", "llama3"):
+            raise ValueError(f"rope_scaling's type is {reprlib.repr(self.type)}, expected 'linear' or 'llama3'")
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            value = check_value(getattr(self, name), f"rope_scaling's {name}", float, 1e-6, 1e6)
+            object.__setattr__(self, name, value)
+        check_value(self.original_block_size, "rope_scaling's original_block_size", int, 1, MOST_TOKENS)
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"rope_scaling's high_freq_factor is {self.high_freq_factor:g}, expected more than its "
+                f"low_freq_factor, {self.low_freq_factor:g}"
+            )
 
 
 @dataclass(frozen=True)
@@ -57,6 +90,9 @@ class LLaMAConfig:
         rope_base: base of the rotary frequencies.
         rope_scaling: stretching of the rotary frequencies, if any.
         tie_embeddings: the output projection is the embedding.
+
+    Raises:
+        ValueError: a field is of another type, out of range, or contradicts another one.
     """
 
     name: str = ""
@@ -75,9 +111,20 @@ class LLaMAConfig:
 
     def __post_init__(self) -> None:
         fill = object.__setattr__  # the dataclass is frozen
+        check_value(self.name, "name", str)
+        check_value(self.tie_embeddings, "tie_embeddings", bool)
+        for name, most in _LARGEST.items():
+            check_value(getattr(self, name), name, int, 0 if name in _FILLED else 1, most)
+        for name, most in (("norm_eps", 1.0), ("rope_base", 1e15)):
+            fill(self, name, check_value(getattr(self, name), name, float, 1e-30, most))
+        if self.head_size % 2:
+            raise ValueError(f"head_size is {self.head_size}, expected an even number: rotary embedding turns pairs")
         fill(self, "n_kv_head", self.n_kv_head or self.n_head)
         fill(self, "head_size", self.head_size or self.n_embd // self.n_head)
         fill(self, "intermediate_size", self.intermediate_size or 256 * math.ceil(8 * self.n_embd / 3 / 256))
+        check_value(self.head_size, "head_size", int, 1)  # more heads than the embedding has values
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head is {self.n_head}, expected a multiple of n_kv_head, {self.n_kv_head}")
 
     @classmethod
     def from_name(cls, name: str) -> "LLaMAConfig":
@@ -97,15 +144,18 @@ class LLaMAConfig:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: a field is missing or unknown, so that a file of another version is never half read.
+            ValueError: a field is missing or unknown, so that a file of another version is never half read; or it
+                cannot be a model's.
         """
         expected, found = set(cls.__dataclass_fields__), set(fields)
         if expected != found:
-            raise ValueError(
-                f"model configuration lacks {sorted(expected - found)} and has unknown {sorted(found - expected)}"
-            )
-        scaling = fields["rope_scaling"]
-        return cls(**{**fields, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+            lacking, unknown = (reprlib.repr(sorted(names)) for names in (expected - found, found - expected))
+            raise ValueError(f"model configuration lacks {lacking} and has unknown {unknown}")
+        scaling = take(fields, "rope_scaling", dict, "model configuration", default=None)
+        try:
+            return cls(**{**fields, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+        except TypeError as error:  # a field of the scaling is missing or unknown
+            raise ValueError(f"rope_scaling: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, as JSON knows them."""
@@ -313,8 +363,6 @@ class LLaMA(nn.Module):
 
     def __init__(self, config: LLaMAConfig) -> None:
         super().__init__()
-        if config.n_head % config.n_kv_head:
-            raise ValueError(f"n_head {config.n_head} is not a multiple of n_kv_head {config.n_kv_head}")
         if config.head_size % 2:
             raise ValueError(f"head_size {config.head_size} is odd; rotary embedding turns pairs")
         self.config = config

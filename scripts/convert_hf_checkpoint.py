@@ -2,7 +2,8 @@
 
     python scripts/convert_hf_checkpoint.py --checkpoint_dir models/Llama-2-7b-hf --output_dir checkpoints/Llama-2-7b
 
-Reads `LlamaForCausalLM` of any size, and Mistral without a sliding window; safetensors or `.bin`, single or sharded.
+Reads `LlamaForCausalLM` and `MistralForCausalLM` of any size; safetensors or `.bin`, single or sharded. Where attention
+has a sliding window, the model's longest context becomes that window, up to which the two compute the same.
 """
 
 import sys
@@ -25,7 +26,8 @@ def main(checkpoint_dir: Path, output_dir: Path, dtype: DType | None = None) -> 
         dtype: of the weights on disk; if not given, as they are.
     """
     files = weight_files(checkpoint_dir)
-    config = config_from_hf(read_json(checkpoint_dir / "config.json"), name=output_dir.name)
+    config_file = checkpoint_dir / "config.json"
+    config = config_from_hf(read_json(config_file), output_dir.name, config_file)
     tensors = TensorFiles(
         files, ignore=r".*rotary_emb\.inv_freq" + (r"|lm_head\.weight" if config.tie_embeddings else "")
     )

@@ -16,7 +16,9 @@ import torch
 
 from lit_llama.checkpoint import DType, TensorFiles, copy_tokenizer, write_base
 from lit_llama.cli import run
+from lit_llama.fields import check_object, take
 from lit_llama.files import atomic_folder, read_json
+from lit_llama.hf import within_window
 from lit_llama.model import PRESETS, LLaMAConfig, RopeScaling
 
 LAYER = "transformer.h.{}."
@@ -44,15 +46,16 @@ def main(checkpoint_dir: Path, output_dir: Path, dtype: DType | None = None, blo
         block_size: longest context in tokens, which params.json does not tell; if not given, that of the LLaMA
             generation which the other values point to.
     """
-    params = read_json(checkpoint_dir / "params.json")
-    missing = [field for field in ("dim", "n_layers", "n_heads", "norm_eps") if field not in params]
+    params_file = checkpoint_dir / "params.json"
+    params = check_object(read_json(params_file), params_file)
+    missing = [field for field in ("dim", "n_layers", "n_heads", "norm_eps") if params.get(field) is None]
     if missing:
-        raise ValueError(f"{checkpoint_dir / 'params.json'} lacks {', '.join(missing)}")
+        raise ValueError(f"{params_file} lacks {', '.join(missing)}")
     files = sorted(checkpoint_dir.glob("consolidated.*.pth"))
     if not files:
         raise FileNotFoundError(f"{checkpoint_dir} holds no weights: expected consolidated.00.pth, ...")
     tensors = MergedTensors([TensorFiles([file], ignore=r"rope\.freqs") for file in files], params["dim"])
-    config = config_from_meta(params, tensors, name=output_dir.name, block_size=block_size)
+    config = config_from_meta(params, tensors, output_dir.name, block_size, params_file)
     beside = (checkpoint_dir / "tokenizer.model").is_file() or (checkpoint_dir / "tokenizer.json").is_file()
     with atomic_folder(output_dir) as folder:
         copy_tokenizer(checkpoint_dir if beside else checkpoint_dir.parent, folder)
@@ -98,32 +101,42 @@ class MergedTensors(Mapping[str, torch.Tensor]):
 
 
 def config_from_meta(
-    params: dict[str, Any], tensors: Mapping[str, torch.Tensor], name: str, block_size: int | None
+    params: dict[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    name: str,
+    block_size: int | None,
+    place: object = "params.json",
 ) -> LLaMAConfig:
     """The model's configuration from params.json and, where that is silent, the shapes of the weights.
 
     Raises:
-        ValueError: the weights are not a LLaMA's.
+        ValueError: the weights are not a LLaMA's, or a value of params.json cannot be a model's.
     """
-    for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
-        if name not in tensors:
-            raise ValueError(f"the checkpoint lacks {name}: it is not a LLaMA's")
-    n_layer, n_head, n_embd = params["n_layers"], params["n_heads"], params["dim"]
-    if block_size is None:
-        block_size = _block_size(params)
-    return LLaMAConfig(
-        name=name,
-        block_size=block_size,
-        vocab_size=tensors["tok_embeddings.weight"].size(0),
-        n_layer=n_layer,
-        n_head=n_head,
-        n_embd=n_embd,
-        n_kv_head=params.get("n_kv_heads") or n_head,
-        intermediate_size=tensors["layers.0.feed_forward.w1.weight"].size(0),
-        norm_eps=params["norm_eps"],
-        rope_base=params.get("rope_theta", 10000.0),
-        rope_scaling=RopeScaling("llama3", _rope_factor(params)) if params.get("use_scaled_rope") else None,
-    )
+    for needed in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
+        if needed not in tensors:
+            raise ValueError(f"the checkpoint lacks {needed}: it is not a LLaMA's")
+        if tensors[needed].dim() != 2:
+            raise ValueError(f"{needed} has shape {tuple(tensors[needed].shape)}, expected a matrix")
+    window = take(params, "sliding_window", int, place, None, 1)  # Mistral's own files have one
+    block_size = within_window(block_size or _block_size(params), window, f"{place}: sliding_window")
+    stretched = take(params, "use_scaled_rope", bool, place, False)
+    try:
+        return LLaMAConfig(
+            name=name,
+            block_size=block_size,
+            vocab_size=tensors["tok_embeddings.weight"].size(0),
+            n_layer=params["n_layers"],
+            n_head=params["n_heads"],
+            n_embd=params["dim"],
+            n_kv_head=take(params, "n_kv_heads", int, place, 0),
+            head_size=take(params, "head_dim", int, place, 0),
+            intermediate_size=tensors["layers.0.feed_forward.w1.weight"].size(0),
+            norm_eps=params["norm_eps"],
+            rope_base=take(params, "rope_theta", float, place, 10000.0),
+            rope_scaling=RopeScaling("llama3", _rope_factor(params)) if stretched else None,
+        )
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
 
 
 def _block_size(params: dict[str, Any]) -> int:
@@ -140,7 +153,7 @@ def _rope_factor(params: dict[str, Any]) -> float:
     for preset in PRESETS:
         if preset.rope_scaling and (preset.n_layer, preset.n_embd) == (params["n_layers"], params["dim"]):
             return preset.rope_scaling.factor
-    return params.get("rope_scaling_factor", 8.0)
+    return take(params, "rope_scaling_factor", float, "params.json", 8.0)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def test_damaged_bases_are_refused(copied_base):
 
     for bad in (good[: len(good) // 2], good[:4], b"", b'{"weights": [1, 2]}'):
         file.write_bytes(bad)
-        refused(ValueError, r"model\.safetensors is no complete safetensors file")
+        refused(ValueError, r"model\.safetensors is not a complete safetensors file")
     file.write_bytes(good)
     weights = safetensors_load(good)
     lacking = dict(weights)
@@ -97,13 +97,76 @@ def test_damaged_bases_are_refused(copied_base):
     (copied_base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
     refused(FileNotFoundError, "lacks gone.safetensors")
     (copied_base / "model.safetensors.index.json").write_text("[]")
-    refused(ValueError, "expected an object with a 'weight_map'")
+    refused(ValueError, "expected an object, found")
     (copied_base / "lit_config.json").write_text("{")
     refused(ValueError, r"lit_config\.json, line 1: not JSON")
     (copied_base / "lit_config.json").unlink()
     refused(FileNotFoundError, r"holds no lit_config\.json: convert")
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         load_base(copied_base / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"n_layer": 2**31}, "n_layer is 2147483648, expected a whole number from 1 to 1024"),
+        ({"n_layer": 4.0}, "n_layer is 4.0"),
+        ({"n_head": True}, "n_head is True"),
+        ({"n_head": 0}, "n_head is 0"),
+        ({"n_kv_head": 3}, "expected a multiple of n_kv_head"),
+        ({"n_embd": None}, "n_embd is None"),
+        ({"vocab_size": 10**30}, "vocab_size is 1000000"),
+        ({"block_size": [256]}, r"block_size is \[256\]"),
+        ({"head_size": 15}, "head_size is 15, expected an even number"),
+        ({"norm_eps": "small"}, "norm_eps is 'small', expected a number"),
+        ({"norm_eps": float("inf")}, "norm_eps is inf"),
+        ({"rope_base": -1}, "rope_base is -1"),
+        ({"rope_scaling": [2]}, r"rope_scaling is \[2\], expected an object"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling: .*factor"),
+        ({"rope_scaling": {"type": {}, "factor": 2.0}}, "rope_scaling's type is"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling's factor is 0"),
+        ({"tie_embeddings": 1}, "tie_embeddings is 1, expected true or false"),
+        ({"name": 3}, "name is 3, expected text"),
+        ({"surprise": 3}, r"has unknown \['surprise'\]"),
+    ],
+)
+def test_odd_values_of_lit_config(copied_base, change, found):
+    file = copied_base / "lit_config.json"
+    content = json.loads(file.read_text())
+    content["config"] |= change
+    file.write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match=rf"lit_config\.json: {'model configuration ' * ('surprise' in change)}.*{found}"
+    ):
+        load_base(copied_base)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("[" * 100_000 + "]" * 100_000, "nested more than 100 deep"),
+        ('{"config":' * 100_000 + "1" + "}" * 100_000, "nested more than 100 deep"),
+        ('{"config": ' + "[" * 200 + "]" * 200 + "}", "nested more than 100 deep"),
+        ('{"config": ' + "9" * 5000 + "}", "too many digits"),
+        (" " * 2**26, "expected a file of settings of at most"),
+        ('{"config": null}', "lacks config, expected an object"),
+        ("3", "expected an object, found 3"),
+    ],
+    ids=["lists", "objects", "shallower", "digits", "size", "null", "number"],
+)
+def test_json_of_any_shape_is_refused_in_one_line(copied_base, content, found):
+    (copied_base / "lit_config.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"lit_config\.json.*{found}"):
+        load_base(copied_base)
+
+
+@pytest.mark.parametrize(
+    "weight_map", [3, [], {}, {"a": 3}, {"a": ["x"]}, {"a": None}, {"a": "../a"}, {"a": "/etc/passwd"}]
+)
+def test_odd_index(copied_base, weight_map):
+    (copied_base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json"):
+        load_base(copied_base)
 
 
 @pytest.mark.parametrize("content", ["bomb", "json", "empty", "not tensors", "Repository not found", "Gateway", "no"])

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import warnings
 
 import gguf
 import numpy as np
@@ -74,13 +75,34 @@ def test_hf_bin_files(tmp_path, hf_checkpoint, sharded):
     assert_same_logits(hf_checkpoint, tmp_path / "lit")
 
 
-def test_mistral_without_a_window(tmp_path):
+@pytest.mark.parametrize(("window", "block_size"), [(None, 256), (512, 256), (16, 16)])
+def test_mistral(command, tmp_path, window, block_size):
+    """Within its sliding window it is a LLaMA, and the window is the longest context."""
     source = make_hf_checkpoint(tmp_path / "hf")
     config = json.loads((source / "config.json").read_text())
-    config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+    config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": window}
     (source / "config.json").write_text(json.dumps(config))
-    convert_hf.main(checkpoint_dir=source, output_dir=tmp_path / "lit")
-    assert_same_logits(source, tmp_path / "lit")
+    _, _, err = command("scripts/convert_hf_checkpoint.py", checkpoint_dir=source, output_dir=tmp_path / "lit")
+    assert err.count("\n") == 2 - (block_size == 256)
+    assert ("config.json: sliding_window is 16" in err) == (block_size == 16)
+    expected, model = transformers.AutoModelForCausalLM.from_pretrained(source), load_base(tmp_path / "lit")
+    assert (expected.config.sliding_window, model.config.block_size) == (window, block_size)
+    ids = torch.randint(390, (2, block_size), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), expected(ids).logits, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match=f"window of {block_size}"):
+        model(torch.zeros(1, block_size + 1, dtype=torch.long))
+
+
+def test_window_of_mistral_7b(hf_checkpoint):
+    """Version 0.1 has 4096, and so has a config.json that does not say."""
+    fields = {**json.loads((hf_checkpoint / "config.json").read_text()), "model_type": "mistral"}
+    fields["max_position_embeddings"] = 32768
+    for window, block_size in ((4096, 4096), ("absent", 4096), (None, 32768)):
+        given = fields if window == "absent" else {**fields, "sliding_window": window}
+        with warnings.catch_warnings(record=True) as said:
+            assert convert_hf.config_from_hf(given, "x").block_size == block_size
+        assert len(said) == (block_size == 4096)
 
 
 def test_dtype_and_shards_of_the_output(tmp_path, hf_checkpoint, monkeypatch):
@@ -106,10 +128,24 @@ def test_dtype_and_shards_of_the_output(tmp_path, hf_checkpoint, monkeypatch):
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"model_type": "qwen2"}, "model_type"),
-        ({"model_type": "mistral"}, "sliding_window"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": None}, "rope_scaling"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": "32"}, "hidden_size"),
+        ({"num_attention_heads": 0}, "num_attention_heads"),
+        ({"num_hidden_layers": 2**31}, "n_layer"),
+        ({"num_hidden_layers": -4}, "n_layer"),
+        ({"num_hidden_layers": True}, "n_layer"),
+        ({"vocab_size": 1e30}, "vocab_size"),
+        ({"intermediate_size": [64]}, "intermediate_size"),
+        ({"head_dim": 15}, "head_size"),
+        ({"max_position_embeddings": {}}, "max_position_embeddings"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        ({"rope_parameters": [1]}, "rope_parameters"),
+        ({"rope_parameters": {"rope_type": ["llama3"], "rope_theta": 1e4}}, "rope_scaling"),
+        ({"rope_parameters": {**LLAMA3_ROPE, "high_freq_factor": 1.0}}, "high_freq_factor"),
+        ({"rope_parameters": {**LLAMA3_ROPE, "factor": 10**400}}, "factor"),
     ],
 )
 def test_hf_config_that_cannot_be_honoured(command, tmp_path, hf_checkpoint, change, field):
@@ -123,6 +159,7 @@ def test_hf_config_that_cannot_be_honoured(command, tmp_path, hf_checkpoint, cha
     status, _, err = command("scripts/convert_hf_checkpoint.py", checkpoint_dir=source, output_dir=tmp_path / "lit")
     assert status == 1
     assert field in err
+    assert "config.json" in err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert not (tmp_path / "lit").exists()
@@ -185,7 +222,42 @@ def test_meta_shards_are_merged(tmp_path, hf_checkpoint):
             (folder / file).write_bytes((hf_checkpoint / file).read_bytes())
         convert_meta.main(checkpoint_dir=folder, output_dir=tmp_path / f"lit{embedding_dim}")
         assert_same_logits(hf_checkpoint, tmp_path / f"lit{embedding_dim}")
-        assert load_base(tmp_path / f"lit{embedding_dim}").config.block_size == 2048
+        config = load_base(tmp_path / f"lit{embedding_dim}").config
+        assert (config.name, config.block_size) == (f"lit{embedding_dim}", 2048)
+
+
+def test_meta_checkpoint_with_a_sliding_window_and_a_head_size():
+    """Mistral's own files are Meta's layout."""
+    params = {"dim": 8, "n_layers": 1, "n_heads": 2, "head_dim": 6, "norm_eps": 1e-5, "sliding_window": 64}
+    tensors = {name: torch.zeros(9, 8) for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight")}
+    for block_size in (None, 100):
+        with pytest.warns(UserWarning, match="block_size is 64, not"):
+            config = convert_meta.config_from_meta(params, tensors, "x", block_size)
+        assert (config.name, config.block_size, config.head_size) == ("x", 64, 6)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"dim": None}, "lacks dim"),
+        ({"dim": "64"}, "n_embd is '64'"),
+        ({"n_layers": 2**31}, "n_layer is 2147483648, expected a whole number from 1 to 1024"),
+        ({"n_kv_heads": -1}, "n_kv_head is -1"),
+        ({"n_kv_heads": 3}, "expected a multiple of n_kv_head"),
+        ({"norm_eps": [1e-5]}, "norm_eps is"),
+        ({"rope_theta": {}}, "rope_theta is"),
+        ({"use_scaled_rope": 1e30}, "use_scaled_rope is 1e"),
+    ],
+)
+def test_odd_params_of_a_meta_checkpoint(command, tmp_path, change, found):
+    params = {"dim": 4, "n_layers": 1, "n_heads": 2, "norm_eps": 1e-5, **change}
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    names = ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight")
+    torch.save({name: torch.zeros(9, 4) for name in names}, tmp_path / "consolidated.00.pth")
+    status, _, err = command("scripts/convert_meta_checkpoint.py", checkpoint_dir=tmp_path, output_dir=tmp_path / "lit")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "params.json" in err
+    assert found in err
 
 
 def write_gguf(file, hf_folder, tokenizer_fields, quantization=None, rope_factors=None):

@@ -144,7 +144,9 @@ def test_linear_scaling_divides_every_frequency():
     torch.testing.assert_close(rope_frequencies(scaled), rope_frequencies(plain) / 4)
 
 
-@pytest.mark.parametrize(("changes", "message"), [({"n_kv_head": 3}, "not a multiple"), ({"head_size": 7}, "odd")])
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"n_kv_head": 3}, "expected a multiple"), ({"head_size": 7}, "expected an even number")]
+)
 def test_contradictory_config_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         LLaMA(tiny_config(**changes))

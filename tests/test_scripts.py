@@ -202,7 +202,7 @@ def test_prompts_name_their_aligner_in_a_folder(command, base_dir, aligner_path,
     assert (status, "give --aligner_dir" in err) == (1, True)
     (tmp_path / "store" / "trained.safetensors").write_bytes(b"junk")
     status, _, err = command("generate/aligner.py", **options, **folder)
-    assert (status, "trained.safetensors is no complete safetensors file" in err) == (1, True)
+    assert (status, "trained.safetensors is not a complete safetensors file" in err) == (1, True)
     (tmp_path / "store" / "trained.safetensors").unlink()
     status, _, err = command("generate/aligner.py", **options, **folder)
     assert (status, "no Aligner named 'trained'" in err) == (1, True)
