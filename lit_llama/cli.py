@@ -6,12 +6,12 @@ Generated text goes to stdout, everything else to stderr.
 
 import argparse
 import hashlib
+import importlib
 import inspect
 import itertools
 import json
 import os
 import re
-import resource
 import signal
 import sys
 import textwrap
@@ -617,5 +617,9 @@ def peak_memory() -> str:
     """The largest memory that this process has used so far, in words."""
     if torch.cuda.is_available():
         return f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB of GPU memory"
+    try:
+        resource = importlib.import_module("resource")
+    except ImportError:  # Windows
+        return "memory unknown"
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB of memory"

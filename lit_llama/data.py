@@ -115,11 +115,12 @@ def write_dataset(
     kind: Kind = "supervised",
     scored_turns: ScoredTurns = "all",
     total: int | None = None,
+    overwrite: bool = False,
 ) -> dict[str, SplitSummary]:
     """Tokenise a data set and write it, all or nothing, holding a thousand items in memory at a time.
 
     Args:
-        folder: the data set; must not exist yet.
+        folder: the data set.
         items: each with the name of its split, "train" or "validation".
         tokenizer: the base model's.
         style: how prompts are made.
@@ -129,6 +130,7 @@ def write_dataset(
         kind: items of one conversation ("supervised"), or of a chosen and a rejected one ("pairs").
         scored_turns: of a conversation's responses, "all" are scored or the "last".
         total: how many items there are, for the progress bar.
+        overwrite: replace the data set in `folder` if there is one.
 
     Returns:
         What became of each split.
@@ -138,7 +140,7 @@ def write_dataset(
     """
     check_window(max_seq_length)
     items, per_item = iter(items), _PER_ITEM[kind]
-    with atomic_folder(folder) as temporary, contextlib.ExitStack() as stack:
+    with atomic_folder(folder, overwrite, DATASET_FILE) as temporary, contextlib.ExitStack() as stack:
         writers = {
             split: stack.enter_context(_SplitWriter(temporary, split, tokenizer, max_seq_length, too_long))
             for split in ("train", "validation")

@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 import zlib
@@ -16,8 +17,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, cast
 
+from lit_llama.locks import locked_folder
+
 MOST_SETTINGS = 2**25  # bytes of a JSON file that is read as a whole
 MOST_NESTED = 100  # lists and objects in each other; real files have a tenth of that
+_RANDOM = "[a-z0-9_]{8}"  # what `tempfile` puts into a name
 
 
 def require_extra(module: str, extra: str) -> ModuleType:
@@ -50,51 +54,132 @@ def atomic_file(path: Path) -> Iterator[Path]:
         yield temporary
         _flush(temporary, 0o666)
         temporary.replace(path)
-        _flush(path.parent)
+        _flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `path`; on success flush its files and rename it to `path`.
+def atomic_folder(path: Path, overwrite: bool = False, known_by: str = "") -> Iterator[Path]:
+    """Give a temporary folder next to `path`; on success flush its files and rename it to `path`.
+
+    The temporary folder of a process that was killed while it wrote is removed by the next one that writes to `path`.
+
+    Args:
+        path: the folder to write.
+        overwrite: replace a folder of this kind; it stays until the new one is complete.
+        known_by: see `check_new_folder`.
 
     Raises:
-        ValueError: `path` exists and is not empty.
+        ValueError: `path` may not be written.
     """
-    check_new_folder(path)
+    check_new_folder(path, overwrite, known_by)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    earlier = temporary.with_name(f"{temporary.name}.old")
     try:
-        yield temporary
-        for file in temporary.iterdir():
-            _flush(file, 0o666)
+        with locked_folder(temporary):
+            yield temporary
+            for file in temporary.iterdir():
+                _flush(file, 0o666)
         temporary.chmod(0o777 & ~_umask())
-        if path.exists():
-            path.rmdir()
-        temporary.replace(path)
-        _flush(path.parent)
+        check_new_folder(path, overwrite, known_by)  # another process may have written it since
+        replaced = path.exists()
+        if replaced:
+            path.replace(earlier)
+        try:
+            temporary.replace(path)
+        except OSError:
+            if replaced:
+                earlier.replace(path)
+            raise
+        _flush_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(earlier, ignore_errors=True)
 
 
-def check_new_folder(path: Path) -> None:
-    """Make sure that a folder can be written without losing anything.
+def check_new_folder(path: Path, overwrite: bool = False, known_by: str = "") -> None:
+    """Make sure that a folder can be written without losing anything that is still wanted.
+
+    Args:
+        path: the folder.
+        overwrite: a folder of the same kind may be replaced.
+        known_by: the file by which one knows a folder of that kind, so that no other folder is ever replaced.
 
     Raises:
-        ValueError: `path` exists and is not empty.
+        ValueError: `path` exists, is not empty, and may not be replaced.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists: remove it or choose another folder to write to")
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not overwrite:
+        raise ValueError(
+            f"{path} exists: choose another folder to write to, remove it, or replace it with --overwrite true"
+        )
+    if not (path / known_by).is_file() or path.is_symlink():
+        raise ValueError(
+            f"{path} exists and is not replaced, because it holds no {known_by}, so it is not a folder of the kind "
+            "that is written here: choose another folder to write to"
+        )
 
 
-def _flush(path: Path, mode: int | None = None) -> None:
-    """Wait until a path is on the disk; give a file that was created as private the mode that others have."""
-    if mode is not None:
-        path.chmod(mode & ~_umask())
-    descriptor = os.open(path, os.O_RDONLY)
+def _remove_abandoned(path: Path) -> None:
+    """Remove temporary folders of `path` that no process is writing any more."""
+    for folder in path.parent.iterdir():
+        if folder.is_dir() and re.fullmatch(rf"\.{re.escape(path.name)}\.{_RANDOM}(\.old)?", folder.name):
+            with locked_folder(folder) as free:
+                if free:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_temporaries(folder: Path, names: str) -> None:
+    """Remove the temporary files that killed writers left in a folder which nobody else writes to.
+
+    Args:
+        folder: where `atomic_file` wrote.
+        names: pattern of the names of the files that it wrote.
+    """
+    for path in folder.iterdir():
+        if path.is_file() and re.fullmatch(rf"\.({names})\.{_RANDOM}", path.name):
+            path.unlink()
+
+
+def shareable_path(path: Path) -> str:
+    """A path as it is recorded in what people share: without the folders of this machine.
+
+    Args:
+        path: of a file or folder.
+
+    Returns:
+        The path from the working directory if it lies there, a relative path as it is, otherwise the last component.
+    """
+    if not path.is_absolute():
+        return path.as_posix()
+    inside = path.is_relative_to(Path.cwd()) and path != Path.cwd()
+    return path.relative_to(Path.cwd()).as_posix() if inside else path.name
+
+
+def _flush(path: Path, mode: int) -> None:
+    """Wait until a file is on the disk, and give it the mode that others have: it was created as private."""
+    descriptor = os.open(path, os.O_RDWR)  # Windows flushes nothing that is open for reading alone
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    path.chmod(mode & ~_umask())
+
+
+def _flush_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the system has a way to."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:  # nor do some network file systems flush them
+        pass
     finally:
         os.close(descriptor)
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from lit_llama.data import Item, Kind, ScoredTurns, SplitSummary, TooLong, check_window, write_dataset
+from lit_llama.data import DATASET_FILE, Item, Kind, ScoredTurns, SplitSummary, TooLong, check_window, write_dataset
 from lit_llama.files import check_new_folder, read_records, require_extra
 from lit_llama.prompts import Message, Role
 from lit_llama.prompts import prompt_style as get_prompt_style
@@ -36,6 +36,7 @@ def prepare(
     max_seq_length: int = 512,
     too_long: TooLong = "truncate",
     seed: int = 1337,
+    overwrite: bool = False,
 ) -> None:
     """Read records, draw a validation split, tokenise, write, and report.
 
@@ -55,6 +56,7 @@ def prepare(
         max_seq_length: window in tokens.
         too_long: "truncate" longer examples at the window's end or "skip" them; either way they are counted.
         seed: of the draw of validation examples.
+        overwrite: replace the data set in `output_dir` if there is one.
 
     Raises:
         FileNotFoundError: something is missing.
@@ -66,7 +68,7 @@ def prepare(
     if seed < 0:
         raise ValueError(f"--seed is {seed}, it must be at least 0")
     check_window(max_seq_length)
-    check_new_folder(output_dir)
+    check_new_folder(output_dir, overwrite, DATASET_FILE)
     tokenizer = Tokenizer(checkpoint_dir)
     style = get_prompt_style(prompt_style, tokenizer)
     paths = [data_path] if data_path else fetch_dataset(*hub_files)
@@ -117,6 +119,7 @@ def prepare(
         kind=kind,
         scored_turns=scored_turns,
         total=count,
+        overwrite=overwrite,
     )
     for reason, number in reasons.items():
         print(f"{number} records left out: {reason}", file=sys.stderr)

@@ -14,7 +14,7 @@ import torch
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
-from lit_llama.checkpoint import DType, write_base
+from lit_llama.checkpoint import CONFIG_FILE, DType, write_base
 from lit_llama.cli import run
 from lit_llama.files import atomic_folder, require_extra, write_json
 from lit_llama.gguf_files import NAMES, GGUFTensors, config_from_gguf, open_gguf
@@ -22,14 +22,21 @@ from lit_llama.gguf_files import NAMES, GGUFTensors, config_from_gguf, open_gguf
 CONTROL, USER_DEFINED = 3, 4  # token types of tokenizer.ggml.token_type
 
 
-def main(gguf_path: Path, output_dir: Path, dtype: DType = "float32", pre_tokenizer: str | None = None) -> None:
+def main(
+    gguf_path: Path,
+    output_dir: Path,
+    dtype: DType = "float32",
+    pre_tokenizer: str | None = None,
+    overwrite: bool = False,
+) -> None:
     """Convert one file.
 
     Args:
         gguf_path: the GGUF file.
-        output_dir: the folder to write; must not exist yet.
+        output_dir: the folder to write.
         dtype: of the weights on disk. float32 holds dequantised weights exactly.
         pre_tokenizer: how text is cut before BPE's merges: smollm, llama-bpe or gpt-2; for files that do not say.
+        overwrite: replace the folder if it exists.
     """
     reader, fields = open_gguf(gguf_path)
     tensors = GGUFTensors(reader)
@@ -37,7 +44,7 @@ def main(gguf_path: Path, output_dir: Path, dtype: DType = "float32", pre_tokeni
         fields["tokenizer.ggml.pre"] = pre_tokenizer
     config = config_from_gguf(fields, tensors, name=output_dir.name)
     source = {"format": "gguf", "from": gguf_path.name, "name": fields.get("general.name")}
-    with atomic_folder(output_dir) as folder:
+    with atomic_folder(output_dir, overwrite, CONFIG_FILE) as folder:
         write_tokenizer(fields, folder)
         write_base(folder, config, tensors, NAMES, source, getattr(torch, dtype))
     print(f"base model: {output_dir}", file=sys.stderr)

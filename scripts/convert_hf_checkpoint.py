@@ -11,19 +11,20 @@ from pathlib import Path
 
 import torch
 
-from lit_llama.checkpoint import DType, TensorFiles, copy_tokenizer, weight_files, write_base
+from lit_llama.checkpoint import CONFIG_FILE, DType, TensorFiles, copy_tokenizer, weight_files, write_base
 from lit_llama.cli import run
 from lit_llama.files import atomic_folder, read_json
 from lit_llama.hf import NAMES, config_from_hf
 
 
-def main(checkpoint_dir: Path, output_dir: Path, dtype: DType | None = None) -> None:
+def main(checkpoint_dir: Path, output_dir: Path, dtype: DType | None = None, overwrite: bool = False) -> None:
     """Convert one checkpoint.
 
     Args:
         checkpoint_dir: folder with config.json, weights and tokenizer.
-        output_dir: the folder to write; must not exist yet.
+        output_dir: the folder to write.
         dtype: of the weights on disk; if not given, as they are.
+        overwrite: replace the folder if it exists.
     """
     files = weight_files(checkpoint_dir)
     config_file = checkpoint_dir / "config.json"
@@ -32,7 +33,7 @@ def main(checkpoint_dir: Path, output_dir: Path, dtype: DType | None = None) -> 
         files, ignore=r".*rotary_emb\.inv_freq" + (r"|lm_head\.weight" if config.tie_embeddings else "")
     )
     source = {"format": "hf", "from": checkpoint_dir.name}
-    with atomic_folder(output_dir) as folder:
+    with atomic_folder(output_dir, overwrite, CONFIG_FILE) as folder:
         copy_tokenizer(checkpoint_dir, folder)
         write_base(folder, config, tensors, NAMES, source, dtype and getattr(torch, dtype), halved_rotary=True)
     print(f"base model: {output_dir}", file=sys.stderr)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lit_llama.checkpoint import DType, TensorFiles, copy_tokenizer, write_base
+from lit_llama.checkpoint import CONFIG_FILE, DType, TensorFiles, copy_tokenizer, write_base
 from lit_llama.cli import run
 from lit_llama.fields import check_object, take
 from lit_llama.files import atomic_folder, read_json
@@ -36,15 +36,22 @@ NAMES = {
 }
 
 
-def main(checkpoint_dir: Path, output_dir: Path, dtype: DType | None = None, block_size: int | None = None) -> None:
+def main(
+    checkpoint_dir: Path,
+    output_dir: Path,
+    dtype: DType | None = None,
+    block_size: int | None = None,
+    overwrite: bool = False,
+) -> None:
     """Convert one checkpoint.
 
     Args:
         checkpoint_dir: folder with params.json and consolidated.NN.pth.
-        output_dir: the folder to write; must not exist yet.
+        output_dir: the folder to write.
         dtype: of the weights on disk; if not given, as they are.
         block_size: longest context in tokens, which params.json does not tell; if not given, that of the LLaMA
             generation which the other values point to.
+        overwrite: replace the folder if it exists.
     """
     params_file = checkpoint_dir / "params.json"
     params = check_object(read_json(params_file), params_file)
@@ -57,7 +64,7 @@ def main(checkpoint_dir: Path, output_dir: Path, dtype: DType | None = None, blo
     tensors = MergedTensors([TensorFiles([file], ignore=r"rope\.freqs") for file in files], params["dim"])
     config = config_from_meta(params, tensors, output_dir.name, block_size, params_file)
     beside = (checkpoint_dir / "tokenizer.model").is_file() or (checkpoint_dir / "tokenizer.json").is_file()
-    with atomic_folder(output_dir) as folder:
+    with atomic_folder(output_dir, overwrite, CONFIG_FILE) as folder:
         copy_tokenizer(checkpoint_dir if beside else checkpoint_dir.parent, folder)
         source = {"format": "meta", "from": checkpoint_dir.name}
         write_base(folder, config, tensors, NAMES, source, dtype and getattr(torch, dtype))

@@ -51,17 +51,19 @@ def main(
     format: Literal["transformers", "peft"] = "transformers",
     dtype: DType | None = None,
     allow_other_base: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Export.
 
     Args:
-        output_dir: the folder to write; must not exist yet.
+        output_dir: the folder to write.
         checkpoint_dir: folder of the base model.
         adapter_path: an adapter of any method; may be given several times, to be added up.
         adapter_scale: what the adapter is multiplied by; may be given once for each. 1 if not given.
         format: "transformers" for the whole model, "peft" for a LoRA without its base.
         dtype: of the weights on disk; if not given, as they are. Biases and prefixes are float32 always.
         allow_other_base: use adapters on other weights than those they were trained on.
+        overwrite: replace the folder if it exists.
     """
     paths = adapter_path or []
     config, tensors = read_config(checkpoint_dir), TensorFiles(weight_files(checkpoint_dir))
@@ -72,10 +74,10 @@ def main(
     if format == "peft":
         if not isinstance(adapter, LoRA):
             raise ValueError("--format peft is for one LoRA, unscaled: give its file as --adapter_path")
-        with atomic_folder(output_dir) as folder:
+        with atomic_folder(output_dir, overwrite, "adapter_config.json") as folder:
             write_peft(folder, adapter, config)
     else:
-        with atomic_folder(output_dir) as folder:
+        with atomic_folder(output_dir, overwrite, "config.json") as folder:
             write_model(folder, config, tensors, adapter, dtype and getattr(torch, dtype))
             write_tokenizer(folder, checkpoint_dir)
             write_readme(folder, output_dir.name, config.name or checkpoint_dir.name, infos)

@@ -37,7 +37,7 @@ def main(
     Args:
         data_path: a JSON or JSON Lines file, perhaps gzipped, or a folder of such files; if not given, the public
             dataset is fetched from the Hugging Face hub.
-        output_dir: the folder to write; must not exist yet.
+        output_dir: the folder to write.
         kind: "pairs" for preference tuning, or the chosen answers alone for "supervised" tuning.
         chosen_by: the chosen answer is that of "safer_response_id" or of "better_response_id", the more helpful one.
         prompt_style: "beaver", "alpaca", "hh", "chat" (the model's own template) or "none".

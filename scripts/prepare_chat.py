@@ -30,7 +30,7 @@ def main(
     Args:
         data_path: a JSON or JSON Lines file, perhaps gzipped, or a folder of such files; if not given, the public
             dataset is fetched from the Hugging Face hub.
-        output_dir: the folder to write; must not exist yet.
+        output_dir: the folder to write.
         prompt_style: "chat" (the model's own template), "hh" or "beaver"; the others have place for one turn only.
         validation_share: share of the examples that is kept for validation, drawn at random.
         scored_turns: of the assistant's turns, "all" are scored or the "last".

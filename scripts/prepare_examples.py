@@ -27,6 +27,7 @@ def main(
     output_dir: Path = Path("data/demo"),
     prompt_style: str = "chat",
     max_seq_length: int = 512,
+    overwrite: bool = False,
 ) -> None:
     """Prepare.
 
@@ -34,9 +35,10 @@ def main(
         form: "captain" (a persona), "json" (an object with given keys) or "followup" (one sentence, one question).
         questions_path: JSON Lines with split, topic, question, answer and follow_up.
         checkpoint_dir: folder of the base model, for its tokenizer.
-        output_dir: the folder to write; must not exist yet.
+        output_dir: the folder to write.
         prompt_style: "chat" (the model's own template), "alpaca" or "none".
         max_seq_length: longer examples are truncated.
+        overwrite: replace the data set in --output_dir if there is one.
     """
     tokenizer = Tokenizer(checkpoint_dir)
     items: list[tuple[str, Item]] = []
@@ -49,7 +51,10 @@ def main(
             items.append((row["split"], [conversation]))
     style = get_prompt_style(prompt_style, tokenizer)
     source = f"{questions_path.name} as {form}"
-    report(output_dir, write_dataset(output_dir, items, tokenizer, style, max_seq_length, "truncate", source))
+    summaries = write_dataset(
+        output_dir, items, tokenizer, style, max_seq_length, "truncate", source, overwrite=overwrite
+    )
+    report(output_dir, summaries)
 
 
 if __name__ == "__main__":

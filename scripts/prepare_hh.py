@@ -34,7 +34,7 @@ def main(
     Args:
         data_path: a JSON or JSON Lines file, perhaps gzipped, or a folder of such files; if not given, the public
             dataset is fetched from the Hugging Face hub.
-        output_dir: the folder to write; must not exist yet.
+        output_dir: the folder to write.
         kind: "pairs" for preference tuning, or the chosen answers alone for "supervised" tuning.
         prompt_style: "hh", "beaver" or "chat"; the others have place for one turn only.
         validation_share: share of the examples that is kept for validation, drawn at random.

@@ -29,7 +29,7 @@ def main(
     Args:
         data_path: a JSON or JSON Lines file, perhaps gzipped, or a folder of such files; if not given, the public
             dataset is fetched from the Hugging Face hub.
-        output_dir: the folder to write; must not exist yet.
+        output_dir: the folder to write.
         prompt_style: "alpaca", "metamath", "beaver", "hh", "chat" (the model's own template) or "none".
         validation_share: share of the examples that is kept for validation, drawn at random.
         options: those of every such script, see `prepare`.

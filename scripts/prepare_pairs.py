@@ -38,7 +38,7 @@ def main(
     Args:
         data_path: a JSON or JSON Lines file, perhaps gzipped, or a folder of such files; if not given, the public
             dataset is fetched from the Hugging Face hub.
-        output_dir: the folder to write; must not exist yet.
+        output_dir: the folder to write.
         kind: "pairs" for preference tuning, or the chosen answers alone for "supervised" tuning.
         prompt_style: "chat" (the model's own template), "hh", "beaver", "alpaca", "metamath" or "none"; the last
             three have place for one turn only.

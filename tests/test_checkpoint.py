@@ -21,7 +21,6 @@ from lit_llama.checkpoint import (
     read_config,
     save_adapter,
 )
-from lit_llama.files import atomic_file, atomic_folder
 from lit_llama.lora import LoRA
 from lit_llama.model import LLaMA, LLaMAConfig
 
@@ -311,18 +310,3 @@ def test_the_same_name_in_two_files(tmp_path):
         save_file({"x": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
     with pytest.raises(ValueError, match="x is both in"):
         TensorFiles([tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    (tmp_path / "file").write_text("old")
-
-    def fail(context):
-        with context as temporary:
-            (temporary / "half" if temporary.is_dir() else temporary).write_text("half")
-            raise RuntimeError
-
-    for context in (atomic_file(tmp_path / "file"), atomic_folder(tmp_path / "folder")):
-        with pytest.raises(RuntimeError):
-            fail(context)
-    assert (tmp_path / "file").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
