@@ -1,7 +1,7 @@
 """Let the base model answer, without any adapter.
 
     python generate/base.py --prompt "What is the capital of France?"
-    python generate/base.py --prompts_file prompts.jsonl --output_file answers.jsonl
+    python generate/base.py --prompts_file prompts.jsonl --output_file out/answers.jsonl
     echo "Name three rivers." | python generate/base.py --temperature 0.8
 
 Only the answers go to stdout.

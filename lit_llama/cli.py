@@ -63,8 +63,7 @@ def run(main: Callable[..., Any]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written files are cleaned up
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
-        options = _parser(main).parse_args(_join_repeated(main, _translate_names(main, sys.argv[1:]))).as_dict()
-        del options["config"]
+        options = parse(main, sys.argv[1:])
         threads = options.pop("threads")
         if threads is not None:
             if threads < 1:
@@ -81,6 +80,13 @@ def run(main: Callable[..., Any]) -> None:
     except (ValueError, OSError, ArithmeticError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def parse(main: Callable[..., Any], args: list[str]) -> dict[str, Any]:
+    """The keywords of `main` and `threads` from a command line; what cannot be one ends the process."""
+    options = _parser(main).parse_args(_join_repeated(main, _translate_names(main, args))).as_dict()
+    del options["config"]
+    return options
 
 
 # Options that say where and how a script runs, not what comes of it, and those that say what becomes of files. Options

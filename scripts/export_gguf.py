@@ -1,11 +1,12 @@
 """Put a one-token Aligner into a GGUF file, for llama.cpp, Ollama, LM Studio and all that is built on them.
 
     python scripts/export_gguf.py --gguf_path checkpoints/SmolLM2-135M-Instruct.Q4_1.gguf \\
-        --adapter_path out/demo/aligner.safetensors --output_path captain.gguf
+        --adapter_path out/demo/aligner.safetensors --output_path export/captain.gguf
 
 Copies the file, quantised or not: every tensor byte for byte, all metadata. Adds one bias of the attention's output
-projection to each layer, `blk.L.attn_output.bias`, which is all that an Aligner of one token is; several add up. The
-copy is read back and compared before it gets its name.
+projection to each layer, `blk.L.attn_output.bias`, which is all that an Aligner of one token is; several add up. Only
+the model's name in the file is another, so that engines tell it from its base. The copy is read back and compared
+before it gets its name.
 """
 
 import sys
@@ -33,6 +34,7 @@ def main(
     output_path: Path,
     adapter_path: list[Path],
     adapter_scale: list[float] | None = None,
+    name: str | None = None,
     overwrite: bool = False,
     allow_other_base: bool = False,
 ) -> None:
@@ -43,6 +45,8 @@ def main(
         output_path: the file to write.
         adapter_path: an Aligner of one token; may be given several times, to be added up.
         adapter_scale: what the Aligner is multiplied by; may be given once for each. 1 if not given.
+        name: what the model is called in the file (`general.name`), as engines list it; if not given, after the base
+            model and the file to write.
         overwrite: replace the file if there is one.
         allow_other_base: use an Aligner that was trained on other weights, such as the same model's before it was
             quantised.
@@ -61,9 +65,10 @@ def main(
     adapter, _ = open_adapters(adapter_path, adapter_scale, base, torch.device("cpu"), allow_other_base)
     assert adapter is not None
     biases = fold_all(config, tensors, adapter)
+    name = name or f"{fields.get('general.name') or gguf_path.stem} {output_path.stem}"
     with atomic_file(output_path) as temporary:
-        write(temporary, reader, biases)
-        verify(temporary, reader, biases)
+        write(temporary, reader, biases, name)
+        verify(temporary, reader, biases, name)
     print(f"gguf: {output_path}", file=sys.stderr)
 
 
@@ -104,13 +109,15 @@ def fold_all(config: LLaMAConfig, tensors: Mapping[str, Tensor], adapter: Adapte
     return biases
 
 
-def write(path: Path, reader: Any, biases: dict[str, np.ndarray]) -> None:
-    """Copy an open GGUF file with biases added."""
+def write(path: Path, reader: Any, biases: dict[str, np.ndarray], name: str) -> None:
+    """Copy an open GGUF file with biases added and a name of its own."""
     gguf = require_extra("gguf", "gguf")
     writer = gguf.GGUFWriter(path, reader.fields[gguf.Keys.General.ARCHITECTURE].contents(), endianess=reader.endianess)
     writer.data_alignment = reader.alignment
+    writer.add_name(name)
+    written = (gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.NAME)
     for field in reader.fields.values():
-        if field.name.startswith("GGUF.") or field.name == gguf.Keys.General.ARCHITECTURE:  # the writer's own
+        if field.name.startswith("GGUF.") or field.name in written:
             continue
         kind = field.types[0]
         sub_type = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
@@ -127,7 +134,7 @@ def write(path: Path, reader: Any, biases: dict[str, np.ndarray]) -> None:
     writer.close()
 
 
-def verify(path: Path, reader: Any, biases: dict[str, np.ndarray]) -> None:
+def verify(path: Path, reader: Any, biases: dict[str, np.ndarray], name: str) -> None:
     """Read a copy back and compare it with its source.
 
     Raises:
@@ -140,8 +147,9 @@ def verify(path: Path, reader: Any, biases: dict[str, np.ndarray]) -> None:
         for tensor in reader.tensors
     )
     same = same and all(np.array_equal(found[name].data, bias) for name, bias in biases.items())
-    metadata = {name: field.contents() for name, field in reader.fields.items()}
-    if not same or any(fields[name] != value for name, value in metadata.items() if not name.startswith("GGUF.")):
+    expected = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    expected["general.name"] = name
+    if not same or any(fields[key] != value for key, value in expected.items()):
         raise ValueError(f"{path} was not written as it should be; is there room on the disk?")
 
 

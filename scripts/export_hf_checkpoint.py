@@ -2,7 +2,8 @@
 
     python scripts/export_hf_checkpoint.py --output_dir export/base
     python scripts/export_hf_checkpoint.py --adapter_path out/demo/aligner.safetensors --output_dir export/captain
-    python scripts/export_hf_checkpoint.py --adapter_path out/lora/lora.safetensors --format peft --output_dir lora
+    python scripts/export_hf_checkpoint.py --adapter_path out/lora/lora.safetensors --format peft \\
+        --base_name HuggingFaceTB/SmolLM2-135M-Instruct --output_dir export/lora
 
 An Aligner of one token becomes biases and a LoRA is merged: the result is a stock `LlamaForCausalLM`, which
 transformers, vLLM and whatever else reads that format load without custom code. Longer prefixes come with a small
@@ -38,6 +39,7 @@ from lit_llama.folding import FoldedLayer, fold, projections
 from lit_llama.hf import HF_LAYER, NAMES, PROJECTIONS, config_to_hf, halves_from_pairs
 from lit_llama.lora import LoRA
 from lit_llama.model import Adapter, LayerAdapter, LLaMA, LLaMAConfig
+from lit_llama.prompts import prompt_style
 from lit_llama.tokenizer import Tokenizer
 
 MODELING_FILE = Path(lit_llama.__file__).parent / "modeling_prefix_llama.py"
@@ -50,6 +52,7 @@ def main(
     adapter_scale: list[float] | None = None,
     format: Literal["transformers", "peft"] = "transformers",
     dtype: DType | None = None,
+    base_name: str | None = None,
     allow_other_base: bool = False,
     overwrite: bool = False,
 ) -> None:
@@ -62,11 +65,14 @@ def main(
         adapter_scale: what the adapter is multiplied by; may be given once for each. 1 if not given.
         format: "transformers" for the whole model, "peft" for a LoRA without its base.
         dtype: of the weights on disk; if not given, as they are. Biases and prefixes are float32 always.
+        base_name: what PEFT and the README take the base model by: OWNER/NAME on the hub, or the folder of a base
+            in Hugging Face's format; if not given, the name in --checkpoint_dir.
         allow_other_base: use adapters on other weights than those they were trained on.
         overwrite: replace the folder if it exists.
     """
     paths = adapter_path or []
     config, tensors = read_config(checkpoint_dir), TensorFiles(weight_files(checkpoint_dir))
+    base_name = base_name or config.name or checkpoint_dir.name
     with torch.device("meta"):
         base = LLaMA(config)
     base.fingerprint = base_fingerprint(tensors) if paths else ""
@@ -75,12 +81,13 @@ def main(
         if not isinstance(adapter, LoRA):
             raise ValueError("--format peft is for one LoRA, unscaled: give its file as --adapter_path")
         with atomic_folder(output_dir, overwrite, "adapter_config.json") as folder:
-            write_peft(folder, adapter, config)
+            write_peft(folder, adapter, config, base_name)
+            write_readme(folder, output_dir.name, base_name, infos, Tokenizer(checkpoint_dir))
     else:
         with atomic_folder(output_dir, overwrite, "config.json") as folder:
             write_model(folder, config, tensors, adapter, dtype and getattr(torch, dtype))
             write_tokenizer(folder, checkpoint_dir)
-            write_readme(folder, output_dir.name, config.name or checkpoint_dir.name, infos)
+            write_readme(folder, output_dir.name, base_name, infos, Tokenizer(checkpoint_dir))
     print(f"{format}: {output_dir}", file=sys.stderr)
 
 
@@ -162,7 +169,7 @@ def write_tokenizer(folder: Path, checkpoint_dir: Path) -> None:
         write_json(generation_file, {**ids, "eos_token_id": sorted(tokenizer.stop_ids)})
 
 
-def write_peft(folder: Path, lora: LoRA, config: LLaMAConfig) -> None:
+def write_peft(folder: Path, lora: LoRA, config: LLaMAConfig, base_name: str) -> None:
     """Write a LoRA as PEFT's adapter_config.json and adapter_model.safetensors."""
     tensors: dict[str, Tensor] = {}
     for i, updates in enumerate(lora.layers):
@@ -176,7 +183,7 @@ def write_peft(folder: Path, lora: LoRA, config: LLaMAConfig) -> None:
         {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": config.name,
+            "base_model_name_or_path": base_name,
             "r": lora.sizes["r"],
             "lora_alpha": lora.sizes["alpha"],
             "lora_dropout": lora.sizes["dropout"],
@@ -188,7 +195,7 @@ def write_peft(folder: Path, lora: LoRA, config: LLaMAConfig) -> None:
     )
 
 
-README = """# {title}
+MODEL_README = """# {title}
 
 {base}{adapters}, exported to Hugging Face's format by Lit-LLaMA-Aligner {version}.
 
@@ -197,29 +204,69 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{title}"{options})
 tokenizer = AutoTokenizer.from_pretrained("{title}"{options})
+{answer}
 ```
 
 {how}
 """
+PEFT_README = """---
+base_model: {base}
+library_name: peft
+---
+
+# {title}
+
+{adapters} of {base}, exported to PEFT's format by Lit-LLaMA-Aligner {version}.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "{title}")
+tokenizer = AutoTokenizer.from_pretrained("{base}")
+{answer}
+```
+
+{how}
+"""
+ANSWER = """
+{ids}
+answer = model.generate(ids, max_new_tokens=256, do_sample=False)[0, ids.size(1) :]
+print(tokenizer.decode(answer, skip_special_tokens=True))"""
 
 
-def write_readme(folder: Path, name: str, base: str, infos: list[AdapterInfo]) -> None:
-    """Say what the folder holds."""
-    code = "auto_map" in read_json(folder / "config.json")
-    styles = sorted({info.prompt_style for info in infos if info.prompt_style})
+def write_readme(folder: Path, name: str, base: str, infos: list[AdapterInfo], tokenizer: Tokenizer) -> None:
+    """Say what the folder holds and how to get an answer from it."""
+    styles = [info.prompt_style for info in infos if info.prompt_style]
+    untrained = "chat" if tokenizer.chat_template else "none"
+    style = prompt_style(styles[0] if styles else "alpaca" if infos else untrained, tokenizer)
+    ids = f'prompt = {style.prompt("Name three rivers.")!r}\nids = tokenizer(prompt, return_tensors="pt")["input_ids"]'
+    if style.name == "chat":
+        ids = (
+            'messages = [{"role": "user", "content": "Name three rivers."}]\n'
+            "text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)\n"
+            'ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]'
+        )
+    is_peft = not (folder / "config.json").is_file()
+    code = not is_peft and "auto_map" in read_json(folder / "config.json")
     how = "Stock `LlamaForCausalLM`; what an Aligner adds is in the biases of the attention's output projections."
     if code:
         how = f"`{MODELING_FILE.name}` holds the attention that the prefixes need."
     if not infos:
         how = "The weights are those of the base model."
+    if is_peft:
+        how = "The base model is not in this folder: it is read from where its name says."
     if styles:
-        how += f" Trained with prompts in the style {', '.join(styles)}."
-    text = README.format(
+        how += f" Trained with prompts in the style {', '.join(sorted(set(styles)))}."
+    adapters = [f"{info.method} {info.config.get('length', info.config.get('r'))}" for info in infos]
+    text = (PEFT_README if is_peft else MODEL_README).format(
         title=name,
         base=base,
-        adapters="".join(f" + {info.method} {info.config.get('length', info.config.get('r'))}" for info in infos),
+        adapters="LoRA" if is_peft else "".join(f" + {adapter}" for adapter in adapters),
         version=lit_llama.__version__,
         options=", trust_remote_code=True" if code else "",
+        answer=ANSWER.format(ids=ids),
         how=how,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

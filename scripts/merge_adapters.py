@@ -1,8 +1,8 @@
 """Make one adapter file of several, or of one at another scale, where that is exact.
 
     python scripts/merge_adapters.py --adapter_path a/lora.safetensors --adapter_path b/lora.safetensors \\
-        --adapter_scale 1 --adapter_scale 0.5 --output_path both.safetensors
-    python scripts/merge_adapters.py --adapter_path aligner.safetensors --adapter_scale 0.7 --output_path 70.safetensors
+        --adapter_scale 1 --adapter_scale 0.5 --output_path out/both.safetensors
+    python scripts/merge_adapters.py --adapter_path a.safetensors --adapter_scale 0.7 --output_path out/70.safetensors
 
 LoRAs are put side by side: the ranks add up. One adapter is scaled by its gates, or its updates. Several Aligners
 cannot be one: each has a softmax of its own. As biases those of one token do add up, so they can leave together by

@@ -1,8 +1,9 @@
 """Check an exported model against this project: the same logits, the same greedy answers.
 
     python scripts/verify_export.py --export_path export/captain --adapter_path out/demo/aligner.safetensors
-    python scripts/verify_export.py --export_path captain.gguf --adapter_path out/demo/aligner.safetensors
-    python scripts/verify_export.py --export_path lora --peft_base export/base --adapter_path out/lora/lora.safetensors
+    python scripts/verify_export.py --export_path export/captain.gguf --adapter_path out/demo/aligner.safetensors
+    python scripts/verify_export.py --export_path export/lora --peft_base export/base \\
+        --adapter_path out/lora/lora.safetensors
 
 Answers prompts here, and lets the other engine read prompts and answers: transformers for a folder of
 scripts/export_hf_checkpoint.py, PEFT on top for an adapter of its format, llama.cpp for a GGUF file. Prints one line;

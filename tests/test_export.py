@@ -19,6 +19,8 @@ from lit_llama.combine import Sum
 from lit_llama.forms import FORMS
 from lit_llama.generation import generate
 from lit_llama.lora import PROJECTIONS, LoRA
+from lit_llama.prompts import prompt_style
+from lit_llama.tokenizer import Tokenizer
 
 SCRIPT = "scripts/export_hf_checkpoint.py"
 export = load_script(SCRIPT)
@@ -160,6 +162,31 @@ def test_a_lora_is_merged_or_pefts(tmp_path, base, targets):
     assert_same(peft.PeftModel.from_pretrained(stock, tmp_path / "peft"), base, load_adapter(file))
 
 
+@pytest.mark.parametrize("kind", ["transformers", "peft"])
+@pytest.mark.parametrize("style", ["chat", "alpaca", "hh"])
+def test_the_readmes_example_answers_as_we_do(tmp_path, base, command, monkeypatch, capsys, kind, style):
+    model, tokenizer, file = load_base(base), Tokenizer(base), tmp_path / "adapter.safetensors"
+    save_lora(file, base, ["q", "o"]) if kind == "peft" else save_aligner(file, base, 1)
+    adapter = load_adapter(file)
+    save_adapter(file, adapter, model, prompt_style=style)
+    hub_name = str(base.parent / "hf")
+    options = {"checkpoint_dir": base, "adapter_path": file, "output_dir": tmp_path / "mine", "base_name": hub_name}
+    status, _, err = command(SCRIPT, **options, format=kind)
+    assert status == 0, err
+    text = (tmp_path / "mine" / "README.md").read_text()
+    assert hub_name in text
+    if kind == "peft":
+        assert text.startswith(f"---\nbase_model: {hub_name}\nlibrary_name: peft\n---\n")
+        settings = json.loads((tmp_path / "mine" / "adapter_config.json").read_text())
+        assert settings["base_model_name_or_path"] == hub_name
+    [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("max_new_tokens=256", "max_new_tokens=8"), {})
+    ids = tokenizer.encode(prompt_style(style, tokenizer).prompt("Name three rivers."), bos=tokenizer.adds_bos)
+    [answer] = generate(model, [ids], 8, adapter=adapter, stop_ids=tokenizer.stop_ids)
+    assert capsys.readouterr().out == tokenizer.decode(answer) + "\n"
+
+
 def test_what_cannot_be_exported_is_refused(tmp_path, base, base_dir, command):
     file = save_aligner(tmp_path / "a.safetensors", base, 1)
     for more, message in (
@@ -213,8 +240,9 @@ def test_gguf(tmp_path, quantization):
 
     before, after = gguf.GGUFReader(path), gguf.GGUFReader(output)
     for name, field in before.fields.items():
-        if not name.startswith("GGUF."):
+        if not name.startswith("GGUF.") and name != "general.name":
             assert (after.fields[name].types, after.fields[name].contents()) == (field.types, field.contents())
+    assert after.fields["general.name"].contents() == "base folded"  # after the files, the source has no name
     tensors = {tensor.name: tensor for tensor in after.tensors}
     for tensor in before.tensors:
         copy = tensors.pop(tensor.name)
@@ -261,6 +289,9 @@ def test_gguf_refusals(tmp_path, command):
         == 0
     )
     assert output.read_bytes() != content
+    options |= {"output_path": tmp_path / "named.gguf", "name": "Captain Salt"}
+    assert command(script, **options)[0] == 0
+    assert gguf.GGUFReader(tmp_path / "named.gguf").fields["general.name"].contents() == "Captain Salt"
     status, _, err = command(script, gguf_path=output, output_path=tmp_path / "x.gguf", aligner_path=one)
     assert (status, "has biases already" in err) == (1, True)
 
