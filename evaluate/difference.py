@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lit_llama.cli import run
-from lit_llama.files import read_records
 from lit_llama.judging import bootstrap
+from lit_llama.records import read_records
 
 Question = tuple[str, int, str]  # task, number, digest of its content
 

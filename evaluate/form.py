@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 from lit_llama.checkpoint import Precision, adapter_info, check_adapter, load_adapter, parameter_shapes
 from lit_llama.cli import open_base, peak_memory, run, side_by_side
-from lit_llama.files import atomic_file, read_records, write_json
+from lit_llama.files import atomic_file, write_json
 from lit_llama.forms import FORMS
 from lit_llama.generation import respond
 from lit_llama.model import Adapter
 from lit_llama.prompts import prompt_style
 from lit_llama.quantization import Quantize
+from lit_llama.records import read_records
 
 
 def main(

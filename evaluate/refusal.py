@@ -18,13 +18,14 @@ from tqdm import tqdm
 from lit_llama.checkpoint import Precision, adapter_info, check_adapter, load_adapter
 from lit_llama.cli import open_base, peak_memory, run, side_by_side
 from lit_llama.data import collate, tokenize
-from lit_llama.files import atomic_file, read_records, write_json
+from lit_llama.files import atomic_file, write_json
 from lit_llama.forms import refuses
 from lit_llama.generation import respond
 from lit_llama.losses import response_logprobs
 from lit_llama.model import Adapter, LLaMA
 from lit_llama.prompts import Message, PromptStyle, prompt_style
 from lit_llama.quantization import Quantize
+from lit_llama.records import read_records
 from lit_llama.tokenizer import Tokenizer
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_llama.files import read_records
+from lit_llama.records import read_records
 
 QUESTIONS = "question.jsonl"
 ANSWERS = "model_answer"

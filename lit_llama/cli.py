@@ -39,13 +39,14 @@ from lit_llama.checkpoint import (
     read_config,
 )
 from lit_llama.combine import Sum
-from lit_llama.files import atomic_file, read_records, read_text
+from lit_llama.files import atomic_file, read_text
 from lit_llama.generation import Request, TextStream, check_prompts, check_sampling, complete, stream
 from lit_llama.inference import WeightOnly, compile_decoding, lay_out, quantize_weights
 from lit_llama.model import Adapter, LLaMA
 from lit_llama.prompts import PromptStyle
 from lit_llama.prompts import prompt_style as get_prompt_style
 from lit_llama.quantization import Quantize
+from lit_llama.records import read_records
 from lit_llama.store import AlignerStore
 from lit_llama.tokenizer import Tokenizer
 

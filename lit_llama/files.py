@@ -1,21 +1,18 @@
 """Reading and writing files so that an interruption leaves the old file good and an error names the place."""
 
-import codecs
-import csv
 import gzip
 import importlib
-import io
 import json
 import os
 import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from lit_llama.locks import locked_folder
 
@@ -274,84 +271,3 @@ def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON, atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a JSON array or of a JSON Lines file, one at a time, each with its place for error messages.
-
-    Args:
-        path: the file, perhaps gzipped, or a folder of them.
-
-    Yields:
-        (place, object) pairs; a place reads "FILE, line 3" or "FILE, example 3".
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is empty or malformed, or an entry is not an object.
-    """
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.name.removesuffix(".gz").endswith((".json", ".jsonl")))
-        if not files:
-            raise FileNotFoundError(f"{path} holds no .json or .jsonl file")
-        for file in files:
-            yield from read_records(file)
-        return
-    check_file(path)
-    found = False
-    try:
-        with cast(BinaryIO, gzip.open(path) if path.suffix == ".gz" else open(path, "rb")) as file:
-            if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
-                file.seek(0)
-            begin = file.tell()
-            is_array = file.read(4096).lstrip().startswith(b"[")
-            file.seek(begin)
-            for place, value in (_array_entries if is_array else _lines)(path, file):
-                found = True
-                if not isinstance(value, dict):
-                    raise ValueError(f"{place}: expected an object, found {type(value).__name__}")
-                yield place, value
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is no complete gzip file ({error})") from None
-    if not found:
-        raise ValueError(f"{path} is empty; expected a JSON array or JSON Lines of objects")
-
-
-def read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """The rows of a CSV file with a header, each with its place for error messages.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it lacks a column, or a row is shorter than the header.
-    """
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
-    lacking = [name for name in columns if name not in (reader.fieldnames or [])]
-    if lacking:
-        raise ValueError(f"{path} lacks the column {', '.join(lacking)}; it has {', '.join(reader.fieldnames or [])}")
-    for row in reader:
-        place = f"{path}, line {reader.line_num}"
-        if any(row[name] is None for name in columns):
-            raise ValueError(f"{place}: fewer values than the header has names")
-        yield place, row
-
-
-def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(file, start=1):
-        place = f"{path}, line {number}"
-        try:
-            text = line.decode()
-            if text.strip():
-                yield place, json.loads(text)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{place}: byte 0x{line[error.start]:02x} is not UTF-8") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{place}: not JSON ({error.msg})") from None
-
-
-def _array_entries(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
-    ijson = require_extra("ijson", "data")
-    try:
-        for number, value in enumerate(ijson.items(file, "item", use_float=True), start=1):
-            yield f"{path}, example {number}", value
-    except (ijson.JSONError, UnicodeDecodeError) as error:
-        parse_json(read_text(path), path)  # names the line
-        raise ValueError(f"{path}: not JSON ({str(error).splitlines()[0]})") from None

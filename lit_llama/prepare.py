@@ -12,9 +12,10 @@ from typing import Any, cast
 import numpy as np
 
 from lit_llama.data import DATASET_FILE, Item, Kind, ScoredTurns, SplitSummary, TooLong, check_window, write_dataset
-from lit_llama.files import check_new_folder, read_records, require_extra
+from lit_llama.files import check_new_folder, require_extra
 from lit_llama.prompts import Message, Role
 from lit_llama.prompts import prompt_style as get_prompt_style
+from lit_llama.records import read_records
 from lit_llama.tokenizer import Tokenizer
 
 

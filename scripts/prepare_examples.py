@@ -12,11 +12,11 @@ from typing import Literal
 
 from lit_llama.cli import run
 from lit_llama.data import Item, write_dataset
-from lit_llama.files import read_records
 from lit_llama.forms import FORMS
 from lit_llama.prepare import report
 from lit_llama.prompts import Message
 from lit_llama.prompts import prompt_style as get_prompt_style
+from lit_llama.records import read_records
 from lit_llama.tokenizer import Tokenizer
 
 
