@@ -186,7 +186,55 @@ def write_base(
         return tensor.to(dtype=dtype).contiguous()
 
     write_weights(folder, ({name: read(name)} for name in shapes), len(shapes), shard_bytes)
-    write_json(folder / CONFIG_FILE, {"config": config.to_dict(), "source": source})
+    write_json(
+        folder / CONFIG_FILE, {"config": config.to_dict(), "source": source, "sha256": _base_hashes(folder, config)}
+    )
+
+
+def verify_base(checkpoint_dir: Path) -> int:
+    """Compare every byte of a base's weights, its tokenizer and its sizes with the hashes that its conversion wrote.
+
+    Reads the whole model. Loading alone notices files that are cut off, but no values that changed.
+
+    Args:
+        checkpoint_dir: folder of the base model.
+
+    Returns:
+        The number of files that were compared; 0, with a warning, for a model that was converted before there were
+        hashes.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: something is not what the conversion wrote.
+    """
+    if checkpoint_dir.is_file():
+        warnings.warn(f"{checkpoint_dir} is a bare file, which has no hash to check", stacklevel=2)
+        return 0
+    config, file = read_config(checkpoint_dir), checkpoint_dir / CONFIG_FILE
+    expected = take(check_object(read_json(file), file), "sha256", dict, file, {})
+    if not expected:
+        warnings.warn(f"{file} has no hash to check: convert the model again to have one", stacklevel=2)
+        return 0
+    found = _base_hashes(checkpoint_dir, config)
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            what = f"the configuration in {file}" if name == "config" else f"{checkpoint_dir / name}"
+            raise ValueError(f"{what} is not what the conversion wrote (its hash differs): convert the model again")
+    return len(found) - 1
+
+
+def _base_hashes(folder: Path, config: LLaMAConfig) -> dict[str, str]:
+    """SHA-256 of what a base computes with: each file of weights, the tokenizer, and the configuration but its name."""
+    files = weight_files(folder) + [folder / name for name in TOKENIZER_FILES[:2] if (folder / name).is_file()]
+    hashes = {}
+    for file in tqdm(files, desc="hashing", unit="file", leave=False):
+        digest = hashlib.sha256()
+        with open(file, "rb") as content:
+            while block := content.read(2**20):
+                digest.update(block)
+        hashes[file.name] = digest.hexdigest()
+    sizes = json.dumps({**config.to_dict(), "name": ""}, sort_keys=True)
+    return hashes | {"config": hashlib.sha256(sizes.encode()).hexdigest()}
 
 
 def write_weights(
@@ -283,7 +331,7 @@ def load_base(
     mesh: "DeviceMesh | None" = None,
     quantize: Quantize | None = None,
 ) -> LLaMA:
-    """Load a base model, frozen, one tensor at a time.
+    """Load a base model, frozen, one tensor at a time. `verify_base` notices values that changed on the disk.
 
     Args:
         path: a folder written by one of the conversion scripts, or a plain Lit-LLaMA `.pth` file.

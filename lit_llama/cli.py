@@ -37,6 +37,7 @@ from lit_llama.checkpoint import (
     load_adapter,
     load_base,
     read_config,
+    verify_base,
 )
 from lit_llama.combine import Sum
 from lit_llama.files import atomic_file, read_text
@@ -55,8 +56,8 @@ def run(main: Callable[..., Any]) -> None:
     """Call `main` with each of its keywords as a command-line option, and exit.
 
     A user's error (`ValueError`, `OSError`, ...) becomes one line on stderr and exit status 1. An option whose type is
-    a list may be repeated: `--prompt A --prompt B`. Every script also has `--threads`, and `--aligner_path` and
-    `--lora_path` are other names of `--adapter_path`.
+    a list may be repeated: `--prompt A --prompt B`. Every script also has `--threads`, those that open a base
+    model have `--verify`, and `--aligner_path` and `--lora_path` are other names of `--adapter_path`.
 
     Args:
         main: the script's function; the docstring of its module becomes the help's description.
@@ -71,6 +72,8 @@ def run(main: Callable[..., Any]) -> None:
                 raise ValueError(f"--threads is {threads}, it must be at least 1")
             torch.set_num_threads(threads)
             os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that a script starts
+        if options.pop("verify", False):
+            _verify(options["checkpoint_dir"])
         main(**options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -84,17 +87,26 @@ def run(main: Callable[..., Any]) -> None:
 
 
 def parse(main: Callable[..., Any], args: list[str]) -> dict[str, Any]:
-    """The keywords of `main` and `threads` from a command line; what cannot be one ends the process."""
+    """The keywords of `main`, and `threads` and `verify`, from a command line; what cannot be one ends the process."""
     options = _parser(main).parse_args(_join_repeated(main, _translate_names(main, args))).as_dict()
     del options["config"]
     return options
+
+
+def _verify(checkpoint_dir: Path | None) -> None:
+    if checkpoint_dir is None:
+        raise ValueError("--verify checks a base model: give its folder as --checkpoint_dir")
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once for all processes of a machine
+        count = verify_base(checkpoint_dir)
+        if count:
+            print(f"{checkpoint_dir}: {count} files are what the conversion wrote", file=sys.stderr)
 
 
 # Options that say where and how a script runs, not what comes of it, and those that say what becomes of files. Options
 # whose names end in one of _ENDINGS are files, too; all others are the experiment's.
 _MACHINE = {"activation_checkpointing", "compile", "devices", "dtype", "host", "num_nodes", "port", "precision"}
 _MACHINE |= {"quantize", "shard_base", "threads", "workers"}
-_FILES = {"logger", "overwrite", "resume"}
+_FILES = {"logger", "overwrite", "resume", "verify"}
 _ENDINGS = {"_dir": "FOLDER", "_file": "FILE", "_path": "PATH"}
 
 
@@ -108,6 +120,13 @@ def _parser(main: Callable[..., Any]) -> "_Parser":
         type=int | None,
         help="CPU threads of each process; with more processes than cores, threads wait for each other, so give fewer.",
     )
+    if any(action.dest == "checkpoint_dir" and not action.required for action in parser._actions):  # a converted base
+        parser.add_argument(
+            "--verify",
+            type=bool,
+            default=False,
+            help="compare every byte of the base model with the hashes that its conversion wrote, before anything else",
+        )
     groups = {title: parser.add_argument_group(title) for title in ("experiment", "machine", "files")}
     general = parser._optionals._group_actions
     options = [action for action in parser._actions if action.dest not in ("help", "config", "print_config")]

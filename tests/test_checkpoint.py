@@ -20,6 +20,7 @@ from lit_llama.checkpoint import (
     load_base,
     read_config,
     save_adapter,
+    verify_base,
 )
 from lit_llama.lora import LoRA
 from lit_llama.model import LLaMA, LLaMAConfig
@@ -70,6 +71,52 @@ def test_bare_lit_llama_file(tmp_path, golden_config):
     with torch.device("meta"):
         config = load_base(tmp_path / "lit-llama.pth", device="meta").config
     assert (config.n_layer, config.n_head, config.norm_eps, config.block_size) == (32, 32, 1e-5, 2048)
+
+
+def test_verify_notices_every_changed_byte_that_matters(command, copied_base):
+    def verify():
+        options = {"checkpoint_dir": copied_base, "prompt": "hi", "max_new_tokens": 1, "prompt_style": "none"}
+        return command("generate/base.py", **options, verify="true")
+
+    status, _, err = verify()
+    assert (status, "2 files are what the conversion wrote" in err) == (0, True)
+    weights, tokenizer, config = (
+        copied_base / name for name in ("model.safetensors", "tokenizer.json", "lit_config.json")
+    )
+    size = weights.stat().st_size
+    changed = '"norm_eps": 2e-06'
+    for file, old, new in [
+        *((weights, at, bytes([weights.read_bytes()[at] ^ 1])) for at in (size // 2, size - 1)),
+        (tokenizer, tokenizer.read_text().index("version"), b"V"),
+        (config, config.read_text().index('"norm_eps"'), changed.encode()),
+    ]:
+        good = file.read_bytes()
+        file.write_bytes(good[:old] + new + good[old + len(new) :])
+        status, out, err = verify()
+        assert (status, out, err.count("\n")) == (1, "", 1)
+        assert f"{file} is not what the conversion wrote" in err
+        file.write_bytes(good)
+    weights.rename(copied_base / "gone")
+    assert "holds no weights" in verify()[2]
+
+
+def test_bases_without_a_hash_open_and_say_so(command, copied_base):
+    """Those of older conversions; and the name, which a hash does not cover, may be changed."""
+    file = copied_base / "lit_config.json"
+    content = json.loads(file.read_text())
+    content["config"]["name"] = "another"
+    file.write_text(json.dumps(content))
+    assert verify_base(copied_base) == 2
+    del content["sha256"]
+    file.write_text(json.dumps(content))
+    load_base(copied_base)
+    options = {"checkpoint_dir": copied_base, "prompt": "hi", "max_new_tokens": 1, "prompt_style": "none"}
+    status, _, err = command("generate/base.py", **options, verify="true")
+    assert (status, "warning: " in err, "has no hash to check" in err) == (0, True, True)
+    with pytest.warns(UserWarning, match="no hash"):
+        assert verify_base(GOLDEN / "lit-llama.pth") == 0
+    status, _, err = command("scripts/inspect_adapter.py", adapter_path="x", verify="true")
+    assert (status, "give its folder as --checkpoint_dir" in err) == (1, True)
 
 
 def test_damaged_bases_are_refused(copied_base):
