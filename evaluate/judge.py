@@ -37,7 +37,7 @@ def main(
     model: list[str] | None = None,
     repeats: int = 3,
     dry_run: bool = False,
-    temperature: float = 0.7,
+    temperature: float | None = 0.7,
     max_tokens: int = 512,
     workers: int = 4,
     requests_per_minute: float | None = None,
@@ -54,8 +54,9 @@ def main(
         model: the two to compare, the one whose wins are counted first; if not given, the only two that are there.
         repeats: rounds for each question, each of two requests.
         dry_run: say how many requests and tokens it would take, and send nothing.
-        temperature: of the judge; repeats need one above 0.
-        max_tokens: longest judgement.
+        temperature: of the judge; repeats need one above 0. "null" leaves it to the endpoint, as does an endpoint
+            that refuses it.
+        max_tokens: longest judgement, in tokens; a judge that thinks first needs thousands, as its thoughts count.
         workers: requests at once.
         requests_per_minute: at most; if not given, as fast as answers come.
         timeout: seconds until a request is tried again.
@@ -93,7 +94,10 @@ def main(
         if rounds:
             outcomes[question.id] = (sum(rounds) > 0) - (sum(rounds) < 0)
     if not outcomes:
-        raise ValueError(f"no judgement could be read, see {path}: does {judge_model} follow instructions?")
+        raise ValueError(
+            f"no judgement could be read, see {path}: does {judge_model} follow instructions, "
+            "and is --max_tokens enough for it?"
+        )
     disagree = sum(
         preferred[question.id, repeat, first] == preferred[question.id, repeat, second] in ("1", "2")
         for question in questions

@@ -34,7 +34,7 @@ def main(
     model: list[str] | None = None,
     repeats: int = 3,
     dry_run: bool = False,
-    temperature: float = 0.7,
+    temperature: float | None = 0.7,
     max_tokens: int = 512,
     workers: int = 4,
     requests_per_minute: float | None = None,
@@ -51,8 +51,9 @@ def main(
         model: whose answers; may be given several times; if not given, all that are there.
         repeats: marks for each answer, whose mean counts.
         dry_run: say how many requests and tokens it would take, and send nothing.
-        temperature: of the judge; repeats need one above 0.
-        max_tokens: longest judgement.
+        temperature: of the judge; repeats need one above 0. "null" leaves it to the endpoint, as does an endpoint
+            that refuses it.
+        max_tokens: longest judgement, in tokens; a judge that thinks first needs thousands, as its thoughts count.
         workers: requests at once.
         requests_per_minute: at most; if not given, as fast as answers come.
         timeout: seconds until a request is tried again.
@@ -92,7 +93,10 @@ def main(
             else:
                 marks.setdefault(case.key["question_id"], []).append(verdict)
         if not marks:
-            raise ValueError(f"no judgement could be read, see {path}: does {judge_model} follow instructions?")
+            raise ValueError(
+                f"no judgement could be read, see {path}: does {judge_model} follow instructions, "
+                "and is --max_tokens enough for it?"
+            )
         means[name] = {label: [] for label in categories}
         for id, found in marks.items():
             means[name][category[id]].append(sum(found) / len(found))

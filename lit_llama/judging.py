@@ -6,6 +6,8 @@ Every judgement is kept as a line of JSON as soon as it is there; those that are
 
 import hashlib
 import os
+import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +22,11 @@ from lit_llama.answers import append_row, read_kept
 from lit_llama.files import require_extra
 
 CHARACTERS_PER_TOKEN = 4  # of English text, for estimates
+# How endpoints say that a model does not take an option, and not that its value is too large.
+_UNSUPPORTED = re.compile(
+    r"unsupported|not support|not allowed|not permitted|unrecognized|unknown|unexpected|deprecated|only the default",
+    re.I,
+)
 
 
 class Case(NamedTuple):
@@ -46,8 +53,9 @@ class Judge(NamedTuple):
 
     Args:
         model: its name at the endpoint.
-        temperature: of its sampling.
-        max_tokens: of a judgement.
+        temperature: of its sampling; None leaves it to the endpoint. Left out, too, where the endpoint refuses it.
+        max_tokens: of a judgement, and of the thoughts before it; sent as `max_completion_tokens` where the endpoint
+            refuses `max_tokens`.
         workers: requests at once.
         requests_per_minute: at most; None means as fast as answers come.
         timeout: seconds until a request is given up and tried again.
@@ -56,7 +64,7 @@ class Judge(NamedTuple):
     """
 
     model: str
-    temperature: float = 0.7
+    temperature: float | None = 0.7
     max_tokens: int = 512
     workers: int = 4
     requests_per_minute: float | None = None
@@ -123,6 +131,9 @@ def _ask(cases: Sequence[Case], path: Path, judge: Judge, read: Callable[[str], 
     client = openai.OpenAI(timeout=judge.timeout, max_retries=judge.retries)
     pause = 60 / judge.requests_per_minute if judge.requests_per_minute else 0.0
     turn, next_at = threading.Lock(), time.monotonic()
+    options: dict[str, Any] = {"max_tokens": judge.max_tokens}
+    if judge.temperature is not None:
+        options["temperature"] = judge.temperature
 
     def wait_for_turn() -> None:
         nonlocal next_at
@@ -131,13 +142,28 @@ def _ask(cases: Sequence[Case], path: Path, judge: Judge, read: Callable[[str], 
             next_at = at + pause
         time.sleep(max(0.0, at - time.monotonic()))
 
+    def request(messages: list[dict[str, str]]) -> Any:
+        nonlocal options
+        while True:
+            wait_for_turn()
+            sent = options
+            try:
+                return client.chat.completions.create(model=judge.model, messages=messages, **sent)
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                accepted = _without_refused(sent, error)
+                if accepted is None:
+                    raise
+                with turn:  # what one request has learned, the others need not
+                    if options is sent:
+                        options = accepted
+                        [refused] = sent.keys() - accepted.keys()
+                        say = f"{judge.model} refuses {refused}; options sent from now on: {', '.join(accepted)}"
+                        tqdm.write(say, file=sys.stderr)
+
     def ask(case: Case) -> dict[str, Any]:
         text, verdict, tries = "", None, 0
         while verdict is None and tries < judge.attempts:
-            wait_for_turn()
-            messages = [{"role": "system", "content": case.system}, {"role": "user", "content": case.user}]
-            limits = {"temperature": judge.temperature, "max_tokens": judge.max_tokens}
-            reply = client.chat.completions.create(model=judge.model, messages=messages, **limits)
+            reply = request([{"role": "system", "content": case.system}, {"role": "user", "content": case.user}])
             text = (reply.choices[0].message.content if reply.choices else None) or ""
             verdict, tries = read(text), tries + 1
         row = {**case.key, "verdict": verdict, "judgement": text, "judge": judge.model}
@@ -154,6 +180,24 @@ def _ask(cases: Sequence[Case], path: Path, judge: Judge, read: Callable[[str], 
             raise ValueError(f"{client.base_url} cannot be reached: {error.__cause__ or error}") from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _without_refused(options: dict[str, Any], error: Any) -> dict[str, Any] | None:
+    """The options without the one that an endpoint refuses, under its other name if it has one; None if it is another.
+
+    OpenAI's later models refuse `max_tokens`, and any temperature but their own.
+    """
+    said = _reason(error)
+    named = error.param if error.param in options else None
+    if named is None:  # not all endpoints say which; the first that is named, as the rest may be advice
+        found = {name: match.start() for name in options if (match := re.search(rf"\b{name}\b", said))}
+        named = min(found, key=found.__getitem__, default=None)
+    if named is None or not (_UNSUPPORTED.search(said) or str(error.code).startswith("unsupported")):
+        return None
+    rest = {name: value for name, value in options.items() if name != named}
+    if named == "temperature":
+        return rest
+    return {**rest, "max_completion_tokens": options[named]} if named == "max_tokens" else None
 
 
 def _reason(error: Any) -> str:

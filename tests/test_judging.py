@@ -15,10 +15,14 @@ from lit_llama.judging import bootstrap
 
 
 class Endpoint:
-    """A server whose replies `reply` makes of the user's message; what it returns may be a status instead."""
+    """A server whose replies `reply` makes of the user's message; what it returns may be a status instead.
+
+    `refuse` may find an error in a request's body, which is then answered with status 400.
+    """
 
     def __init__(self):
         self.reply = lambda text: "Verdict: tie"
+        self.refuse = lambda body: None
         self.requests = []
         outer = self
 
@@ -26,12 +30,13 @@ class Endpoint:
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.requests.append((time.monotonic(), self.path, self.headers["Authorization"], body))
-                found = outer.reply(body["messages"][-1]["content"])
+                refused = outer.refuse(body)
+                found = 400 if refused else outer.reply(body["messages"][-1]["content"])
                 status, content = (found, "") if isinstance(found, int) else (200, found)
                 choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
                 reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "j", "choices": [choice]}
                 if status != 200:
-                    reply = {"error": {"message": f"refused with {status}", "type": "error"}}
+                    reply = {"error": refused or {"message": f"refused with {status}", "type": "error"}}
                 data = json.dumps(reply).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
@@ -156,6 +161,61 @@ def test_a_refusal_ends_with_what_there_is(command, answers, endpoint, status, m
     assert code == 1
     assert message in err
     assert len(list(read_kept(answers / "judgements" / "good-vs-bad.jsonl"))) == 20
+
+
+def openai_s(body):
+    """What OpenAI's later models say of options that they do not take."""
+    if "max_tokens" in body:
+        message = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens'."
+        return {"message": message, "param": "max_tokens", "code": "unsupported_parameter"}
+    if body.get("temperature", 1) != 1:
+        message = "Unsupported value: 'temperature' does not support 0.7 with this model."
+        return {"message": message, "param": "temperature", "code": "unsupported_value"}
+    return None
+
+
+def another_s(body):
+    """The same of an endpoint that says it in its text alone."""
+    if "temperature" in body:
+        return {"message": "temperature is deprecated for this model; neither it nor max_tokens need be given"}
+    return {"message": "max_tokens: Extra inputs are not permitted"} if "max_tokens" in body else None
+
+
+@pytest.mark.parametrize("refuse", [openai_s, another_s])
+@pytest.mark.parametrize("workers", [1, 4])
+def test_options_that_an_endpoint_refuses(command, answers, endpoint, refuse, workers):
+    """The longest judgement by its other name, the temperature left out; learned once."""
+    endpoint.reply, endpoint.refuse = fair, refuse
+    status, out, err = judge(command, answers, max_tokens=700, workers=workers)
+    assert status == 0, err
+    assert "| all | 3 | 3 | 0 | 0.750 |" in out
+    bodies = [body for *_, body in endpoint.requests]
+    accepted = [body for body in bodies if not refuse(body)]
+    assert len(accepted) == 24
+    assert all(body["max_completion_tokens"] == 700 for body in accepted)
+    assert not any({"temperature", "max_tokens"} & body.keys() for body in accepted)
+    assert len(bodies) - len(accepted) <= 2 * workers  # what one request learned, the next ones know
+    assert err.count("j refuses temperature; options sent from now on: ") == 1
+    assert err.count("j refuses max_tokens; options sent from now on: ") == 1
+
+
+def test_a_refusal_of_a_value_is_no_refusal_of_the_option(command, answers, endpoint):
+    endpoint.refuse = lambda body: {"message": "max_tokens is too large: 512, at most 100", "param": "max_tokens"}
+    status, _, err = judge(command, answers)
+    assert status == 1
+    assert "status 400, max_tokens is too large: 512" in err
+    assert all("max_tokens" in body for *_, body in endpoint.requests)
+    endpoint.refuse = lambda body: {"message": "unsupported: max_tokens, max_completion_tokens"}
+    status, _, err = judge(command, answers)
+    assert status == 1  # it is asked by either name, and no further
+    assert "status 400, unsupported" in err
+
+
+def test_the_temperature_can_be_left_to_the_endpoint(command, answers, endpoint):
+    endpoint.reply = fair
+    status, _, err = judge(command, answers, temperature="null")
+    assert status == 0, err
+    assert not any("temperature" in body for *_, body in endpoint.requests)
 
 
 def test_no_endpoint_and_no_key(command, answers, monkeypatch):
