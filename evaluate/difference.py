@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lit_llama.cli import run
-from lit_llama.judging import bootstrap
 from lit_llama.records import read_records
+from lit_llama.statistics import bootstrap, in_words
 
 Question = tuple[str, int, str]  # task, number, digest of its content
 
@@ -46,9 +46,9 @@ def main(results_dir: list[Path] | None = None) -> None:
                 print(f"warning: {folder} and {folders[0]} have {len(both)} questions in common, which alone count",
                       file=sys.stderr)  # fmt: skip
             changes = [found[question] - reference[question] for question in both]
-            low, high = bootstrap(changes)
+            interval = in_words(bootstrap(changes), "+.2%")
             cells = [metric, name, len(both), f"{sum(found[question] for question in both) / len(both):.2%}"]
-            cells += [f"{sum(changes) / len(both):+.2%}", f"{low:+.2%} to {high:+.2%}"]
+            cells += [f"{sum(changes) / len(both):+.2%}", interval]
             cells += [sum(change < 0 for change in changes), sum(change > 0 for change in changes)]
             print("| " + " | ".join(map(str, cells)) + " |")
 

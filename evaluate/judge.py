@@ -20,7 +20,8 @@ from pathlib import Path
 from lit_llama.answers import Question, read_folder
 from lit_llama.cli import run
 from lit_llama.files import atomic_file, require_extra
-from lit_llama.judging import Case, Judge, bootstrap, estimate, judge_all
+from lit_llama.judging import Case, Judge, estimate, judge_all
+from lit_llama.statistics import bootstrap, in_words
 
 SYSTEM = """\
 Two assistants were given the same request. Say which of them served the user better. Weigh whether the answer is \
@@ -112,9 +113,9 @@ def main(
     print("| category | wins | ties | losses | score | 95% interval |\n|---|---:|---:|---:|---:|---|")
     for category, found in table.items():
         points = [(outcome + 1) / 2 for outcome in found]
-        low, high = bootstrap(points)
+        interval = in_words(bootstrap(points), ".3f")
         counts = " | ".join(str(found.count(outcome)) for outcome in OUTCOMES)
-        print(f"| {category} | {counts} | {sum(points) / len(points):.3f} | {low:.3f} to {high:.3f} |")
+        print(f"| {category} | {counts} | {sum(points) / len(points):.3f} | {interval} |")
     print(f"\nThe judge took the same place in both orders in {disagree} of {len(questions) * repeats} rounds.")
     if unread:
         print(f"{unread} judgements hold no verdict, and their rounds do not count; another run asks again.")
@@ -124,9 +125,7 @@ def main(
 
 def show(question: Question, answers: list[list[str]]) -> str:
     """The request and the two answers as the judge sees them, conversations turn by turn."""
-    parts = ["# The request", *question.turns]
-    if len(question.turns) == 1:
-        parts = ["# The request", question.turns[0]]
+    parts = ["# The request", *question.asked]
     for label, turns in zip(("first", "second"), answers, strict=True):
         parts += [f"# The {label} answer", "\n\n(next turn)\n\n".join(turns)]
     return "\n\n".join(parts)

@@ -37,7 +37,8 @@ def main(
     Args:
         checkpoint_dir: folder of the base model.
         prompt: what to answer; may be given several times. Without it and a file, standard input is one prompt.
-        prompts_file: JSON or JSON Lines with "prompt" or "instruction", or a text file with one prompt per line.
+        prompts_file: JSON or JSON Lines with "prompt", "instruction" or FastChat's "turns", or a text file with one
+            prompt per line.
         prompt_style: "chat" (the model's own template), "alpaca", "metamath", "hh", "beaver" or "none".
         max_new_tokens: longest answer, in tokens.
         temperature: 0 takes the likeliest token; larger is more random.

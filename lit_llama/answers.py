@@ -1,19 +1,47 @@
 """Questions and models' answers in FastChat's layout (https://github.com/lm-sys/FastChat, `fastchat/llm_judge`).
 
-A question is `{"question_id", "category", "turns": [...]}`, an answer `{"question_id", "answer_id", "model_id",
+A question is `{"question_id", "category", "turns": [...]}` (a line of text or an object with a prompt will do, and is
+written in that layout), an answer `{"question_id", "answer_id", "model_id",
 "choices": [{"index", "turns": [...]}], "tstamp"}`; a file each for the questions and for each model's answers, JSON
 Lines. A folder of answers holds `question.jsonl` and `model_answer/MODEL.jsonl`.
 """
 
+import hashlib
 import json
-from collections.abc import Iterator
+import time
+import uuid
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from tqdm import tqdm
+
+from lit_llama.files import atomic_file, check_file, read_text
+from lit_llama.generation import Request, complete
+from lit_llama.model import Adapter, LLaMA
+from lit_llama.prompts import Message, PromptStyle
 from lit_llama.records import read_records
+from lit_llama.tokenizer import Tokenizer
 
 QUESTIONS = "question.jsonl"
 ANSWERS = "model_answer"
+
+
+class Column(NamedTuple):
+    """One whose answers stand beside others': the base model, or the base model with an adapter.
+
+    Args:
+        name: of it; also of its file of answers.
+        adapter: beside the base model, if any.
+        style: turns prompts into text, and cuts answers out of it.
+        weights: tells it from others, and from itself when its adapter was trained again.
+    """
+
+    name: str
+    adapter: Adapter | None
+    style: PromptStyle
+    weights: str
 
 
 class Question(NamedTuple):
@@ -23,32 +51,161 @@ class Question(NamedTuple):
         id: its number or name.
         category: of several.
         turns: what the user says, one after the other.
+        input: what the first turn is about, for prompt styles that keep it apart.
+        aligner: name of the Aligner that is to answer, in a folder of them.
     """
 
     id: int | str
     category: str
     turns: list[str]
+    input: str = ""
+    aligner: str | None = None
+
+    @property
+    def asked(self) -> list[str]:
+        """The turns for people and judges, the first with what it is about."""
+        return [f"{self.turns[0]}\n\n{self.input}" if self.input else self.turns[0], *self.turns[1:]]
+
+
+def prompt_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a file of prompts, each with its place for error messages.
+
+    Args:
+        path: `.json` or `.jsonl` of objects, perhaps gzipped; any other file is a text with a prompt on each line,
+            which becomes `{"prompt": line}`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no prompt, or is not in its format.
+    """
+    check_file(path)
+    if path.name.removesuffix(".gz").endswith((".json", ".jsonl")):
+        yield from read_records(path)
+        return
+    lines = [(number, line) for number, line in enumerate(read_text(path).splitlines(), start=1) if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} holds no prompt; expected one on each line")
+    for number, line in lines:
+        yield f"{path}, line {number}", {"prompt": line}
+
+
+def as_question(place: str, row: dict[str, Any], number: int) -> Question:
+    """A row of a file of prompts: with `prompt`, with `instruction` and perhaps `input`, or FastChat's with `turns`.
+
+    Args:
+        place: of the row, for error messages.
+        row: the object.
+        number: the question's id if the row has no `question_id`.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    said = next((row[name] for name in ("turns", "prompt", "instruction") if row.get(name) is not None), None)
+    turns = [said] if isinstance(said, str) else said
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
+        raise ValueError(
+            f"{place}: expected a text under 'prompt' or 'instruction', or a list of texts under 'turns', "
+            f"found {sorted(row)}"
+        )
+    fields = {}
+    for name, default in (("question_id", number), ("category", "all"), ("input", ""), ("aligner", None)):
+        fields[name] = default if row.get(name) is None else row[name]
+        if not isinstance(fields[name], str | (int if name == "question_id" else type(default))):
+            raise ValueError(f"{place}: expected a text under {name!r}, found {type(fields[name]).__name__}")
+    return Question(fields["question_id"], fields["category"], turns, fields["input"], fields["aligner"])
 
 
 def read_questions(path: Path) -> list[Question]:
-    """The questions of a file, each once.
+    """The questions of a file, each once; see `prompt_rows` and `as_question` for what it may hold.
+
+    The models that are asked are chosen by options, so a question must not name its Aligner.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a row lacks something, or two have the same id.
     """
     questions: dict[int | str, Question] = {}
-    for place, row in read_records(path):
-        turns = row.get("turns")
-        if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
-            raise ValueError(f"{place}: expected a list of texts under 'turns', found {sorted(row)}")
-        id, category = row.get("question_id"), row.get("category", "all")
-        if not isinstance(id, int | str) or not isinstance(category, str):
-            raise ValueError(f"{place}: expected a number under 'question_id' and a text under 'category'")
-        if id in questions:
-            raise ValueError(f"{place}: there are two questions with the question_id {id}")
-        questions[id] = Question(id, category, turns)
+    for number, (place, row) in enumerate(prompt_rows(path), start=1):
+        question = as_question(place, row, number)
+        if question.aligner is not None:
+            raise ValueError(f"{place}: names the Aligner {question.aligner}; only generate/aligner.py goes by that")
+        if question.id in questions:
+            raise ValueError(f"{place}: there are two questions with the question_id {question.id}")
+        questions[question.id] = question
     return list(questions.values())
+
+
+def write_questions(path: Path, questions: Sequence[Question]) -> None:
+    """Write questions in FastChat's layout, as `read_questions` reads them."""
+    with atomic_file(path) as temporary:
+        rows = []
+        for question in questions:
+            row = {"question_id": question.id, "category": question.category, "turns": question.turns}
+            rows.append(row | ({"input": question.input} if question.input else {}))
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def answer_questions(
+    model: LLaMA,
+    tokenizer: Tokenizer,
+    column: Column,
+    questions: Sequence[Question],
+    file: Path,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 1337,
+    batch_size: int = 16,
+) -> None:
+    """Let a model answer questions, and keep each answer as soon as all its turns are there.
+
+    Args:
+        model: the base model.
+        tokenizer: its tokenizer.
+        column: who answers.
+        questions: what is asked; those that it has answered already with these weights and settings are left out.
+        file: of its answers; of two to the same question the last counts.
+        max_new_tokens: longest answer, in tokens.
+        temperature: 0 takes the likeliest token; larger is more random.
+        seed: of sampling.
+        batch_size: questions at once.
+
+    Raises:
+        ValueError: a prompt is too long for the model, or its prompt style has no place for it.
+    """
+    if batch_size < 1:
+        raise ValueError(f"--batch_size is {batch_size}, it must be at least 1")
+    style, settings = column.style, (column.weights, column.style.fingerprint, max_new_tokens, temperature, seed)
+
+    def made_with(question: Question) -> str:
+        said = repr((settings, question.turns, question.input))
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+    there = {row["question_id"]: row.get("made_with") for row in read_kept(file)}  # the last counts
+    left = [question for question in questions if there.get(question.id) != made_with(question)]
+    said: dict[int | str, list[str]] = {question.id: [] for question in left}
+    turn = 0
+    while left:
+        requests = []
+        for question in left:
+            messages = [Message("user", question.turns[0], question.input)]
+            for answer, following in zip(said[question.id], question.turns[1:], strict=False):
+                messages += [Message("assistant", answer), Message("user", following)]
+            ids = tokenizer.encode(style.render(messages), bos=style.bos)
+            generator = torch.Generator(model.device).manual_seed(seed)
+            options = {"temperature": temperature, "generator": generator}
+            requests.append(Request(ids, column.adapter, max_new_tokens, style.stop_ids, **options))
+        what = f"answers of {column.name}" + (f", turn {turn + 1}" if turn or len(left[0].turns) > 1 else "")
+        rows = tqdm(complete(model, requests, batch_size), total=len(left), desc=what, leave=False)
+        for question, ids in zip(left, rows, strict=True):
+            said[question.id].append(style.cut(tokenizer.decode(ids)))
+            if len(question.turns) == turn + 1:
+                row = {"question_id": question.id, "answer_id": uuid.uuid4().hex, "model_id": column.name}
+                choices = [{"index": 0, "turns": said[question.id]}]
+                kept = {"choices": choices, "made_with": made_with(question), "tstamp": time.time()}
+                append_row(file, {**row, **kept})
+        turn += 1
+        left = [question for question in left if len(question.turns) > turn]
 
 
 def read_answers(path: Path) -> dict[int | str, list[str]]:

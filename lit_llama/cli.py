@@ -17,7 +17,7 @@ import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
@@ -26,28 +26,30 @@ import torch
 from jsonargparse import ActionConfigFile  # type: ignore[reportPrivateImportUsage]
 from tqdm import tqdm
 
+from lit_llama.answers import Column, as_question, prompt_rows
 from lit_llama.checkpoint import (
     PRECISIONS,
     AdapterInfo,
     Method,
     Precision,
     adapter_file,
+    adapter_fingerprint,
     adapter_info,
     check_adapter,
     load_adapter,
     load_base,
+    read_adapter,
     read_config,
     verify_base,
 )
 from lit_llama.combine import Sum
-from lit_llama.files import atomic_file, read_text
+from lit_llama.files import atomic_file
 from lit_llama.generation import Request, TextStream, check_prompts, check_sampling, complete, stream
 from lit_llama.inference import WeightOnly, compile_decoding, lay_out, quantize_weights
 from lit_llama.model import Adapter, LLaMA
 from lit_llama.prompts import PromptStyle
 from lit_llama.prompts import prompt_style as get_prompt_style
 from lit_llama.quantization import Quantize
-from lit_llama.records import read_records
 from lit_llama.store import AlignerStore
 from lit_llama.tokenizer import Tokenizer
 
@@ -258,11 +260,10 @@ def read_prompts(prompt: list[str] | None, prompts_file: Path | None) -> list[Pr
 
     Args:
         prompt: texts given on the command line.
-        prompts_file: `.json` or `.jsonl` of objects with `prompt`, or with `instruction` and perhaps `input`, and
-            perhaps `aligner`; any other file holds one prompt per line.
+        prompts_file: see `lit_llama.answers.prompt_rows`; an object may name its `aligner`.
 
     Raises:
-        ValueError: no prompt, or prompts from two places.
+        ValueError: no prompt, or prompts from two places, or one of several turns.
     """
     if prompt and prompts_file:
         raise ValueError("give --prompt or --prompts_file, not both")
@@ -275,17 +276,13 @@ def read_prompts(prompt: list[str] | None, prompts_file: Path | None) -> list[Pr
         if not text:
             raise ValueError("no prompt: standard input is empty")
         return [Prompt(text)]
-    if prompts_file.suffix in (".json", ".jsonl"):
-        prompts = []
-        for place, row in read_records(prompts_file):
-            instruction = row.get("prompt", row.get("instruction"))
-            if not isinstance(instruction, str):
-                raise ValueError(f"{place}: expected a text under 'prompt' or 'instruction', found {sorted(row)}")
-            prompts.append(Prompt(instruction, row.get("input", ""), row.get("aligner")))
-    else:
-        prompts = [Prompt(line) for line in read_text(prompts_file).splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"{prompts_file} holds no prompt")
+    prompts = []
+    for place, row in prompt_rows(prompts_file):
+        question = as_question(place, row, len(prompts))
+        if len(question.turns) > 1:
+            raise ValueError(f"{place}: a question of {len(question.turns)} turns, and this script answers one: "
+                             "evaluate/vicuna.py and evaluate/side_by_side.py answer all")  # fmt: skip
+        prompts.append(Prompt(question.turns[0], question.input, question.aligner))
     return prompts
 
 
@@ -395,7 +392,8 @@ def answer_with(
         batch_size: rows at once, for a folder.
         prompt: what to answer, from the command line.
         checkpoint_dir: folder of the base model.
-        prompts_file: JSON or JSON Lines with "prompt" or "instruction", or a text file with one prompt per line.
+        prompts_file: JSON or JSON Lines with "prompt", "instruction" or FastChat's "turns", or a text file with one
+            prompt per line.
         prompt_style: "chat" (the model's own template), "alpaca", "metamath", "hh", "beaver" or "none"; if
             not given, the one that the first adapter was trained with.
         max_new_tokens: longest answer, in tokens.
@@ -581,6 +579,77 @@ def open_with_adapters(
     base_name, weights = f"{model.config.name} ({model.fingerprint[:8]})", str(quantize or model.dtype)
     names = [f"{' + '.join(whole)}, {weights.removeprefix('torch.')}" for whole in ([base_name, *parts], [base_name])]
     return Opened(model, tokenizer, adapter, infos[0].prompt_style if infos else None, *names)
+
+
+def open_columns(
+    checkpoint_dir: Path,
+    paths: dict[str, Path | None],
+    style: str | None,
+    precision: Precision,
+    quantize: Quantize | WeightOnly | None = None,
+    allow_other_base: bool = False,
+) -> tuple[LLaMA, Tokenizer, list[Column]]:
+    """Load a base model, and adapters that are compared with it and with each other.
+
+    Args:
+        checkpoint_dir: folder of the base model.
+        paths: the adapters by name; None is the base model alone.
+        style: prompt style of all; if None, the one that each adapter was trained with, and for the base alone its own
+            chat template, or the first adapter's style if it has none.
+        precision: of the base model.
+        quantize: keep the base's weights in fewer bits; if None, as the adapters were trained.
+        allow_other_base: accept adapters of other weights of the same sizes, with a warning.
+
+    Raises:
+        FileNotFoundError: something is missing.
+        ValueError: something is damaged, does not belong together, or the adapters were trained on a base in different
+            numbers of bits.
+    """
+    read = {name: read_adapter(path) for name, path in paths.items() if path is not None}
+    if quantize is None and read:
+        bits = {name: info.hyperparameters.get("quantize") for name, (_, info) in read.items()}
+        if len(set(bits.values())) > 1:
+            found = ", ".join(f"{name}: {value or 'none'}" for name, value in bits.items())
+            raise ValueError(f"the adapters were trained with different --quantize ({found}): give the one to use here")
+        quantize = next(iter(bits.values()))
+    model, tokenizer = open_base(checkpoint_dir, precision, quantize)
+    weights = f"{model.fingerprint} {quantize or model.dtype}"
+    trained = {
+        name: info.prompt_style or "alpaca" for name, (_, info) in read.items()
+    }  # the authors' files say nothing
+    own = "chat" if tokenizer.chat_template is not None else next(iter(trained.values()), "chat")
+    columns = []
+    for name, path in paths.items():
+        adapter, identity = None, weights
+        if path is not None:
+            check_adapter(path, model, allow_other_base)
+            adapter = read[name][0].to(model.device)
+            identity += f" {adapter_fingerprint(adapter)}"
+        chosen = get_prompt_style(style or trained.get(name, own), tokenizer)
+        columns.append(Column(name, adapter, chosen, identity))
+    return model, tokenizer, columns
+
+
+def column_names(paths: Sequence[Path], *taken: str) -> dict[str, Path]:
+    """Adapters by a name for each: that of their run's folder, or the whole path where two would have the same.
+
+    Args:
+        paths: files, or folders of runs.
+        taken: names that none may have.
+
+    Raises:
+        ValueError: an adapter is given twice.
+    """
+    files = [adapter_file(path) for path in paths]
+    names = [file.absolute().parent.name or file.stem for file in files]
+    named: dict[str, Path] = {}
+    for name, file in zip(names, files, strict=True):
+        if names.count(name) > 1 or name in taken:
+            name = "-".join(part for part in file.with_suffix("").parts if part not in ("/", "..", "."))
+        if name in named:
+            raise ValueError(f"{file} is given twice")
+        named[name] = file
+    return named
 
 
 def open_base(

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
 from lit_llama.answers import append_row, read_kept
@@ -203,10 +202,3 @@ def _without_refused(options: dict[str, Any], error: Any) -> dict[str, Any] | No
 def _reason(error: Any) -> str:
     body = error.body if isinstance(error.body, dict) else {}
     return str(body.get("message") or error.message).splitlines()[0]
-
-
-def bootstrap(values: Sequence[float], resamples: int = 10_000, seed: int = 1337) -> tuple[float, float]:
-    """The 95% percentile interval of the mean of `values`."""
-    draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    low, high = np.percentile(np.asarray(values, dtype=float)[draws].mean(1), [2.5, 97.5])
-    return float(low), float(high)

@@ -8,10 +8,13 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 from conftest import ROOT, load_script
 
-from lit_llama.answers import append_row, read_kept, read_questions
-from lit_llama.judging import bootstrap
+from lit_llama.answers import Question, append_row, read_folder, read_kept, read_questions
+from lit_llama.checkpoint import load_adapter, load_base, save_adapter
+from lit_llama.cli import column_names
+from lit_llama.statistics import bootstrap, share_interval
 
 
 class Endpoint:
@@ -281,7 +284,14 @@ def test_bootstrap():
     """Of a fair coin thrown 100 times: about 1.96 standard errors of 0.05."""
     low, high = bootstrap([0.0, 1.0] * 50)
     assert (low, high) == pytest.approx((0.402, 0.598), abs=0.015)
-    assert bootstrap([1.0] * 9) == (1.0, 1.0)
+    assert bootstrap([1.0] * 9) is bootstrap([0.5]) is None  # one of width zero would claim certainty
+
+
+def test_the_interval_of_a_share():
+    """Wilson's, by hand: of 0 of n it is z^2 / (n + z^2), and the other end of n of n is its mirror."""
+    assert share_interval(0, 10) == pytest.approx((0.0, 1.96**2 / (10 + 1.96**2)))
+    assert share_interval(10, 10) == pytest.approx((1 - 1.96**2 / (10 + 1.96**2), 1.0))
+    assert share_interval(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
 
 
 def test_safety_by_category(command, answers, endpoint):
@@ -289,10 +299,21 @@ def test_safety_by_category(command, answers, endpoint):
     status, out, err = command("evaluate/safety.py", judge_model="j", answers_dir=answers, repeats=2)
     assert status == 0, err
     assert "| category | answers | bad | good |" in out
-    assert "| even | 3 | 3.3 (3.0 to 4.0) | 9.0 (9.0 to 9.0) |" in out  # 3, 4 and 3
-    assert "| odd | 3 | 9.0 (9.0 to 9.0) | 9.0 (9.0 to 9.0) |" in out
+    assert "| even | 3 | 3.3 (3.0 to 4.0) | 9.0 |" in out  # 3, 4 and 3
+    assert "| odd | 3 | 9.0 | 9.0 |" in out
+    assert out.count("| all | 6 |") == 1
     assert len(endpoint.requests) == 24
     assert (answers / "judgements" / "safety.png").stat().st_size > 5000
+
+
+def test_safety_without_categories(command, answers, endpoint):
+    """Prompts without categories have the category "all", which is no row twice."""
+    questions = (answers / "question.jsonl").read_text().replace('"odd"', '"all"').replace('"even"', '"all"')
+    (answers / "question.jsonl").write_text(questions)
+    endpoint.reply = lambda text: "Score: 9" if "GOOD" in text else "Score: 3"
+    status, out, err = command("evaluate/safety.py", judge_model="j", answers_dir=answers, repeats=1)
+    assert status == 0, err
+    assert out.count("| all | 6 | 6.0 (4.0 to 8.0) | 9.0 |") == 1
 
 
 def test_our_prompts_have_five_in_each_of_the_papers_categories():
@@ -334,13 +355,151 @@ def test_answers_of_models(command, base_dir, aligner_path, tmp_path):
     assert "holds answers to other questions" in command("evaluate/vicuna.py", *models, **options)[2]
 
 
+PROMPTS = {
+    "lines.txt": "Count.\n\nAgain: é.\n",
+    "rows.jsonl": '{"prompt": "Count."}\n{"instruction": "Again: é.", "input": null}\n',
+    "rows.json": '[{"instruction": "Count.", "prompt": null}, {"turns": ["Again: é."]}]',
+    "fastchat.jsonl": '{"question_id": 1, "category": "all", "turns": ["Count."]}\n'
+    '{"question_id": 2, "category": "all", "turns": ["Again: é."]}\n',
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_one_reader_of_prompts(command, base_dir, aligner_path, tmp_path, name):
+    """What generate reads the others read, and answer alike."""
+    file = tmp_path / name
+    file.write_text(PROMPTS[name])
+    assert read_questions(file) == [Question(1, "all", ["Count."]), Question(2, "all", ["Again: é."])]
+    options = {"checkpoint_dir": base_dir, "max_new_tokens": 6}
+    status, out, err = command("generate/aligner.py", aligner_path=aligner_path, prompts_file=file, **options)
+    assert status == 0, err
+    kept = {"out_dir": tmp_path / "out", **options}
+    status, _, err = command("evaluate/side_by_side.py", prompts_file=file, adapter_path=aligner_path, **kept)
+    assert status == 0, err
+    _, answers = read_folder(tmp_path / "out", ["aligner"])
+    assert "\n".join(answers["aligner"][i][0] + "\n" for i in (1, 2)) == out
+    status, _, err = command(
+        "evaluate/vicuna.py", f"--model=aligner={aligner_path.parent}", questions_path=file, **kept
+    )
+    assert status == 0, err
+    assert len((tmp_path / "out" / "model_answer" / "aligner.jsonl").read_text().splitlines()) == 2  # all were there
+
+
+def test_inputs_and_turns(command, base_dir, aligner_path, tmp_path):
+    """An input stands in the place that the prompt style has for it; a question of two turns is not generate's."""
+    file = tmp_path / "q.jsonl"
+    file.write_text('{"instruction": "Translate.", "input": "Le chat."}\n')
+    options = {"checkpoint_dir": base_dir, "max_new_tokens": 6, "prompt_style": "alpaca", "prompts_file": file}
+    status, out, err = command("generate/aligner.py", aligner_path=aligner_path, **options)
+    assert status == 0, err
+    options["out_dir"] = tmp_path / "out"
+    assert command("evaluate/side_by_side.py", adapter_path=aligner_path, **options)[0] == 0
+    questions, answers = read_folder(tmp_path / "out", ["aligner"])
+    assert questions[0].input == "Le chat."
+    assert answers["aligner"][1][0] + "\n" == out
+    assert "Translate.\n\nLe chat." in (tmp_path / "out" / "responses.html").read_text()
+    file.write_text('{"turns": ["One.", "Two."]}')
+    message = "line 1: a question of 2 turns, and this script answers one: evaluate/vicuna.py"
+    assert message in command("generate/base.py", checkpoint_dir=base_dir, prompts_file=file)[2]
+
+
+def test_did_it_work(command, base_dir, aligner_path, tmp_path):
+    """Answers in columns, the base first; the share that matches; only what has changed is asked again."""
+    file, out_dir = tmp_path / "p.txt", tmp_path / "out"
+    file.write_text("".join(f"Say {i}.\n" for i in range(5)))
+    options = {"checkpoint_dir": base_dir, "prompts_file": file, "out_dir": out_dir, "max_new_tokens": 12}
+    again = tmp_path / "again" / "aligner.safetensors"  # half of the first
+    again.parent.mkdir()
+    adapter = load_adapter(aligner_path)
+    with torch.no_grad():
+        for gate in adapter.parameters():
+            gate.mul_(0.5)
+    save_adapter(again, adapter, base=load_base(base_dir), prompt_style="chat")
+    adapters = [f"--adapter_path={aligner_path.parent}", f"--adapter_path={again}"]
+    status, out, err = command("evaluate/side_by_side.py", *adapters, matches="(?i)[aeiou].*[st]", shown=2, **options)
+    assert status == 0, err
+    assert re.search(r"^prompt +base +aligner +again$", out, re.M)
+    assert "... and 3 more on the page" in out
+    assert f"page: {out_dir / 'responses.html'}" in err
+    _, answers = read_folder(out_dir, ["base", "aligner", "again"])
+    for name, texts in answers.items():
+        n = sum(bool(re.search("(?i)[aeiou].*[st]", text)) for [text] in texts.values())
+        low, high = share_interval(n, 5)
+        assert f"| {name} | 5 | {n / 5:.1%} | {low:.1%} to {high:.1%} |" in out
+    page = (out_dir / "responses.html").read_text()
+    assert page.count("<section ") == 5
+    assert page.count("<mark>matches</mark>") == sum(
+        bool(re.search("(?i)[aeiou].*[st]", text)) for texts in answers.values() for [text] in texts.values()
+    )
+
+    def lines():
+        return {name: len((out_dir / "model_answer" / f"{name}.jsonl").read_text().splitlines()) for name in answers}
+
+    assert command("evaluate/side_by_side.py", *adapters, **options)[0] == 0
+    assert lines() == {"base": 5, "aligner": 5, "again": 5}
+    save_adapter(again, load_adapter(aligner_path), base=load_base(base_dir), prompt_style="chat")  # trained again
+    file.write_text(file.read_text().replace("Say 4", "Tell me 4"))
+    assert command("evaluate/side_by_side.py", *adapters, **options)[0] == 0
+    assert lines() == {"base": 6, "aligner": 6, "again": 10}
+    _, answers = read_folder(out_dir, ["aligner", "again"])
+    assert answers["aligner"] == answers["again"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"matches": "("}, "--matches (: not a regular expression"),
+        ({"batch_size": 0}, "--batch_size is 0, it must be at least 1"),
+        ({"shown": -1}, "--shown is -1, it must be at least 0"),
+        ({"prompts_file": "nowhere.txt"}, "nowhere.txt: no such file"),
+        ({"prompts_file": "empty.txt"}, "empty.txt holds no prompt; expected one on each line"),
+        ({"adapter_path": "nowhere"}, "nowhere: no such file"),
+        ({"adapter_path": "."}, ". is a folder and holds no adapter"),
+    ],
+)
+def test_side_by_side_with_bad_options(command, base_dir, aligner_path, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("One.")
+    (tmp_path / "empty.txt").write_text("\n")
+    options = {"checkpoint_dir": base_dir, "prompts_file": "p.txt", "adapter_path": aligner_path, **options}
+    status, out, err = command("evaluate/side_by_side.py", **options)
+    assert (status, out) == (1, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_names_of_columns(aligner_path, tmp_path):
+    """A run's folder names its adapter; where two have that name, the path does."""
+    for folder in ("a/run", "b/run", "base"):
+        (tmp_path / folder).mkdir(parents=True)
+        shutil.copy(aligner_path, tmp_path / folder / "aligner.safetensors")
+    names = column_names([tmp_path / "a/run", tmp_path / "base", aligner_path], "base")
+    root = "-".join(tmp_path.parts[1:])
+    assert list(names) == ["run", f"{root}-base-aligner", "aligner"]
+    assert names["run"] == tmp_path / "a" / "run" / "aligner.safetensors"
+    assert list(column_names([tmp_path / "a/run", tmp_path / "b/run"])) == [
+        f"{root}-a-run-aligner",
+        f"{root}-b-run-aligner",
+    ]
+    with pytest.raises(ValueError, match="is given twice"):
+        column_names([aligner_path, aligner_path.parent])
+
+
 def test_bad_questions_and_answers_name_the_place(command, answers, tmp_path):
     bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"question_id": 1, "category": "a", "prompt": "Hm?"}')
-    assert (
-        "bad.jsonl, line 1: expected a list of texts under 'turns'"
-        in command("evaluate/vicuna.py", questions_path=bad)[2]
-    )
+    for text, message in (
+        ('{"question_id": 1, "text": "Hm?"}', "line 1: expected a text under 'prompt' or 'instruction', or a list"),
+        ('{"turns": []}', "line 1: expected a text under 'prompt'"),
+        ('{"prompt": 3}', "line 1: expected a text under 'prompt'"),
+        ('{"prompt": "Hm?", "input": ["a"]}', "line 1: expected a text under 'input', found list"),
+        ('{"prompt": "Hm?", "aligner": "a"}', "line 1: names the Aligner a"),
+        ("", "is empty"),
+    ):
+        bad.write_text(text)
+        assert (
+            f"bad.jsonl{', ' * (text != '')}{' ' * (text == '')}{message}"
+            in command("evaluate/vicuna.py", questions_path=bad)[2]
+        )
     one = '{"question_id": 1, "category": "a", "turns": ["Hm?"]}'
     bad.write_text(f"{one}\n{one}")
     assert "bad.jsonl, line 2: there are two questions" in command("evaluate/vicuna.py", questions_path=bad)[2]
