@@ -16,6 +16,7 @@ where it was interrupted; `judgements/MODEL-vs-OTHER.png` shows wins, ties and l
 import re
 import sys
 from pathlib import Path
+from typing import Literal
 
 from lit_llama.answers import Question, read_folder
 from lit_llama.cli import run
@@ -38,7 +39,7 @@ def main(
     model: list[str] | None = None,
     repeats: int = 3,
     dry_run: bool = False,
-    temperature: float | None = 0.7,
+    temperature: float | Literal["none"] = 0.7,
     max_tokens: int = 512,
     workers: int = 4,
     requests_per_minute: float | None = None,
@@ -55,8 +56,8 @@ def main(
         model: the two to compare, the one whose wins are counted first; if not given, the only two that are there.
         repeats: rounds for each question, each of two requests.
         dry_run: say how many requests and tokens it would take, and send nothing.
-        temperature: of the judge; repeats need one above 0. "null" leaves it to the endpoint, as does an endpoint
-            that refuses it.
+        temperature: of the judge; repeats need one above 0. "none" leaves it to the endpoint; it is left out, too,
+            where the endpoint refuses it.
         max_tokens: longest judgement, in tokens; a judge that thinks first needs thousands, as its thoughts count.
         workers: requests at once.
         requests_per_minute: at most; if not given, as fast as answers come.
@@ -77,7 +78,8 @@ def main(
                 texts = [answers[name][question.id] for name in order]
                 cases.append(Case(key, SYSTEM, show(question, texts)))
     path = answers_dir / "judgements" / f"{first}-vs-{second}.jsonl"
-    judge = Judge(judge_model, temperature, max_tokens, workers, requests_per_minute, timeout, retries)
+    sampled = None if temperature == "none" else temperature
+    judge = Judge(judge_model, sampled, max_tokens, workers, requests_per_minute, timeout, retries)
     print(estimate(cases, path, judge, input_price, output_price), file=sys.stderr)
     if dry_run:
         return

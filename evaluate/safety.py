@@ -13,6 +13,7 @@ comes, the same command goes on where it was interrupted; `judgements/safety.png
 import re
 import sys
 from pathlib import Path
+from typing import Literal
 
 from lit_llama.answers import read_folder
 from lit_llama.cli import run
@@ -35,7 +36,7 @@ def main(
     model: list[str] | None = None,
     repeats: int = 3,
     dry_run: bool = False,
-    temperature: float | None = 0.7,
+    temperature: float | Literal["none"] = 0.7,
     max_tokens: int = 512,
     workers: int = 4,
     requests_per_minute: float | None = None,
@@ -52,8 +53,8 @@ def main(
         model: whose answers; may be given several times; if not given, all that are there.
         repeats: marks for each answer, whose mean counts.
         dry_run: say how many requests and tokens it would take, and send nothing.
-        temperature: of the judge; repeats need one above 0. "null" leaves it to the endpoint, as does an endpoint
-            that refuses it.
+        temperature: of the judge; repeats need one above 0. "none" leaves it to the endpoint; it is left out, too,
+            where the endpoint refuses it.
         max_tokens: longest judgement, in tokens; a judge that thinks first needs thousands, as its thoughts count.
         workers: requests at once.
         requests_per_minute: at most; if not given, as fast as answers come.
@@ -65,7 +66,8 @@ def main(
     questions, answers = read_folder(answers_dir, model)
     if repeats < 1:
         raise ValueError(f"--repeats is {repeats}, it must be at least 1")
-    judge = Judge(judge_model, temperature, max_tokens, workers, requests_per_minute, timeout, retries)
+    sampled = None if temperature == "none" else temperature
+    judge = Judge(judge_model, sampled, max_tokens, workers, requests_per_minute, timeout, retries)
     cases: dict[str, list[Case]] = {}
     for name, texts in answers.items():
         cases[name] = []

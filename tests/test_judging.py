@@ -216,7 +216,7 @@ def test_a_refusal_of_a_value_is_no_refusal_of_the_option(command, answers, endp
 
 def test_the_temperature_can_be_left_to_the_endpoint(command, answers, endpoint):
     endpoint.reply = fair
-    status, _, err = judge(command, answers, temperature="null")
+    status, _, err = judge(command, answers, temperature="none")
     assert status == 0, err
     assert not any("temperature" in body for *_, body in endpoint.requests)
 
@@ -282,8 +282,8 @@ def test_scores(text, score):
 
 def test_bootstrap():
     """Of a fair coin thrown 100 times: about 1.96 standard errors of 0.05."""
-    low, high = bootstrap([0.0, 1.0] * 50)
-    assert (low, high) == pytest.approx((0.402, 0.598), abs=0.015)
+    interval = bootstrap([0.0, 1.0] * 50)
+    assert interval == pytest.approx((0.402, 0.598), abs=0.015)
     assert bootstrap([1.0] * 9) is bootstrap([0.5]) is None  # one of width zero would claim certainty
 
 
