@@ -21,7 +21,7 @@ from lit_llama.files import atomic_file, check_file, read_text
 from lit_llama.generation import Request, complete
 from lit_llama.model import Adapter, LLaMA
 from lit_llama.prompts import Message, PromptStyle
-from lit_llama.records import read_records
+from lit_llama.records import PACKED_SUFFIXES, TEXT_SUFFIXES, read_records
 from lit_llama.tokenizer import Tokenizer
 
 QUESTIONS = "question.jsonl"
@@ -71,15 +71,16 @@ def prompt_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a file of prompts, each with its place for error messages.
 
     Args:
-        path: `.json` or `.jsonl` of objects, perhaps gzipped; any other file is a text with a prompt on each line,
-            which becomes `{"prompt": line}`.
+        path: JSON, JSON Lines, CSV or parquet, as `lit_llama.records` reads them; any other is a text with a prompt
+            on each line, which becomes `{"prompt": line}`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it holds no prompt, or is not in its format.
     """
     check_file(path)
-    if path.name.removesuffix(".gz").endswith((".json", ".jsonl")):
+    unpacked = path.with_suffix("") if path.suffix in PACKED_SUFFIXES else path
+    if unpacked.suffix in (*TEXT_SUFFIXES, ".parquet"):
         yield from read_records(path)
         return
     lines = [(number, line) for number, line in enumerate(read_text(path).splitlines(), start=1) if line.strip()]

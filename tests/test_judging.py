@@ -359,6 +359,7 @@ PROMPTS = {
     "lines.txt": "Count.\n\nAgain: é.\n",
     "rows.jsonl": '{"prompt": "Count."}\n{"instruction": "Again: é.", "input": null}\n',
     "rows.json": '[{"instruction": "Count.", "prompt": null}, {"turns": ["Again: é."]}]',
+    "table.csv": "topic,prompt\nsums,Count.\nwords,Again: é.\n",
     "fastchat.jsonl": '{"question_id": 1, "category": "all", "turns": ["Count."]}\n'
     '{"question_id": 2, "category": "all", "turns": ["Again: é."]}\n',
 }
