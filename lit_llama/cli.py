@@ -44,7 +44,7 @@ from lit_llama.checkpoint import (
 )
 from lit_llama.combine import Sum
 from lit_llama.files import atomic_file
-from lit_llama.generation import Request, TextStream, check_prompts, check_sampling, complete, stream
+from lit_llama.generation import GREEDY_BELOW, Request, TextStream, check_prompts, check_sampling, complete, stream
 from lit_llama.inference import WeightOnly, compile_decoding, lay_out, quantize_weights
 from lit_llama.model import Adapter, LLaMA
 from lit_llama.prompts import PromptStyle
@@ -315,8 +315,11 @@ def answer(
     """
     if num_samples < 1:
         raise ValueError(f"--num_samples is {num_samples}, it must be at least 1")
-    if num_samples > 1 and sampling["temperature"] == 0:
-        raise ValueError(f"--num_samples {num_samples} with --temperature 0 repeats one answer: raise the temperature")
+    if num_samples > 1 and sampling["temperature"] < GREEDY_BELOW:
+        temperature = sampling["temperature"]
+        raise ValueError(
+            f"--num_samples {num_samples} with --temperature {temperature:g} repeats one answer: raise the temperature"
+        )
     check_sampling(**sampling)
     encoded = [tokenizer.encode(style.prompt(*prompt[:2]), bos=style.bos) for prompt in prompts]
     check_prompts(model, encoded)

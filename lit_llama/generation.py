@@ -1,18 +1,21 @@
 """Prefill, decode, sampling: one prompt or a padded batch of them, streamed as they come."""
 
 import math
+import textwrap
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from lit_llama.combine import PerRow
 from lit_llama.model import Adapter, KVCache, LLaMA
 from lit_llama.prompts import PromptStyle
 from lit_llama.tokenizer import Tokenizer
+
+GREEDY_BELOW = 1e-5  # temperatures below this divide differences of logits by so little that nothing is left to chance
 
 
 def generate(model: LLaMA, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[list[int]]:
@@ -95,7 +98,8 @@ def stream(
         The next token of each row, None for rows that have ended.
 
     Raises:
-        ValueError: a prompt is empty or leaves no room in the window, or a sampling option is out of range.
+        ValueError: a prompt is empty or leaves no room in the window, or a sampling option is out of range; or a row
+            cannot be computed, for example because its logits are not finite.
     """
     adapters = list(adapter) if isinstance(adapter, Sequence) else [adapter] * len(prompts)
     options = (max_new_tokens, stop_ids, temperature, top_k, top_p, generator)
@@ -103,7 +107,9 @@ def stream(
     decoder = Decoder(model, len(prompts), max(map(len, prompts)) + max_new_tokens)
     rows = decoder.join(requests)
     while decoder.running:
-        tokens = {event.row: event.token for event in decoder.step() if event.token is not None}
+        events = decoder.step()
+        _raise_errors(events)
+        tokens = {event.row: event.token for event in events if event.token is not None}
         if tokens:
             yield [tokens.get(row) for row in rows]
 
@@ -137,20 +143,23 @@ class Event(NamedTuple):
 
     Args:
         row: its number, as `Decoder.join` gave it.
-        token: the next one; None if the row ended at a stop token, which is not part of the text.
-        finish: why the row ended, if it did: at a "stop" token, or at its greatest "length".
+        token: the next one; None if the row ended at a stop token, which is not part of the text, or by an error.
+        finish: why the row ended, if it did: at a "stop" token, at its greatest "length", or by an "error".
+        error: what went wrong, for the one who asked for the row.
     """
 
     row: int
     token: int | None
-    finish: Literal["stop", "length"] | None
+    finish: Literal["stop", "length", "error"] | None
+    error: str | None = None
 
 
 class Decoder:
     """Rows of text that are continued together, a token at a time. Rows join and leave between any two tokens.
 
-    All running rows share each forward, whatever their adapters; the cache is allocated once, and a row that ends makes
-    room for another.
+    All running rows share each forward, even if their adapters differ; the cache is allocated once, and a row that ends
+    makes room for another. A row that cannot be computed, because its adapter raises an error or makes its logits
+    infinite or NaN, ends with an event that says so. The other rows go on as if it had never been there.
 
     Args:
         model: the base model.
@@ -168,6 +177,8 @@ class Decoder:
         self._adapter: Adapter | None = None
         self._requests: dict[int, Request] = {}
         self._generated: dict[int, int] = {}
+        self._errors: dict[int, str] = {}  # of rows that end with the next step
+        self._written = [0] * max_rows  # positions of each row of the cache beyond which it holds zeros
         self._tokens = torch.zeros(max_rows, dtype=torch.long, device=model.device)  # the last of each row
         self._first_logits: Tensor | None = None  # (n, V) of the n rows that joined since the last step
         self._next_number = 0
@@ -190,23 +201,13 @@ class Decoder:
         check_prompts(self.model, [request.prompt for request in requests])
         for request in requests:
             check_sampling(request.max_new_tokens, request.temperature, request.top_k, request.top_p)
-        lengths = torch.tensor([len(request.prompt) for request in requests])
-        ids = pad_sequence([torch.tensor(request.prompt) for request in requests], batch_first=True)  # (n, T)
-        last = torch.arange(ids.size(1)) == lengths[:, None] - 1  # (n, T)
-        rows = slice(first, first + len(requests))
-        device = self.model.device
-        self._first_logits = self.model(
-            ids.to(device),
-            together([request.adapter for request in requests]),
-            logits_at=last.to(device),
-            cache=self._cache.view(rows, self.length),
-        )
         numbers = list(range(self._next_number, self._next_number + len(requests)))
         self._next_number += len(requests)
         self.running += numbers
         self._requests |= dict(zip(numbers, requests, strict=True))
         self._generated |= dict.fromkeys(numbers, 0)
         self._view = None
+        self._first_logits = self._prefill(first)
         return numbers
 
     @torch.no_grad()
@@ -216,10 +217,11 @@ class Decoder:
             logits, self._first_logits = self._first_logits, None
             rows = range(len(self.running) - logits.size(0), len(self.running))
         else:
-            logits, rows = self._forward(), range(len(self.running))
-        tokens = self._sample(logits, [self._requests[self.running[row]] for row in rows])
+            logits, rows = self._decode(), range(len(self.running))
+        numbers = [self.running[row] for row in rows]
+        tokens = self._sample(logits, numbers)
         self._tokens[rows.start : rows.stop] = tokens
-        events = [self._event(self.running[row], token) for row, token in zip(rows, tokens.tolist(), strict=True)]
+        events = [self._event(number, token) for number, token in zip(numbers, tokens.tolist(), strict=True)]
         for event in events:
             if event.finish:
                 self.leave(event.row)
@@ -234,13 +236,76 @@ class Decoder:
         if row != last:
             self._cache.move_row(last, row)
             self._tokens[row] = self._tokens[last]
+            self._written[row] = self._written[last]
             self.running[row] = self.running[last]
         self.running.pop()
         del self._requests[number], self._generated[number]
+        self._errors.pop(number, None)
         self._view = None
 
-    def _forward(self) -> Tensor:
+    def _prefill(self, first: int) -> Tensor:
+        """Logits (n, V) after the prompts of the rows from `first` on, which have just joined."""
+        requests = [self._requests[number] for number in self.running[first:]]
+        prompts = [list(request.prompt) for request in requests]
+        longest = max(map(len, prompts))
+        # Padded with tokens of its own, so that a row meets no other ones because others are longer.
+        ids = torch.tensor([prompt + prompt[-1:] * (longest - len(prompt)) for prompt in prompts])  # (n, T)
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        last = torch.arange(ids.size(1)) == lengths[:, None] - 1  # (n, T)
+
+        def forward(rows: slice) -> Tensor:
+            here = slice(rows.start - first, rows.stop - first)
+            return self.model(
+                ids[here].to(self.model.device),
+                together([request.adapter for request in requests[here]]),
+                logits_at=last[here].to(self.model.device),
+                cache=self._cache.view(rows, self.length),
+            )
+
+        logits = self._together_or_alone(forward, first)
+        for row, request in enumerate(requests, start=first):
+            # What an earlier row left here, or the padding, is hidden by a weight of 0. That does not hide NaN.
+            self._cache.clear(row, len(request.prompt), max(self._written[row], longest))
+            self._written[row] = len(request.prompt)
+        return logits
+
+    def _decode(self) -> Tensor:
         """Logits (B, V) after the last token of each row."""
+        positions = torch.tensor([self._position(number) for number in self.running], device=self.model.device)
+        for row, number in enumerate(self.running):
+            self._written[row] = self._position(number) + 1
+
+        def forward(rows: slice) -> Tensor:
+            if rows == slice(0, len(self.running)):
+                return self._decode_together()
+            [adapter] = [self._requests[number].adapter for number in self.running[rows]]
+            cache = self._cache.view(rows, self.length)
+            return self.model(self._tokens[rows, None], adapter, cache=cache, positions=positions[rows, None])[:, 0]
+
+        return self._together_or_alone(forward, 0)
+
+    def _together_or_alone(self, forward: Callable[[slice], Tensor], first: int) -> Tensor:
+        """Logits (n, V) of the rows from `first` on, in one forward; if that raises, of each by itself.
+
+        Those that raise by themselves end with the next step, by an error.
+        """
+        try:
+            return forward(slice(first, len(self.running)))
+        except Exception as error:
+            self._view = None
+            problem = _describe(error)
+        logits = torch.zeros(len(self.running) - first, self.model.config.vocab_size, device=self.model.device)
+        for row in range(first, len(self.running)):
+            try:
+                logits[row - first] = forward(slice(row, row + 1))[0]
+            except Exception as error:
+                self._errors[self.running[row]] = _describe(error)
+        if not self._errors:  # then every step will be as slow
+            warnings.warn(f"rows cannot be computed together and are computed one by one: {problem}", stacklevel=4)
+        return logits
+
+    def _decode_together(self) -> Tensor:
+        """`_decode` of all rows in one forward."""
         positions = [self._position(number) for number in self.running]
         adapters = [self._requests[number].adapter for number in self.running]
         longest = min(self.length, 64 * math.ceil((max(positions) + 1) / 64))  # beyond, there is nothing to attend to
@@ -267,16 +332,31 @@ class Decoder:
         """Where in its row the last token stands."""
         return len(self._requests[number].prompt) + self._generated[number] - 1
 
-    def _sample(self, logits: Tensor, requests: list[Request]) -> Tensor:
+    def _sample(self, logits: Tensor, numbers: list[int]) -> Tensor:
+        """A token (n) for each row; where there is none, `_errors` says why."""
         tokens = logits.argmax(-1)
-        for row, request in enumerate(requests):
-            if request.temperature:
+        for row, (number, is_finite) in enumerate(zip(numbers, logits.isfinite().all(-1).tolist(), strict=True)):
+            request = self._requests[number]
+            if number in self._errors:
+                continue
+            if not is_finite:
+                self._errors[number] = (
+                    "the model's logits are not finite: the values of the adapter, or its scale, are too large"
+                    if request.adapter is not None
+                    else "the model's logits are not finite"
+                )
+            elif request.temperature >= GREEDY_BELOW:
                 options = request.temperature, request.top_k, request.top_p, request.generator
-                tokens[row] = sample(logits[row : row + 1], *options)[0]
+                try:
+                    tokens[row] = sample(logits[row : row + 1], *options)[0]
+                except Exception as error:
+                    self._errors[number] = _describe(error)
         return tokens
 
     def _event(self, number: int, token: int) -> Event:
         request = self._requests[number]
+        if number in self._errors:
+            return Event(number, None, "error", self._errors[number])
         if token in request.stop_ids:
             return Event(number, None, "stop")
         self._generated[number] += 1
@@ -300,6 +380,9 @@ def complete(
 
     Yields:
         The new tokens of each, in order, without the stop token, as soon as it and all before it have ended.
+
+    Raises:
+        ValueError: a request is refused by `Decoder.join`, or cannot be computed; the message says which.
     """
     longest = max((len(request.prompt) + request.max_new_tokens for request in requests), default=0)
     decoder = Decoder(model, min(max_rows, len(requests)), longest)
@@ -311,7 +394,9 @@ def complete(
             numbers = decoder.join(requests[joined : joined + decoder.max_rows - len(decoder.running)])
             joined += len(numbers)
             texts += [[] for _ in numbers]
-        for event in decoder.step():
+        events = decoder.step()
+        _raise_errors(events)
+        for event in events:
             texts[event.row] += [] if event.token is None else [event.token]
             if event.finish is None and stops is not None and stops(event.row, texts[event.row]):
                 decoder.leave(event.row)
@@ -323,6 +408,19 @@ def complete(
             given += 1
 
 
+def _raise_errors(events: Sequence[Event]) -> None:
+    """For callers who want all rows or none."""
+    for event in events:
+        if event.error is not None:
+            raise ValueError(f"prompt {event.row + 1} cannot be continued: {event.error}")
+
+
+def _describe(error: Exception) -> str:
+    """An error in one line that is not too long."""
+    text = textwrap.shorten(str(error), 300) or "no message"
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+
+
 def together(adapters: Sequence[Adapter | None]) -> Adapter | None:
     """One adapter for a batch whose rows have these; the same for all is that one."""
     return adapters[0] if all(adapter is adapters[0] for adapter in adapters) else PerRow(adapters)
@@ -332,14 +430,16 @@ def check_prompts(model: LLaMA, prompts: Sequence[Sequence[int]]) -> None:
     """Refuse prompts that cannot be continued.
 
     Raises:
-        ValueError: one is empty, or leaves no room in the model's window.
+        ValueError: one is empty, leaves no room in the model's window, or has a token that the model does not know.
     """
-    window = model.config.block_size
+    window, vocabulary = model.config.block_size, model.config.vocab_size
     for prompt in prompts:
         if not prompt:
             raise ValueError("the prompt is empty: the model needs at least one token to continue")
         if len(prompt) >= window:
             raise ValueError(f"the prompt has {len(prompt)} tokens, the model's window is {window}: shorten the prompt")
+        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
+            raise ValueError(f"the prompt has tokens from {min(prompt)} to {max(prompt)}, the model knows {vocabulary}")
 
 
 def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float) -> None:
@@ -350,8 +450,8 @@ def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, t
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if temperature < 0:
-        raise ValueError(f"temperature must not be negative, got {temperature}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be a number from 0 on, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     if not 0 < top_p <= 1:
@@ -369,7 +469,7 @@ def sample(
 
     Args:
         logits: (B, V).
-        temperature: 0 takes the likeliest.
+        temperature: 0, or less than `GREEDY_BELOW`, takes the likeliest.
         top_k: keep the k likeliest.
         top_p: keep the likeliest that hold this probability together (arXiv 1904.09751), at least one.
         generator: source of randomness.
@@ -377,7 +477,7 @@ def sample(
     Returns:
         Token ids (B,).
     """
-    if temperature == 0:
+    if temperature < GREEDY_BELOW:
         return logits.argmax(-1)
     logits = logits.float()
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest stays finite, however cold

@@ -297,7 +297,8 @@ class KVCache:
     """The keys and values of one generation with one adapter, with static shapes.
 
     A row's cache index is its position, so rows of unequal length are padded on the right and need no offsets: what
-    the padding wrote lies beyond the row's position, where nothing attends until a token overwrites it.
+    the padding wrote lies beyond the row's position, where attention has weight 0 until a token overwrites it. Only
+    finite values may lie there, as 0 times infinity or NaN is NaN.
 
     Args:
         layers: of each layer.
@@ -344,6 +345,12 @@ class KVCache:
         for layer in self.layers:
             for tensor in (layer.k, layer.v):
                 torch._dynamo.mark_static_address(tensor, guard=False)
+
+    def clear(self, row: int, start: int, stop: int) -> None:
+        """Write zeros over some positions of a row."""
+        for layer in self.layers:
+            layer.k[row, :, start:stop] = 0
+            layer.v[row, :, start:stop] = 0
 
     def move_row(self, source: int, target: int) -> None:
         """Copy one row's keys and values over another's."""

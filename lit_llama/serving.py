@@ -167,15 +167,19 @@ class Model(LitAPI):
             uid, request = self._waiting.popleft()
             try:
                 [number] = self._decoder.join([self._row(request)])
-            except ValueError as error:
-                self._finished += [said(uid, {"error": str(error)}), done(uid)]
+            except Exception as error:  # of this row alone, such as a damaged file of its Aligner
+                status = 400 if isinstance(error, ValueError) else 500
+                self._finished += [said(uid, {"error": str(error), "status": status}), done(uid)]
                 continue
             self._uids[number], self._deadlines[number] = uid, request["deadline"]
             break  # one prompt between two tokens of the others
         outputs = []
         for event in self._decoder.step() if self._decoder.running else []:
             uid = self._uids[event.row]
-            outputs.append(said(uid, {"token": event.token, "finish": event.finish}))
+            if event.error is None:
+                outputs.append(said(uid, {"token": event.token, "finish": event.finish}))
+            else:
+                outputs.append(said(uid, {"error": event.error, "status": 500}))
             if event.finish:
                 outputs.append(done(uid))
                 del self._uids[event.row], self._deadlines[event.row]

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from conftest import random_aligner
+from conftest import random_aligner, tiny_config
 
-from lit_llama.generation import Decoder, Request, generate, sample
+from lit_llama.generation import Decoder, Request, complete, generate, sample
+from lit_llama.lora import LoRA
 
 
 @pytest.fixture
@@ -99,13 +100,145 @@ def test_rows_sample_for_themselves(tiny_model):
     assert greedy == naive_greedy(tiny_model, [5, 6], 12, None)
 
 
+def overflowing(config):
+    """An Aligner of finite values with which keys, values and logits are infinite or NaN."""
+    aligner = random_aligner(config, 2, start_layer=1)
+    torch.nn.init.constant_(aligner.tokens, 3e38)
+    torch.nn.init.constant_(aligner.gates, 1.0)
+    return aligner
+
+
+class Broken:
+    """An adapter that raises an error, at once or when the prompt has been read."""
+
+    def __init__(self, layers):
+        self.left = layers
+
+    def layer(self, index):
+        if self.left == 0:
+            raise RuntimeError("the adapter is broken")
+        self.left -= 1
+        return random_aligner(tiny_config(), 1).layer(index)
+
+
+def run_all(decoder, requests):
+    """Let rows join together and all rows end; tokens and last event of those that joined."""
+    numbers = decoder.join(requests)
+    tokens, last = {number: [] for number in decoder.running}, {}
+    while decoder.running:
+        for event in decoder.step():
+            tokens[event.row] += [] if event.token is None else [event.token]
+            last[event.row] = event
+    return [tokens[number] for number in numbers], [last[number] for number in numbers]
+
+
+def assert_clean(decoder):
+    """As a new one: no rows, and nothing kept of any."""
+    assert not any((decoder.running, decoder._requests, decoder._generated, decoder._errors))
+    for layer in decoder._cache.layers:
+        for row, written in enumerate(decoder._written):
+            assert not layer.k[row, :, written:].any()
+            assert not layer.v[row, :, written:].any()
+
+
+def test_rows_leave_nothing_behind(tiny_model):
+    """What a row left in the cache has weight 0 for the next one there; 0 times infinity or NaN would be NaN."""
+    short = Request([5, 6, 7], None, 8)
+    decoder = Decoder(tiny_model, 1, 200)
+    [expected], _ = run_all(decoder, [short])
+    [tokens], [end] = run_all(decoder, [Request(list(range(55)), overflowing(tiny_model.config), 8)])
+    assert (tokens, end.token, end.finish) == ([], None, "error")
+    assert "logits are not finite" in end.error
+    assert run_all(decoder, [short])[0] == [expected]
+    assert expected == naive_greedy(tiny_model, [5, 6, 7], 8, None)
+    assert_clean(decoder)
+
+
+@pytest.mark.parametrize("bad", ["overflowing", "broken", "broken later", "other sizes", "sampling"])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_what_one_row_raises_ends_it_alone(tiny_model, bad, place):
+    """In the prompt or later, wherever the row stands among others that have joined with it or before."""
+    aligners = [random_aligner(tiny_model.config, n, start_layer=1, init_std=1.0) for n in (1, 2)]
+    good = [Request([5, 6], aligners[0], 12), Request(list(range(20)), aligners[1], 9), Request([8], None, 30)]
+    broken = Request([3, 4, 5, 6], None, 12)
+    if bad == "sampling":
+        broken = broken._replace(temperature=1.0, generator="none")
+    else:
+        adapters = {
+            "overflowing": overflowing(tiny_model.config),
+            "broken": Broken(1),
+            "broken later": Broken(tiny_model.config.n_layer),
+            "other sizes": random_aligner(tiny_config(n_embd=64), 1),
+        }
+        broken = broken._replace(adapter=adapters[bad])
+    decoder = Decoder(tiny_model, 5, 200)
+    decoder.join([Request([9, 9], None, 40)])
+    decoder.step()
+    tokens, ends = run_all(decoder, [*good[:place], broken, *good[place:]])
+    end = ends.pop(place)
+    assert len(tokens.pop(place)) <= 1
+    assert (end.token, end.finish) == (None, "error")
+    assert end.error
+    assert tokens == [naive_greedy(tiny_model, row.prompt, row.max_new_tokens, row.adapter) for row in good]
+    assert [end.finish for end in ends] == ["length"] * 3
+    assert_clean(decoder)
+
+
+def test_padding_does_not_reach_a_row(tiny_model):
+    """A row that joins with a longer one is computed beyond its end too, and what that writes is cleared."""
+    tiny_model.lm_head = torch.nn.Linear(32, 96, bias=False).requires_grad_(False)
+    tiny_model.transformer.wte.weight[0] = torch.inf  # the token that others pad with
+    decoder = Decoder(tiny_model, 2, 64)
+    decoder.join([Request([5, 6], None, 8), Request([8] * 30, None, 8)])
+    assert [event.finish for event in decoder.step()] == [None, None]
+    assert decoder._written == [2, 30]
+    assert decoder._cache.layers[-1].k[0, :, 1].any()
+    for layer in decoder._cache.layers:
+        assert not layer.k[0, :, 2:].any()
+        assert not layer.v[0, :, 2:].any()
+
+
+def test_rows_that_do_not_go_together_are_computed_one_by_one(tiny_model):
+    lora = LoRA(tiny_model.config, targets=["q", "down"])
+    for parameter in lora.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    prompts, adapters = [[5, 6], [7, 8, 9]], [lora, random_aligner(tiny_model.config, 2)]
+    expected = [naive_greedy(tiny_model, *pair) for pair in zip(prompts, [10, 10], adapters, strict=True)]
+    with pytest.warns(UserWarning, match="one by one: a LoRA applies to all rows"):
+        assert generate(tiny_model, prompts, 10, adapter=adapters) == expected
+
+
+def test_callers_for_whole_texts_get_the_error(tiny_model):
+    bad = overflowing(tiny_model.config)
+    with pytest.raises(ValueError, match="prompt 2 cannot be continued: the model's logits are not finite"):
+        generate(tiny_model, [[5], [6]], 4, adapter=[None, bad])
+    requests = [Request([5], None, 4), Request([6], Broken(0), 4)]
+    with pytest.raises(ValueError, match="prompt 2 cannot be continued: RuntimeError: the adapter is broken"):
+        list(complete(tiny_model, requests, 1))
+
+
+def test_cold_sampling_is_greedy(tiny_model):
+    """At any temperature below 1e-5, down to those that are zero in float32; the same at a little above."""
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    logits[0] *= 1e30
+    for temperature in (1e-310, 5e-324, 1e-45, 1e-38, 1e-20, 9.9e-6, 1e-5):
+        assert sample(logits, temperature).tolist() == logits.argmax(-1).tolist()
+        request = Request([5, 6, 7], None, 8, temperature=temperature)
+        tokens, [end] = run_all(Decoder(tiny_model, 1, 64), [request])
+        assert (tokens, end.finish) == ([naive_greedy(tiny_model, [5, 6, 7], 8, None)], "length")
+
+
 def test_impossible_requests_are_refused(tiny_model):
     with pytest.raises(ValueError, match="the prompt has 64 tokens, the model's window is 64"):
         generate(tiny_model, [[1] * 64], 5)
     with pytest.raises(ValueError, match="prompt is empty"):
         generate(tiny_model, [[1], []], 5)
+    with pytest.raises(ValueError, match="tokens from -1 to 96, the model knows 96"):
+        generate(tiny_model, [[-1, 96]], 5)
     for options, name in (
         ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
         ({"top_k": 0}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import openai
 import pytest
+import torch
 from conftest import ROOT, random_aligner
 
 from lit_llama.checkpoint import load_adapter, load_base, save_adapter
@@ -104,6 +105,27 @@ def test_many_at_once_are_what_each_is_alone(url, base_dir, aligner_dir):
     assert len(set(answers)) > 4
 
 
+def test_one_request_does_not_touch_another(url, base_dir, aligner_dir):
+    """An Aligner that makes logits infinite gets an error of its own; a temperature next to zero is greedy."""
+    model = load_base(base_dir)
+    bad = random_aligner(model.config, 2)
+    for values in bad.parameters():
+        torch.nn.init.constant_(values, 3e38)
+    save_adapter(aligner_dir / "bad.safetensors", bad, model)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(12) as pool:
+            good = [pool.submit(ask, url, "team/1", TEXTS[i % 3], temperature=1e-310) for i in range(9)]
+            failing = [pool.submit(ask, url, "bad", text) for text in TEXTS]
+            for future in failing:
+                with pytest.raises(openai.APIStatusError, match="logits are not finite"):
+                    future.result()
+            answers = [future.result().message.content for future in good]
+    finally:
+        (aligner_dir / "bad.safetensors").unlink()
+    adapter = load_adapter(aligner_dir / "team/1.safetensors")
+    assert answers == 3 * [expected(base_dir, user(text), adapter) for text in TEXTS]
+
+
 def test_conversations_and_streams(url, base_dir, aligner_dir):
     messages = [*user("One?"), {"role": "assistant", "content": "Two."}, *user("Three?")]
     adapter = load_adapter(aligner_dir / "team/3.safetensors")
@@ -148,7 +170,7 @@ def test_seeds_and_stops(url, base_dir):
     [
         ({"model": "nobody"}, 404, "no Aligner named 'nobody'"),
         ({"model": "../secret"}, 404, "no Aligner named"),
-        ({"model": "broken"}, 404, "no complete safetensors file"),
+        ({"model": "broken"}, 404, "not a complete safetensors file"),
         ({"messages": user("word " * 300)}, 400, "tokens, 1 to 199 are accepted"),
         ({"messages": user("x" * 30_000)}, 413, "the body is larger than 20000 bytes"),
         ({"messages": []}, 400, "messages: List should have at least 1 item"),
@@ -186,7 +208,7 @@ def test_files_that_come_change_and_vanish(url, base_dir, aligner_dir):
         expected(base_dir, user("Hello there"), load_adapter(file))
     )
     file.write_bytes(b"junk")
-    with pytest.raises(openai.NotFoundError, match="no complete safetensors"):
+    with pytest.raises(openai.NotFoundError, match="not a complete safetensors"):
         ask(url, "new", "x")
     file.unlink()
     with pytest.raises(openai.NotFoundError, match="no Aligner named"):

@@ -44,7 +44,7 @@ def test_it_follows_the_folder(tmp_path, model):
     store.refresh()
     assert store.names() == ["x"]
     assert torch.equal(store.get("x")[0].tokens, first.tokens)
-    messages = {"broken": "no complete safetensors", "lora": "of method 'lora'", "other": "whose weights are not those"}
+    messages = {"broken": "not a complete", "lora": "of method 'lora'", "other": "whose weights are not those"}
     for name, message in (messages | {"nobody": "no Aligner named 'nobody'"}).items():
         with pytest.raises(ValueError, match=message):
             store.get(name)
