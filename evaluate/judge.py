@@ -155,6 +155,7 @@ def plot(table: dict[str, list[int]], title: str, path: Path) -> None:
         left = [a + b for a, b in zip(left, shares, strict=True)]
     axes.invert_yaxis()
     axes.set(xlim=(0, 1), xlabel="share of questions", title=title)
+    axes.xaxis.set_major_formatter("{x:.0%}")
     axes.axvline(0.5, color="black", linewidth=0.8, linestyle=":")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     with atomic_file(path) as temporary:

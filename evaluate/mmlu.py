@@ -132,8 +132,9 @@ def plot(rows: list[tuple[str, str, list[float]]], title: str, path: Path) -> No
     axes.axvline(0.25, color="black", linewidth=1, linestyle=":", label="chance")
     axes.set_yticks(range(len(rows)), [f"{row[1]} ({len(row[2])})" for row in rows], fontsize=7)
     axes.set(xlabel="accuracy", ylim=(-1, len(rows)))
+    axes.xaxis.set_major_formatter("{x:.0%}")
     figure.suptitle(textwrap.fill(title, 90), fontsize=10)
-    axes.legend(loc="lower right")
+    figure.legend(ncols=5, fontsize="small", loc="outside lower center")
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 

@@ -9,6 +9,7 @@ to `--out_dir`, and prints a table in Markdown.
 
 import csv
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,7 +91,8 @@ def main(
         writer.writeheader()
         writer.writerows(rows)
     write_json(out_dir / "scale.json", {"questions": questions, "answers": answers})
-    draw(rows, out_dir / "scale.png")
+    title = f"{checkpoint_dir.name} + {' + '.join(map(str, adapter_path))}"
+    draw(rows, title, out_dir / "scale.png")
     print(render(rows), end="")
     print(f"picture: {out_dir / 'scale.png'}", file=sys.stderr)
 
@@ -105,15 +107,17 @@ def render(rows: list[dict[str, float]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     """Draw shares of answers against the scale, and the validation loss on an axis of its own."""
     figure = require_extra("matplotlib.figure", "plot").Figure(figsize=(6, 4), layout="constrained")
+    figure.suptitle(textwrap.fill(title, 70), fontsize="medium")
     axes = figure.subplots()
     scales = [row["scale"] for row in rows]
     for name in [name for name in rows[0] if name not in ("scale", "validation_loss")]:
         axes.plot(scales, [row[name] for row in rows], marker="o", label=f"answers with {name}")
     axes.set_xlabel("scale of the gates")
     axes.set_ylabel("share of held-out answers")
+    axes.yaxis.set_major_formatter("{x:.0%}")
     axes.set_ylim(-0.05, 1.05)
     axes.grid(alpha=0.3)
     lines = axes.get_lines()
@@ -121,8 +125,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         right = axes.twinx()
         right.plot(scales, [row["validation_loss"] for row in rows], "--", color="gray", label="validation loss")
         right.set_ylabel("validation loss (nats per token)")
+        top = max(row["validation_loss"] for row in rows)
+        right.set_ylim(-0.05 * top, 1.05 * top)  # so that the grid's 0% and 100% are zero and the largest loss
         lines = [*lines, *right.get_lines()]
-    axes.legend(lines, [line.get_label() for line in lines], fontsize="small")
+    figure.legend(lines, [line.get_label() for line in lines], fontsize="small", ncols=3, loc="outside lower center")
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
 

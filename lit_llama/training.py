@@ -242,7 +242,7 @@ def fit(
             progress.seconds = time.perf_counter() - started
             record({**row, "seconds": progress.seconds})
             if main_process and "validation_loss" in row:
-                plot_metrics(metrics.rows, measured, out_dir / "loss.png")
+                plot_metrics(metrics.rows, measured, _run_title(adapter, hyperparameters), out_dir / "loss.png")
             due = progress.step % options.save_interval == 0 or time.monotonic() - last_saved > SAVE_SECONDS
             if main_process and (due or finished or done.stop):
                 saved = _save_state(out_dir, adapter, optimizer, progress, identity)
@@ -699,12 +699,25 @@ def schedule(learning_rate: float, warmup_steps: int, max_steps: int, decay: Dec
     return rate
 
 
-def plot_metrics(rows: list[dict[str, float]], measured: Mapping[str, str], path: Path) -> None:
+def _run_title(adapter: AnyAdapter, hyperparameters: Mapping[str, Any]) -> str:
+    """What tells the picture of a run from those of others."""
+    count = sum(parameter.numel() for parameter in adapter.parameters())
+    folders = {name: Path(hyperparameters.get(name, "")).name for name in ("out_dir", "checkpoint_dir", "data_dir")}
+    named = {"learning rate": "learning_rate", "beta": "beta", "batch": "batch_size", "seed": "seed"}
+    settings = [f"{words} {hyperparameters[name]:g}" for words, name in named.items() if name in hyperparameters]
+    return (
+        f"{folders['out_dir']}: {type(adapter).__name__} of {count:,} parameters\n"
+        f"{folders['checkpoint_dir']} on {folders['data_dir']}, {', '.join(settings)}"
+    )
+
+
+def plot_metrics(rows: list[dict[str, float]], measured: Mapping[str, str], title: str, path: Path) -> None:
     """Draw what training and validation measured over the steps, if matplotlib is installed.
 
     Args:
         rows: those of `metrics.csv`.
         measured: what to draw, with the label of its axis; names with the same label share one.
+        title: of the picture.
         path: the PNG to write.
     """
     try:
@@ -712,7 +725,8 @@ def plot_metrics(rows: list[dict[str, float]], measured: Mapping[str, str], path
     except ImportError:
         return
     labels = list(dict.fromkeys(measured.values()))
-    figure = matplotlib_figure.Figure(figsize=(7, 1 + 3 * len(labels)), layout="constrained")
+    figure = matplotlib_figure.Figure(figsize=(7, 1.5 + 3 * len(labels)), layout="constrained")
+    figure.suptitle(title, fontsize="medium")
     for axes, label in zip(figure.subplots(len(labels), sharex=True, squeeze=False).flat, labels, strict=True):
         names = [name for name in measured if measured[name] == label]
         for i, name in enumerate(names):
@@ -721,7 +735,11 @@ def plot_metrics(rows: list[dict[str, float]], measured: Mapping[str, str], path
                 axes.plot(*zip(*points, strict=True), label=f"{split} {name}".replace("_", " "), color=f"C{i}", **look)
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        if "accuracy" in label:
+            axes.yaxis.set_major_formatter("{x:.0%}")
+        above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "frameon": False}
+        axes.legend(fontsize="small", ncols=max(2, len(names)), **above)
     axes.set_xlabel("optimizer step")
+    figure.align_ylabels()
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")

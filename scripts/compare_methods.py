@@ -16,6 +16,7 @@ import math
 import statistics
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -118,7 +119,10 @@ def main(
     table = render(rows, form)
     with atomic_file(out_dir / "table.md") as temporary:
         temporary.write_text(table, encoding="utf-8")
-    draw(rows, form, f"{data_dir.name}, {len(validation)} held-out examples", out_dir / "comparison.png")
+    what = (
+        f"{checkpoint_dir.name} on {data_dir.name}: {len(validation)} held-out examples, {steps} steps of {batch_size}"
+    )
+    draw(rows, form, what, out_dir / "comparison.png")
     print(table, end="")
     print(f"picture: {out_dir / 'comparison.png'}", file=sys.stderr)
 
@@ -291,12 +295,17 @@ def render(rows: list[dict[str, Any]], form: str | None) -> str:
 
 
 def draw(rows: list[dict[str, Any]], form: str | None, what: str, path: Path) -> None:
-    """Draw quality against the number of trainable parameters, with the spread over seeds."""
-    panels = [("validation_loss", f"validation loss (nats per token)\n{what}")]
+    """Draw quality against the number of trainable parameters, with the spread over seeds, titled with `what`."""
+    panels = [("validation_loss", "validation loss (nats per token)")]
     panels += [("compliance", f"held-out answers with the form {form}")] if form else []
-    figure = require_extra("matplotlib.figure", "plot").Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
+    figure = require_extra("matplotlib.figure", "plot").Figure(figsize=(6 * len(panels), 5), layout="constrained")
+    seeds = len({row["seed"] for row in rows if "seed" in row})
+    spread = f", means and standard deviations over {seeds} seeds" if seeds > 1 else ""
+    figure.suptitle(textwrap.fill(what + spread, 75 * len(panels)), fontsize="medium")
     parameters = {row["method"]: row["trainable_parameters"] for row in rows}
-    for axes, (column, quality) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
+    for axes, (column, quality) in zip(
+        figure.subplots(1, len(panels), squeeze=False, sharex=True).flat, panels, strict=True
+    ):
         summary = summarise(rows, column)
         axes.axhline(summary["base"][0], color="gray", linestyle="--", label="base model")
         for i, kind in enumerate(METHODS):
@@ -320,7 +329,11 @@ def draw(rows: list[dict[str, Any]], form: str | None, what: str, path: Path) ->
         axes.set_ylabel(quality)
         axes.margins(x=0.15)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        if column == "compliance":
+            axes.yaxis.set_major_formatter("{x:.0%}")
+            axes.set_ylim(-0.05, 1.1)
+    lines, labels = axes.get_legend_handles_labels()  # the same in all panels
+    figure.legend(lines, labels, fontsize="small", ncols=len(labels), frameon=False, loc="outside lower center")
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
 

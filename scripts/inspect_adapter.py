@@ -8,13 +8,14 @@ The authors' published `.pth` files can be inspected as they are. Text goes to s
 """
 
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from lit_llama.aligner import Aligner
-from lit_llama.checkpoint import AdapterInfo, adapter_info, check_adapter, load_adapter, load_base
+from lit_llama.checkpoint import AdapterInfo, adapter_file, adapter_info, check_adapter, load_adapter, load_base
 from lit_llama.cli import run
 from lit_llama.files import atomic_file, require_extra
 from lit_llama.tokenizer import Tokenizer
@@ -32,11 +33,11 @@ def main(
     Args:
         adapter_path: the file; give the option twice to compare.
         checkpoint_dir: folder of the base model, to find the vocabulary entries nearest to each token.
-        output_path: the PNG to write; if not given, named after the first file, in the current folder.
+        output_path: the PNG to write; if not given, named after the first file and in its folder.
         nearest: how many vocabulary entries to list for each token.
         allow_other_base: compare with the vocabulary of other weights than those it was trained on.
     """
-    paths = [Path(path) for path in adapter_path]
+    paths = [adapter_file(path) for path in adapter_path]
     if len(paths) > 2:
         raise ValueError(f"--adapter_path was given {len(paths)} times: one can be inspected, two compared")
     aligners = [load_adapter(path, "aligner") for path in paths]
@@ -46,7 +47,7 @@ def main(
             print(describe_nearest(path, aligner, checkpoint_dir, nearest, allow_other_base))
     if len(aligners) == 2:
         print(describe_difference(*aligners))
-    output_path = output_path or Path(f"{paths[0].stem}.png")
+    output_path = output_path or paths[0].with_suffix(".png")
     draw_gates(paths, aligners, output_path)
     print(f"picture: {output_path}", file=sys.stderr)
 
@@ -111,10 +112,16 @@ def describe_difference(first: Aligner, second: Aligner) -> str:
     return "\n".join(lines)
 
 
+def _last_parts(path: Path) -> str:
+    """The name of an adapter's file with that of its folder, as the files of all runs have the same name."""
+    return "/".join(path.absolute().parts[-2:])
+
+
 def draw_gates(paths: list[Path], aligners: list[Aligner], output_path: Path) -> None:
     """Draw the gates over layers and heads, and their mean size per layer; of two Aligners also the difference."""
     panels = [
-        (path.name, aligner.start_layer, aligner.gates.detach()) for path, aligner in zip(paths, aligners, strict=True)
+        (_last_parts(path), aligner.start_layer, aligner.gates.detach())
+        for path, aligner in zip(paths, aligners, strict=True)
     ]
     comparable = len(panels) == 2 and panels[0][1] == panels[1][1] and panels[0][2].shape == panels[1][2].shape
     if comparable:
@@ -122,20 +129,24 @@ def draw_gates(paths: list[Path], aligners: list[Aligner], output_path: Path) ->
     figure = require_extra("matplotlib.figure", "plot").Figure(
         figsize=(4.5 * (len(panels) + 1), 5), layout="constrained"
     )
-    maps = figure.subplots(1, len(panels) + 1)
+    maps = figure.subplots(1, len(panels) + 1, sharey=True)  # the first layer on top
     limit = max(float(gates.abs().max()) for _, _, gates in panels) or 1.0
     for axes, (title, start, gates) in zip(maps, panels, strict=False):
         extent = (-0.5, gates.size(1) - 0.5, start + len(gates) - 0.5, start - 0.5)
         image = axes.imshow(gates, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", extent=extent)
-        axes.set(xlabel="head", ylabel="layer")
-        axes.set_title(title if len(title) < 40 else f"{title[:37]}...", fontsize="small")
+        axes.set_xlabel("head")
+        axes.set_title(textwrap.fill(title, 40), fontsize="small")
         maps[-1].plot(gates.abs().mean(1), range(start, start + len(gates)), marker=".", label=axes.get_title())
+    maps[0].set_ylabel("layer")
     figure.colorbar(image, ax=list(maps[:-1]), label="gate")
-    maps[-1].set(title="mean |gate| per layer", xlabel="mean |gate|", ylabel="layer", xlim=(0, None))
-    maps[-1].invert_yaxis()
+    maps[-1].set_title("mean |gate| per layer", fontsize="small")
+    maps[-1].set(xlabel="mean |gate|", xlim=(0, None))
+    last = max(start + len(gates) for _, start, gates in panels) - 0.5
+    maps[-1].set_ylim(last, min(start for _, start, _ in panels) - 0.5)
+    maps[-1].tick_params(labelleft=True)
     maps[-1].grid(alpha=0.3)
     if len(panels) > 1:
-        maps[-1].legend(fontsize="x-small", loc="lower left")
+        figure.legend(*maps[-1].get_legend_handles_labels(), fontsize="small", ncols=3, loc="outside lower center")
     with atomic_file(output_path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
 

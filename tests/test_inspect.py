@@ -33,6 +33,16 @@ def test_facts_and_picture(command, tmp_path):
     assert (tmp_path / "gates.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_picture_is_next_to_the_adapter(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made_by_hand(tmp_path / "run" / "aligner.safetensors")
+    for path in ("run/aligner.safetensors", "run"):
+        status, _, err = command("scripts/inspect_adapter.py", adapter_path=path)
+        assert (status, err) == (0, "picture: run/aligner.png\n")
+        (tmp_path / "run" / "aligner.png").unlink()
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
+
+
 def test_two_are_compared(command, tmp_path, monkeypatch):
     first = made_by_hand(tmp_path / "a.safetensors")
     second = made_by_hand(tmp_path / "b.safetensors", sign=-1.0)

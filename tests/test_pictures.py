@@ -1,0 +1,82 @@
+"""What all pictures have in common: a title, legends that cover no data, shares in percent."""
+
+import matplotlib.figure
+import pytest
+from conftest import load_script, random_aligner, tiny_config
+
+from lit_llama.losses import PREFERENCE_METRICS, SUPERVISED_METRICS
+from lit_llama.training import plot_metrics
+
+
+def metrics(path, measured):
+    names = [f"{split}_{name}" for split in ("train", "validation") for name in measured]
+    plot_metrics([{"step": step, **dict.fromkeys(names, 1 / step)} for step in (1, 2, 3)], measured, "a run", path)
+
+
+def comparison(path):
+    rows = [{"method": "base", "trainable_parameters": 0, "validation_loss": 4.0, "compliance": 0.0}]
+    for name, count in (("aligner-1", 800), ("aligner-10", 6000), ("adapter-10", 160_000), ("lora-8", 460_000)):
+        one = {"method": name, "trainable_parameters": count, "validation_loss": 1.5, "compliance": 1.0}
+        rows += [{**one, "seed": 1}, {**one, "seed": 2, "validation_loss": 1.4, "compliance": 0.9}]
+    load_script("scripts/compare_methods.py").draw(rows, "captain", "tiny on captain: 24 held-out examples", path)
+
+
+def gates(path):
+    folders = [path.parent / name / "aligner.safetensors" for name in ("one", "two")]
+    aligners = [random_aligner(tiny_config(), length) for length in (1, 2)]
+    load_script("scripts/inspect_adapter.py").draw_gates(folders, aligners, path)
+
+
+def dial(path):
+    rows = [{"scale": scale, "validation_loss": 4 - scale, "captain": 1 - scale} for scale in (0.0, 0.5, 1.0)]
+    load_script("evaluate/scale.py").draw(rows, "tiny + out/captain", path)
+
+
+def subjects(path):
+    rows = [(area, f"subject {n}", [1.0, 0.0] * n) for n, area in enumerate(("STEM", "humanities", "other"), 1)]
+    load_script("evaluate/mmlu.py").plot(rows, "tiny on MMLU", path)
+
+
+def verdicts(path):
+    table = {"writing": [1, 0, -1], "math": [1]}
+    load_script("evaluate/judge.py").plot(table, "one against two", path)
+
+
+PICTURES = {
+    "supervised": lambda path: metrics(path, SUPERVISED_METRICS),
+    "pairs": lambda path: metrics(path, PREFERENCE_METRICS),
+    "comparison": comparison,
+    "gates": gates,
+    "dial": dial,
+    "subjects": subjects,
+    "verdicts": verdicts,
+}
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    saved = []
+    save = matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(
+        matplotlib.figure.Figure, "savefig", lambda self, *args, **kw: (save(self, *args, **kw), saved.append(self))
+    )
+    return saved
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures(figures, tmp_path, name):
+    PICTURES[name](tmp_path / "picture.png")
+    [figure] = figures
+    figure.canvas.draw()
+    assert figure.get_suptitle() or all(axes.get_title() for axes in figure.axes if axes.get_label() != "<colorbar>")
+    legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]
+    assert legends
+    for legend in legends:
+        area = legend.get_window_extent()
+        assert not any(area.overlaps(axes.get_window_extent().padded(-1)) for axes in figure.axes)
+        assert figure.bbox.x0 <= area.x0 < area.x1 <= figure.bbox.x1 + 1
+    shares = "accuracy", "share", "answers with"
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            if any(word in axis.get_label_text() for word in shares):
+                assert all(label.get_text().endswith("%") for label in axis.get_ticklabels())
