@@ -331,6 +331,8 @@ def answer(
             for _ in range(num_samples):
                 if rows:
                     print()
+                if len(prompts) > 1:
+                    show_prompt(instruction, input)
                 decoder, text, shown, n = TextStream(tokenizer), "", "", 0
                 started = time.perf_counter()
                 for [token] in stream(
@@ -354,6 +356,13 @@ def answer(
         if output_file is not None and rows:
             write_rows(output_file, rows)
     print(f"{new_tokens} tokens, {new_tokens / max(seconds, 1e-9):.1f} tokens/s, {peak_memory()}", file=sys.stderr)
+
+
+def show_prompt(instruction: str, input: str = "") -> None:
+    """Print a prompt before its answer where a person reads along: on stderr, if stdout is a terminal."""
+    if sys.stdout.isatty():
+        lines = f"{instruction}\n{input}".strip().splitlines()
+        print("\n".join(f"> {line}" for line in lines), file=sys.stderr, flush=True)
 
 
 def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
@@ -488,7 +497,11 @@ def answer_each(
     n = 0
     for prompt, style, ids in zip(prompts, styles, tokens, strict=True):
         response = style.cut(tokenizer.decode(ids))
-        tqdm.write(f"{chr(10) if rows else ''}{response}", file=sys.stdout)
+        if rows:
+            tqdm.write("", file=sys.stdout)
+        if len(prompts) > 1:
+            show_prompt(prompt.instruction, prompt.input)
+        tqdm.write(response, file=sys.stdout)
         source = model.config.name + (f" + {prompt.aligner}" if prompt.aligner is not None else "")
         rows.append({"prompt": prompt.instruction, "response": response, "model": source})
         n += len(ids)

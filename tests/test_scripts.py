@@ -221,6 +221,24 @@ def test_prompts_from_files_and_standard_input(command, base_dir, tmp_path, monk
     assert out == expected_answer(base_dir, "one\n\ntwo") + "\n"
 
 
+def test_prompts_stand_between_answers_on_a_terminal(command, base_dir, aligner_path, tmp_path, monkeypatch):
+    rows = [{"prompt": "one\nline"}, {"instruction": "two", "input": "more"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"checkpoint_dir": base_dir, "prompts_file": tmp_path / "p.jsonl", "max_new_tokens": 2}
+    store = {"aligner_dir": aligner_path.parent}
+    for script, more in (("generate/base.py", {}), ("generate/aligner.py", store)):
+        _, piped, err = command(script, **options, **more)
+        assert "> " not in err
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.stdout, "isatty", lambda: True)
+            _, out, err = command(script, **options, **more)
+        assert out == piped
+        assert "".join(re.findall(r"> .*\n", err)) == "> one\n> line\n> two\n> more\n"
+    with monkeypatch.context() as patch:  # a single prompt is on the screen already
+        patch.setattr(sys.stdout, "isatty", lambda: True)
+        assert "> " not in command("generate/base.py", checkpoint_dir=base_dir, prompt="one", max_new_tokens=2)[2]
+
+
 def test_prompts_may_be_repeated_and_look_like_yaml(base_dir, monkeypatch, capsys):
     texts = ["What is 2: 3?", "[1, 2]", "true", "--x", 'hi 🙂 "é"\u0085\n\\n']
     argv = ["generate/base.py", "--checkpoint_dir", str(base_dir), "--max_new_tokens", "8"]
