@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from lit_llama.checkpoint import read_config
 from lit_llama.files import atomic_folder, read_json, write_json
-from lit_llama.prompts import Message, PromptStyle, prompt_style
+from lit_llama.prompts import Message, PromptStyle, ScoredTurns, prompt_style
 from lit_llama.tokenizer import Tokenizer
 
 FORMAT_VERSION = 2
@@ -47,7 +47,6 @@ class Example(NamedTuple):
 
 Kind = Literal["supervised", "pairs"]
 _PER_ITEM = {"supervised": 1, "pairs": 2}
-ScoredTurns = Literal["all", "last"]
 Conversation = Sequence[Message]
 Item = Sequence[Conversation]  # what is learned together: one conversation, or the chosen and the rejected one
 
@@ -60,7 +59,7 @@ def tokenize(
     Raises:
         ValueError: the style has no place for a conversation.
     """
-    segments = [style.segments(messages) for messages in conversations]
+    segments = [style.segments(messages, scored_turns) for messages in conversations]
     encoded = iter(tokenizer.encode_batch([segment.text for pieces in segments for segment in pieces]))
     front = [tokenizer.bos_id] if style.bos and tokenizer.bos_id is not None else []
     examples = []

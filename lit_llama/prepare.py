@@ -90,7 +90,7 @@ def prepare(
                         raise LeftOutError("with a lone surrogate, which stands for no character")
                     if check_style:
                         for conversation in item:
-                            style.segments(conversation)
+                            style.segments(conversation, scored_turns)
                 except LeftOutError as reason:
                     reasons[str(reason)] += 1
                     continue

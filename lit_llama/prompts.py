@@ -2,14 +2,16 @@
 
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from lit_llama.files import require_extra
+from lit_llama.chat_template import one_moment, render_chat, render_undated
 from lit_llama.tokenizer import Tokenizer
 
 Role = Literal["system", "user", "assistant"]
+ScoredTurns = Literal["all", "last"]
 
 
 class Message(NamedTuple):
@@ -54,6 +56,9 @@ class PromptStyle:
         tail: what stands between response and `end`.
         strips: white space around a response is not part of it.
         markers: texts with which the next turn begins, if the model goes on by itself.
+        thought: closes a thought, as "</think>", if the model thinks before it answers.
+        write: conversation that ends with a response to its text, if that is not told by the other fields.
+        sample: what a prompt looks like, if that depends on the day.
     """
 
     name: str
@@ -67,49 +72,77 @@ class PromptStyle:
     tail: str = ""
     strips: bool = False
     markers: tuple[str, ...] = ()
+    thought: str = ""
+    write: Callable[[Sequence[Message]], str] | None = None
+    sample: str | None = None
 
     @property
     def fingerprint(self) -> str:
-        """Of all that tokenised data depend on, beside the tokenizer."""
-        parts = self.prompt("instruction", "input"), self.lead, self.tail, self.end, self.end_id, self.bos
+        """Of all that tokenised data depend on, except for the tokenizer; it is the same on every day."""
+        sample = self.prompt("instruction", "input") if self.sample is None else self.sample
+        parts = sample, self.lead, self.tail, self.end, self.end_id, self.bos
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def prompt(self, instruction: str, input: str = "") -> str:
         """The text that the assistant continues, for one instruction."""
         return self.render([Message("user", instruction, input)])
 
-    def segments(self, messages: Sequence[Message]) -> list[Segment]:
+    def segments(self, messages: Sequence[Message], scored_turns: ScoredTurns = "all") -> list[Segment]:
         """Cut a conversation where an assistant's turns begin and end.
 
         Prompts and responses are tokenised apart, so that it is exact which tokens are a response's, and generation,
         which knows the prompt alone, meets the tokens of training.
+
+        Args:
+            messages: the conversation.
+            scored_turns: with "last", the text before the last response need not hold the earlier ones as they were
+                generated: templates may leave out their thoughts.
 
         Raises:
             ValueError: the style has no place for such a conversation.
         """
         segments: list[Segment] = []
         before = ""
-        for i, message in enumerate(messages):
-            if message.role == "assistant":
+        turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
+        with one_moment():
+            for i in turns if messages[-1].role == "assistant" else [*turns, len(messages)]:
                 prompt = self.render(messages[:i])
-                content = message.content.strip() if self.strips else message.content
-                lead = self.lead.removeprefix(" ") if self.adds_space else self.lead
-                segments.append(Segment(self._continuation(before, prompt), False))
-                segments.append(Segment(lead + content + self.tail, True))
-                before = prompt + self.lead + content + self.tail + self.end
-        if messages[-1].role != "assistant":
-            segments.append(Segment(self._continuation(before, self.render(messages)), False))
+                if not prompt.startswith(before):
+                    if scored_turns == "all":
+                        raise ValueError(
+                            f"the prompt style {self.name} rewrites earlier turns of a conversation, so that they "
+                            "cannot be scored: give --scored_turns last, which scores the last response alone"
+                        )
+                    segments, before = [], ""
+                segments.append(Segment(prompt[len(before) :], False))
+                if i < len(messages):
+                    response = self._response(prompt, messages[: i + 1])
+                    added = self.adds_space and self.lead.startswith(" ")
+                    segments.append(Segment(response.removeprefix(" ") if added else response, True))
+                    before = prompt + response + self.end
         return segments
 
-    def _continuation(self, before: str, text: str) -> str:
-        if not text.startswith(before):
-            raise ValueError(
-                f"the prompt style {self.name} rewrites earlier turns of a conversation, so that they cannot be scored"
-            )
-        return text[len(before) :]
+    def _response(self, prompt: str, messages: Sequence[Message]) -> str:
+        """What stands between a prompt and the end of the turn that answers it."""
+        content = messages[-1].content.strip() if self.strips else messages[-1].content
+        if not self.thought or self.thought not in content:
+            return self.lead + content + self.tail
+        # The response has a thought of its own in the place of the empty one in `lead`.
+        if self.write and self.end and (written := self.write(messages)).startswith(prompt):
+            response = written[len(prompt) :].rpartition(self.end)[0]
+            if all(part.strip() in response for part in content.removeprefix(self._opening).split(self.thought)):
+                return response
+        if prompt.rstrip().endswith(self._opening):
+            content = content.lstrip().removeprefix(self._opening)
+            content = content.removeprefix(prompt[len(prompt.rstrip()) :])
+        return content + self.tail
+
+    @property
+    def _opening(self) -> str:
+        return self.thought.replace("/", "", 1)
 
     def cut(self, text: str, more_may_follow: bool = False) -> str:
-        """The answer in a generated text: what stands before the next turn.
+        """The answer in a generated text: what stands before the next turn, and after a thought that is empty.
 
         Args:
             text: what the model generated after the prompt.
@@ -120,7 +153,21 @@ class PromptStyle:
         if more_may_follow and end == len(text):
             begun = [n for marker in self.markers for n in range(1, len(marker)) if text.endswith(marker[:n])]
             answer = answer[: len(answer) - max(begun, default=0)]
+        if self.thought:
+            answer = self._after_empty_thought(answer, more_may_follow and end == len(text))
         return answer.strip() if self.strips else answer
+
+    def _after_empty_thought(self, text: str, more_may_follow: bool) -> str:
+        rest = text
+        for tag in (self._opening, self.thought):
+            begun = rest.lstrip()
+            if begun.startswith(tag):
+                rest = begun[len(tag) :]
+            elif more_may_follow and tag.startswith(begun):
+                return ""
+            elif tag == self.thought:
+                return text
+        return rest.lstrip("\n")
 
     def ended(self, text: str) -> bool:
         """Whether a generated text has gone on to the next turn."""
@@ -241,23 +288,43 @@ def _with_input(message: Message) -> str:
     return f"{message.content}\n\n{message.input}" if message.input else message.content
 
 
+# What a model's prompt ends with if it is to think first, and what closes a thought.
+_OPENING = re.compile(r"([<\[])(think|thinking|thought|reasoning)([>\]])\s*\Z", re.IGNORECASE)
+_CLOSING = re.compile(r"[<\[]/(think|thinking|thought|reasoning)[>\]]", re.IGNORECASE)
+
+
 def _chat_style(tokenizer: Tokenizer) -> PromptStyle:
-    if tokenizer.chat_template is None:
-        raise ValueError("this model has no chat template (it may not be a chat model): use the prompt style alpaca")
+    def turns(messages: Sequence[Message]) -> list[dict[str, str]]:
+        return [{"role": message.role, "content": _with_input(message)} for message in messages]
 
     def render(messages: Sequence[Message]) -> str:
-        return render_chat(tokenizer, [{"role": m.role, "content": _with_input(m)} for m in messages])
+        return render_chat(tokenizer, turns(messages))
 
-    # What the template makes of an answer tells what it writes around one.
-    question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "\tanswer\t"}
-    prompt = render_chat(tokenizer, [question])
-    written = render_chat(tokenizer, [question, answer], add_generation_prompt=False)
-    strips = answer["content"] not in written
-    before, _, after = written.rpartition("answer" if strips else answer["content"])
+    def write(messages: Sequence[Message]) -> str:
+        return render_chat(tokenizer, turns(messages), add_generation_prompt=False)
+
+    # What the template makes of an answer tells what it writes around one. Some templates demand a system message, a
+    # question at the end, or texts without white space around them.
+    system, question = Message("system", "system"), Message("user", "question")
+    with one_moment():
+        asked, prompt = _first_rendered(render, [[question], [system, question]])
+        answers = [Message("assistant", content) for content in ("\tanswer\t", "answer")]
+        answered = [[*asked, answer, *more] for answer in answers for more in ([], [question])]
+        conversation, written = _first_rendered(write, answered)
+    answer = conversation[len(asked)].content
+    strips = "\tanswer\t" not in written
+    before, found, after = written.rpartition("answer" if strips else answer)
     lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
-    ids = tokenizer.encode(after.lstrip())
+    ids = tokenizer.encode(after.lstrip()) if found else []
     end_id = ids[0] if ids and tokenizer.is_special(ids[0]) else tokenizer.eos_id
     tail, end, _ = after.partition(tokenizer.token(end_id))
+    thought = ""
+    if opening := _OPENING.search(prompt):
+        thought = f"{opening[1]}/{opening[2]}{opening[3]}"
+        if thought not in lead:  # an answer without a thought closes the one that the prompt opens
+            lead = ("\n" if prompt.endswith("\n") else "\n\n") + thought + "\n\n" + lead
+    elif closing := _CLOSING.search(lead):
+        thought = closing[0]
     return PromptStyle(
         "chat",
         render,
@@ -269,38 +336,20 @@ def _chat_style(tokenizer: Tokenizer) -> PromptStyle:
         adds_space=tokenizer.adds_space,
         tail=tail if end else "",
         strips=strips,
+        thought=thought,
+        write=write,
+        sample=render_undated(tokenizer, turns([*asked[:-1], Message("user", "instruction", "input")])),
     )
 
 
-def render_chat(tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-    """Render messages with the model's own chat template, in Jinja's sandbox, the way Hugging Face does.
-
-    Args:
-        tokenizer: brings the template and its special tokens.
-        messages: `role` and `content` of each turn.
-        add_generation_prompt: end with the opening of the assistant's next turn.
-
-    Raises:
-        ValueError: the template is broken or refuses the messages.
-    """
-    jinja2 = require_extra("jinja2", "chat")
-    variables: dict[str, Any] = {**tokenizer.special_tokens, "add_generation_prompt": add_generation_prompt}
-    try:
-        return _compile(tokenizer.chat_template or "").render(messages=messages, **variables)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the model's chat template failed: {error}") from error
-
-
-@functools.cache
-def _compile(template: str) -> Any:
-    jinja2 = require_extra("jinja2", "chat")
-    sandbox = require_extra("jinja2.sandbox", "chat")
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = refuse
-    return environment.from_string(template)
+def _first_rendered(
+    render: Callable[[Sequence[Message]], str], conversations: Sequence[list[Message]]
+) -> tuple[list[Message], str]:
+    """The first conversation that a template accepts, and its text; the first error, if it accepts none."""
+    errors: list[ValueError] = []
+    for messages in conversations:
+        try:
+            return messages, render(messages)
+        except ValueError as error:
+            errors.append(error)
+    raise errors[0]

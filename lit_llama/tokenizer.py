@@ -23,8 +23,10 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
 )
+TEMPLATE_DIR = "additional_chat_templates"
 
 
 class Tokenizer:
@@ -41,6 +43,7 @@ class Tokenizer:
         adds_bos: whether plain text is meant to start with `bos_id`.
         adds_space: whether encoding puts a space before a text.
         chat_template: Jinja source of the model's chat format, None if it has none.
+        chat_templates: the sources of all its formats by name, of which `chat_template` is the one named "default".
         special_tokens: content of the special tokens, as the chat template wants to know them.
         fingerprint: SHA-256 of the tokenizer file.
 
@@ -69,9 +72,11 @@ class Tokenizer:
         self.fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()
         self.vocab_size = self._backend.vocab_size
 
+        # Older tokenizers name their special tokens in a file of their own.
+        older = {} if "added_tokens_decoder" in settings else _read_settings(folder / "special_tokens_map.json")
         self.special_tokens = {
             name: token["content"] if isinstance(token, dict) else token
-            for name, token in settings.items()
+            for name, token in {**settings, **older}.items()
             if name.endswith("_token") and isinstance(token, str | dict)
         }
         generation = _read_settings(folder / "generation_config.json")
@@ -92,8 +97,8 @@ class Tokenizer:
         if self.bos_id is not None:
             self.special_tokens.setdefault("bos_token", self.token(self.bos_id))
 
-        template = folder / "chat_template.jinja"
-        self.chat_template: str | None = read_text(template) if template.is_file() else _default_template(settings)
+        self.chat_templates = _chat_templates(folder, settings)
+        self.chat_template: str | None = self.chat_templates.get("default")
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """Token ids of a text; special tokens written in it become their ids."""
@@ -242,8 +247,23 @@ def _read_settings(file: Path) -> dict[str, Any]:
     return settings
 
 
-def _default_template(settings: dict[str, Any]) -> str | None:
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = next((t["template"] for t in template if t.get("name") == "default"), None)
-    return template
+def _chat_templates(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """A model's chat templates by name, from the first of the places in which Hugging Face looks for them."""
+    named = sorted((folder / TEMPLATE_DIR).glob("*.jinja"))
+    files = {file.stem: file for file in named if file.is_file()}
+    if (folder / "chat_template.jinja").is_file():
+        files.setdefault("default", folder / "chat_template.jinja")
+    if files:
+        return {name: read_text(file) for name, file in files.items()}
+    processor = folder / "chat_template.json"  # of models that read pictures, too
+    for file, given in ((folder / "tokenizer_config.json", settings), (processor, _read_settings(processor))):
+        templates: Any = given.get("chat_template")
+        if isinstance(templates, list):  # [{"name": ..., "template": ...}]
+            templates = {t.get("name"): t.get("template") for t in templates if isinstance(t, dict)}
+        if isinstance(templates, str):
+            templates = {"default": templates}
+        if templates is not None:
+            if not isinstance(templates, dict) or not all(isinstance(t, str) for kv in templates.items() for t in kv):
+                raise ValueError(f"{file}: expected a text or texts by name as chat_template")
+            return templates
+    return {}

@@ -4,7 +4,8 @@ import pytest
 import transformers
 from conftest import DEMO_BASE, byte_fallback_tokenizer
 
-from lit_llama.prompts import Message, prompt_style, render_chat
+from lit_llama.chat_template import render_chat
+from lit_llama.prompts import Message, prompt_style
 from lit_llama.tokenizer import Tokenizer
 
 
