@@ -13,6 +13,7 @@ An item of a data set for supervised tuning is one example; one of preference pa
 import contextlib
 import hashlib
 import itertools
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +57,8 @@ def tokenize(
 ) -> list[Example]:
     """Tokenise conversations: the assistant's turns and the tokens that end them are scored, all turns or the last.
 
+    A turn that says itself that it is not scored is none of them.
+
     Raises:
         ValueError: the style has no place for a conversation.
     """
@@ -63,12 +66,18 @@ def tokenize(
     encoded = iter(tokenizer.encode_batch([segment.text for pieces in segments for segment in pieces]))
     front = [tokenizer.bos_id] if style.bos and tokenizer.bos_id is not None else []
     examples = []
-    for pieces in segments:
+    for pieces, messages in zip(segments, conversations, strict=True):
+        responses = [i for i, piece in enumerate(pieces) if piece.is_response]
+        answers = [message for message in messages if message.role == "assistant"]
+        # From the end: earlier responses may have become part of a prompt.
+        wanted = {i for i, answer in zip(reversed(responses), reversed(answers), strict=False) if answer.scored}
+        if scored_turns == "last":
+            wanted &= {len(pieces) - 1}
         ids, scored = list(front), [False] * len(front)
-        for i, piece in enumerate(pieces, start=1):
+        for i, piece in enumerate(pieces):
             tokens = [*next(encoded), *([style.end_id] if piece.is_response else [])]
             ids += tokens
-            scored += [piece.is_response and (scored_turns == "all" or i == len(pieces))] * len(tokens)
+            scored += [i in wanted] * len(tokens)
         examples.append(Example(np.array(ids), np.array(scored)))
     return examples
 
@@ -83,6 +92,9 @@ class SplitSummary:
         scored_tokens: tokens that the loss scores.
         truncated: items cut at the window's end, and so without the token that ends the response.
         skipped: items left out: too long, or with a prompt that fills the window alone.
+        equal: pairs left out because chosen and rejected are the same tokens within the window.
+        items: a hash of the text of each item that was written.
+        answers: a hash of its answer, of a pair the chosen one.
     """
 
     lengths: list[int] = field(default_factory=list)
@@ -90,6 +102,9 @@ class SplitSummary:
     scored_tokens: int = 0
     truncated: int = 0
     skipped: int = 0
+    equal: int = 0
+    items: "array[int]" = field(default_factory=lambda: array("q"))
+    answers: "array[int]" = field(default_factory=lambda: array("q"))
 
     def header(self) -> dict[str, Any]:
         """What `dataset.json` says of the split."""
@@ -150,13 +165,17 @@ def write_dataset(
             examples = iter(tokenize(tokenizer, style, conversations, scored_turns))
             for split, item in chunk:
                 assert len(item) == per_item, f"an item of {len(item)} conversations in a data set of {kind}"
-                writers[split].write([next(examples) for _ in item])
+                if writers[split].write([next(examples) for _ in item]):
+                    summary = writers[split].summary
+                    summary.items.append(hash(tuple(map(tuple, item))))
+                    summary.answers.append(hash(item[0][-1].content.strip()))
             progress.update(len(chunk))
         summaries = {split: writer.finish() for split, writer in writers.items()}
         for split, summary in summaries.items():
             if not summary.lengths:
+                equal = f", {summary.equal} pairs equal within the window" if summary.equal else ""
                 raise ValueError(
-                    f"{source}: no {split} example is left ({summary.skipped} too long): "
+                    f"{source}: no {split} example is left ({summary.skipped} too long{equal}): "
                     "give more data or a larger --max_seq_length"
                 )
         header = {
@@ -194,7 +213,7 @@ class _SplitWriter:
         self._dtypes = _id_dtype(tokenizer.vocab_size), "u1"
         self._max_seq_length, self._too_long = max_seq_length, too_long
         self._digest = hashlib.sha256()
-        self._summary = SplitSummary()
+        self.summary = SplitSummary()
 
     def __enter__(self) -> "_SplitWriter":
         return self
@@ -203,30 +222,35 @@ class _SplitWriter:
         for file in self._files:
             file.close()
 
-    def write(self, item: list[Example]) -> None:
-        """Add the examples of one item, or leave all of them out."""
-        window = self._max_seq_length
+    def write(self, item: list[Example]) -> bool:
+        """Add the examples of one item, or leave all of them out; whether they were added."""
+        window, was_cut = self._max_seq_length, False
         if any(len(example.ids) > window for example in item):
             item = [Example(ids[:window], scored[:window]) for ids, scored in item]
             if self._too_long == "skip" or not all(example.scored.any() for example in item):
-                self._summary.skipped += 1
-                return
-            self._summary.truncated += 1
+                self.summary.skipped += 1
+                return False
+            was_cut = True
+        if len(item) == 2 and np.array_equal(item[0].ids, item[1].ids):
+            self.summary.equal += 1
+            return False
+        self.summary.truncated += was_cut
         for example in item:
-            for file, array, dtype in zip(self._files, example, self._dtypes, strict=True):
-                data = array.astype(dtype).tobytes()
+            for file, values, dtype in zip(self._files, example, self._dtypes, strict=True):
+                data = values.astype(dtype).tobytes()
                 file.write(data)
                 self._digest.update(data)
-            self._summary.lengths.append(len(example.ids))
-            self._summary.scored_tokens += int(example.scored.sum())
+            self.summary.lengths.append(len(example.ids))
+            self.summary.scored_tokens += int(example.scored.sum())
+        return True
 
     def finish(self) -> SplitSummary:
         """Close the files and say what is in them."""
         self.__exit__()
-        offsets = np.concatenate([[0], np.cumsum(self._summary.lengths)])
+        offsets = np.concatenate([[0], np.cumsum(self.summary.lengths)])
         self._offsets_path.write_bytes(offsets.astype("<i8").tobytes())
-        self._summary.sha256 = self._digest.hexdigest()
-        return self._summary
+        self.summary.sha256 = self._digest.hexdigest()
+        return self.summary
 
 
 def _id_dtype(vocab_size: int) -> str:

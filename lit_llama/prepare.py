@@ -1,30 +1,28 @@
-"""What the scripts that prepare data share: records of any layout in, a tokenised data set out, a report on stderr.
-
-A script brings a function that reads one record; everything else is here.
-"""
+"""What the scripts that prepare data share: records of any layout in, a tokenised data set out, a report on stderr."""
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 
 from lit_llama.data import DATASET_FILE, Item, Kind, ScoredTurns, SplitSummary, TooLong, check_window, write_dataset
 from lit_llama.files import check_new_folder, require_extra
-from lit_llama.prompts import Message, Role
+from lit_llama.layouts import Columns, LeftOutError
+from lit_llama.prompts import PromptStyle
 from lit_llama.prompts import prompt_style as get_prompt_style
 from lit_llama.records import read_records
 from lit_llama.tokenizer import Tokenizer
 
+SHOWN = 3  # records that cannot be used, of which place and reason are said
 
-class LeftOutError(Exception):
-    """A record is sound but not wanted; the message says why, and how many share it is reported."""
+Read = Callable[[Columns], Item]
 
 
 def prepare(
-    read: Callable[[dict[str, Any]], Item],
+    read: Read,
     kind: Kind,
     scored_turns: ScoredTurns,
     hub_files: tuple[str, Sequence[str]],
@@ -37,6 +35,8 @@ def prepare(
     max_seq_length: int = 512,
     too_long: TooLong = "truncate",
     seed: int = 1337,
+    max_bad_share: float = 0.5,
+    strict: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Read records, draw a validation split, tokenise, write, and report.
@@ -45,11 +45,11 @@ def prepare(
 
     Args:
         read: one record to its item: a conversation, or the chosen and the rejected one; raises `LeftOutError` for a
-            record that is not wanted and `ValueError` for one that is malformed.
+            record that cannot be learned from and `ValueError` for one that is malformed.
         kind: what `read` returns.
         scored_turns: of a conversation's responses, "all" are scored or the "last".
         hub_files: dataset and files on the Hugging Face hub, fetched if there is no `data_path`.
-        data_path: JSON or JSON Lines, perhaps gzipped, or a folder of such files.
+        data_path: JSON, JSON Lines, CSV (perhaps packed), parquet, a folder of such files or one of `save_to_disk`.
         output_dir: the folder to write.
         prompt_style: by name.
         validation_share: share of the items drawn for validation.
@@ -57,6 +57,9 @@ def prepare(
         max_seq_length: window in tokens.
         too_long: "truncate" longer examples at the window's end or "skip" them; either way they are counted.
         seed: of the draw of validation examples.
+        max_bad_share: records that are malformed or that the prompt style refuses are left out; the run ends if they
+            are more than this share.
+        strict: end at the first such record.
         overwrite: replace the data set in `output_dir` if there is one.
 
     Raises:
@@ -66,6 +69,8 @@ def prepare(
     """
     if not 0 < validation_share < 1:
         raise ValueError(f"--validation_share is {validation_share}, it must lie between 0 and 1")
+    if not 0 <= max_bad_share <= 1:
+        raise ValueError(f"--max_bad_share is {max_bad_share}, it must lie between 0 and 1")
     if seed < 0:
         raise ValueError(f"--seed is {seed}, it must be at least 0")
     check_window(max_seq_length)
@@ -74,44 +79,18 @@ def prepare(
     style = get_prompt_style(prompt_style, tokenizer)
     paths = [data_path] if data_path else fetch_dataset(*hub_files)
     source = ", ".join(path.name for path in paths)
-    reasons: Counter[str] = Counter()
-
-    def items(check_style: bool = False) -> Iterator[Item]:
-        reasons.clear()
-        for path in paths:
-            for place, row in read_records(path):
-                try:
-                    item = read(row)
-                    if not all(conversation[-1].content.strip() for conversation in item):
-                        raise LeftOutError("without a response")
-                    if not any(message.content.strip() for message in item[0][:-1]):
-                        raise LeftOutError("without a prompt")
-                    if any(not _is_text(part) for turns in item for message in turns for part in message):
-                        raise LeftOutError("with a lone surrogate, which stands for no character")
-                    if check_style:
-                        for conversation in item:
-                            style.segments(conversation, scored_turns)
-                except LeftOutError as reason:
-                    reasons[str(reason)] += 1
-                    continue
-                except ValueError as error:
-                    raise ValueError(f"{place}: {error}") from None
-                yield item
-
-    hashes = [hash(tuple(map(tuple, item))) for item in items(check_style=True)]
-    count, different = len(hashes), len(set(hashes))
-    if count < 2:
-        left_out = "; ".join(f"{number} {reason}" for reason, number in reasons.items())
-        raise ValueError(
-            f"{source} has {count} usable examples, expected at least 2, one of them for validation"
-            + (f" (left out: {left_out})" if left_out else "")
-        )
+    survey = _survey(paths, read, style, scored_turns, strict)
+    survey.check(source, max_bad_share)
+    count = sum(survey.kept)
     validation_count = min(max(1, round(validation_share * count)), count - 1)
     drawn = np.zeros(count, dtype=bool)
     drawn[np.random.default_rng(seed).permutation(count)[:validation_count]] = True
     summaries = write_dataset(
         output_dir,
-        (("validation" if held_out else "train", item) for held_out, item in zip(drawn, items(), strict=True)),
+        (
+            ("validation" if held_out else "train", item)
+            for held_out, item in zip(drawn, survey.items(paths, read), strict=True)
+        ),
         tokenizer,
         style,
         max_seq_length,
@@ -122,11 +101,119 @@ def prepare(
         total=count,
         overwrite=overwrite,
     )
-    for reason, number in reasons.items():
-        print(f"{number} records left out: {reason}", file=sys.stderr)
-    if different < count:
-        print(f"{count - different} of {count} examples repeat another one word for word", file=sys.stderr)
+    survey.report()
     report(output_dir, summaries, "pairs" if kind == "pairs" else "examples")
+
+
+@dataclass
+class _Survey:
+    """What becomes of the records of some files.
+
+    Args:
+        kept: of each record that could be read, whether it is used.
+        left_out: how many records are left out for a reason.
+        first: the place of the first of them.
+        remarks: what is to be said about records that are used, and of how many it is true.
+        bad: how many records are malformed or refused by the prompt style.
+        shown: place and reason of the first of them.
+    """
+
+    kept: bytearray = field(default_factory=bytearray)
+    left_out: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+    remarks: Counter[str] = field(default_factory=Counter)
+    bad: int = 0
+    shown: list[str] = field(default_factory=list)
+
+    def check(self, source: str, max_bad_share: float) -> None:
+        """Make sure that enough is left.
+
+        Raises:
+            ValueError: it is not.
+        """
+        total, count = self.bad + self.left_out.total() + sum(self.kept), sum(self.kept)
+        first = f"the first: {self.shown[0]}" if self.shown else ""
+        if self.bad > max_bad_share * total:
+            raise ValueError(
+                f"{self.bad} of {total} records of {source} cannot be used, more than --max_bad_share {max_bad_share}; "
+                + first
+            )
+        if count < 2:
+            reasons = [f"{number} {reason}" for reason, number in self.left_out.items()]
+            reasons += [f"{self.bad} that cannot be used, {first}"] if self.bad else []
+            raise ValueError(
+                f"{source} has {count} usable examples, expected at least 2, one of them for validation"
+                + (f" (left out: {'; '.join(reasons)})" if reasons else "")
+            )
+
+    def items(self, paths: Sequence[Path], read: Read) -> Iterator[Item]:
+        """Read the records that are used once more."""
+        rows = (row for path in paths for _, row in read_records(path, lambda *_: None))
+        return (read(Columns(row)) for row, is_kept in zip(rows, self.kept, strict=True) if is_kept)
+
+    def report(self) -> None:
+        """Say on stderr what was left out and why."""
+        for line in self.shown:
+            print(f"left out: {line}", file=sys.stderr)
+        if self.bad:
+            print(f"{self.bad} records cannot be used and are left out", file=sys.stderr)
+        for reason, number in self.left_out.items():
+            print(f"{number} records left out: {reason} (the first: {self.first[reason]})", file=sys.stderr)
+        for remark, number in self.remarks.items():
+            print(f"{number} records: {remark}", file=sys.stderr)
+
+
+def _survey(paths: Sequence[Path], read: Read, style: PromptStyle, scored_turns: ScoredTurns, strict: bool) -> _Survey:
+    """Read all records to see what becomes of each, holding none.
+
+    Raises:
+        ValueError: a file cannot be read, or, if this is strict, a record cannot be used.
+    """
+    survey = _Survey()
+
+    def bad(place: str, reason: str) -> None:
+        if strict:
+            raise ValueError(f"{place}: {reason}")
+        survey.bad += 1
+        if len(survey.shown) < SHOWN:
+            survey.shown.append(f"{place}: {reason}")
+
+    for path in paths:
+        for place, row in read_records(path, bad):
+            columns = Columns(row)
+            survey.kept.append(False)
+            try:
+                item = read(columns)
+                _check_item(item, scored_turns)
+                for conversation in item:
+                    style.segments(conversation, scored_turns)
+            except LeftOutError as reason:
+                survey.left_out[str(reason)] += 1
+                survey.first.setdefault(str(reason), place)
+            except ValueError as error:
+                bad(place, str(error))
+            else:
+                survey.kept[-1] = True
+                survey.remarks.update(columns.remarks())
+    return survey
+
+
+def _check_item(item: Item, scored_turns: ScoredTurns) -> None:
+    """Make sure that there is something to learn.
+
+    Raises:
+        LeftOutError: there is not.
+    """
+    if not all(conversation[-1].content.strip() for conversation in item):
+        raise LeftOutError("without a response")
+    if not any(message.content.strip() for message in item[0][:-1]):
+        raise LeftOutError("without a prompt")
+    for conversation in item:
+        if not _is_text("".join(message.content + message.input for message in conversation)):
+            raise LeftOutError("with a lone surrogate, which stands for no character")
+        answers = [message for message in conversation if message.role == "assistant"]
+        if not any(answer.scored for answer in (answers if scored_turns == "all" else answers[-1:])):
+            raise LeftOutError("without a response that is scored: their weight is 0")
 
 
 def _is_text(value: str) -> bool:
@@ -154,7 +241,30 @@ def report(folder: Path, summaries: dict[str, SplitSummary], items: str = "examp
                 f"{split}: longer than the window: {summary.truncated} truncated, {summary.skipped} left out",
                 file=sys.stderr,
             )
+        if summary.equal:
+            print(
+                f"{split}: {summary.equal} pairs left out: chosen and rejected are equal within the window",
+                file=sys.stderr,
+            )
+    _report_repeats(summaries, items)
     print(f"data set: {folder}", file=sys.stderr)
+
+
+def _report_repeats(summaries: dict[str, SplitSummary], items: str) -> None:
+    """Say on stderr how many items repeat another one, and how many answers of validation stand in training."""
+    train, validation = (summaries[split] for split in ("train", "validation"))
+    count = len(train.items) + len(validation.items)
+    repeated = count - len(np.unique(np.concatenate([train.items, validation.items])))
+    if repeated:
+        print(f"{repeated} of {count} {items} repeat another one word for word", file=sys.stderr)
+    answers = int(np.isin(validation.answers, train.answers).sum())
+    if answers:
+        whole = int(np.isin(validation.items, train.items).sum())
+        print(
+            f"validation: {answers} of {len(validation.answers)} answers also stand in the training split, {whole} of "
+            "them with the same prompt: the validation loss may look better than it is",
+            file=sys.stderr,
+        )
 
 
 def fetch_dataset(repo_id: str, names: Sequence[str]) -> list[Path]:
@@ -173,69 +283,3 @@ def fetch_dataset(repo_id: str, names: Sequence[str]) -> list[Path]:
             f"the dataset {repo_id} cannot be fetched from the Hugging Face hub ({reason}): "
             f"give a local copy of {', '.join(names)} as --data_path"
         ) from None
-
-
-def instruction_columns(
-    instruction: Sequence[str], response: Sequence[str], input: Sequence[str] = ()
-) -> Callable[[dict[str, Any]], Item]:
-    """A reader of records with an instruction, perhaps what it is about, and a response, each by its possible names."""
-
-    def read(row: dict[str, Any]) -> Item:
-        about = text(row, *input) if any(row.get(name) is not None for name in input) else ""
-        return [[Message("user", text(row, *instruction), about), Message("assistant", text(row, *response))]]
-
-    return read
-
-
-def preference(prompt: Sequence[Message], chosen: str, rejected: str, kind: Kind) -> Item:
-    """The item of a preference: the pair, or for supervised tuning the chosen answer alone."""
-    if kind == "pairs" and chosen.strip() == rejected.strip():
-        raise LeftOutError("chosen and rejected are the same")
-    item = [[*prompt, Message("assistant", answer)] for answer in (chosen, rejected)]
-    return item if kind == "pairs" else item[:1]
-
-
-def text(row: Mapping[str, Any], *names: str) -> str:
-    """The text that a record has under the first of these names that it knows.
-
-    Raises:
-        ValueError: it knows none of them, or has no text there.
-    """
-    value = next((row[name] for name in names if name in row), None)
-    if not isinstance(value, str):
-        raise ValueError(f"expected a text under {' or '.join(map(repr, names))}, found {value!r} in {sorted(row)}")
-    return value
-
-
-_ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-}
-
-
-def messages(value: Any, role: Role = "user") -> list[Message]:
-    """Messages in OpenAI's layout (`role`, `content`) or ShareGPT's (`from`, `value`).
-
-    Args:
-        value: a list of messages, one of them, or a bare text.
-        role: whose turn a bare text is.
-
-    Raises:
-        ValueError: it is none of these, or a role is unknown.
-    """
-    if isinstance(value, str):
-        return [Message(role, value)]
-    if isinstance(value, list):
-        return [message for one in value for message in messages(one, role)]
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a text or messages, found {value!r}")
-    speaker = text(value, "role", "from")
-    if speaker not in _ROLES:
-        raise ValueError(f"unknown role {speaker!r}; there are {', '.join(_ROLES)}")
-    return [Message(cast(Role, _ROLES[speaker]), text(value, "content", "value"))]

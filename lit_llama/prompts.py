@@ -21,11 +21,13 @@ class Message(NamedTuple):
         role: whose turn.
         content: what is said.
         input: what a user's instruction is about, which each style puts in its own place.
+        scored: whether training scores it, if it is the assistant's.
     """
 
     role: Role
     content: str
     input: str = ""
+    scored: bool = True
 
 
 class Segment(NamedTuple):

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.cli import run
-from lit_llama.prepare import instruction_columns, prepare
+from lit_llama.layouts import read_conversation
+from lit_llama.prepare import prepare
 
-READ = instruction_columns(instruction=["instruction"], input=["input"], response=["output"])
 HUB_FILES = ("yahma/alpaca-cleaned", ["alpaca_data_cleaned.json"])
 
 
@@ -27,15 +27,15 @@ def main(
     """Prepare.
 
     Args:
-        data_path: a JSON or JSON Lines file, perhaps gzipped, or a folder of such files; if not given, the public
-            dataset is fetched from the Hugging Face hub.
+        data_path: JSON, JSON Lines, CSV (perhaps packed), parquet, a folder of such files or one of `save_to_disk`; if
+            not given, the public dataset is fetched from the Hugging Face hub.
         output_dir: the folder to write.
         prompt_style: "alpaca", "metamath", "beaver", "hh", "chat" (the model's own template) or "none".
         validation_share: share of the examples that is kept for validation, drawn at random.
         options: those of every such script, see `prepare`.
     """
     prepare(
-        READ,
+        read_conversation,
         "supervised",
         "last",
         HUB_FILES,

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from lit_llama.cli import run
 from lit_llama.data import Item, Kind
-from lit_llama.prepare import LeftOutError, preference, prepare, text
-from lit_llama.prompts import Message
+from lit_llama.layouts import Columns, LeftOutError, read_preference
+from lit_llama.prepare import prepare
 
 HUB_FILES = (
     "PKU-Alignment/PKU-SafeRLHF",
@@ -35,8 +35,8 @@ def main(
     """Prepare.
 
     Args:
-        data_path: a JSON or JSON Lines file, perhaps gzipped, or a folder of such files; if not given, the public
-            dataset is fetched from the Hugging Face hub.
+        data_path: JSON, JSON Lines, CSV (perhaps packed), parquet, a folder of such files or one of `save_to_disk`; if
+            not given, the public dataset is fetched from the Hugging Face hub.
         output_dir: the folder to write.
         kind: "pairs" for preference tuning, or the chosen answers alone for "supervised" tuning.
         chosen_by: the chosen answer is that of "safer_response_id" or of "better_response_id", the more helpful one.
@@ -57,9 +57,9 @@ def main(
     )
 
 
-def read(row: dict[str, Any], kind: Kind, chosen_by: str) -> Item:
+def read(columns: Columns, kind: Kind, chosen_by: str) -> Item:
     """A question with its chosen and its rejected answer."""
-    column = f"{chosen_by}_response_id"
+    row, column = columns.row, f"{chosen_by}_response_id"
     if row.get(column) not in (0, 1):
         raise ValueError(f"expected 0 or 1 under {column!r}, found {row.get(column)!r} in {sorted(row)}")
     safe = [row.get(f"is_response_{i}_safe") for i in (0, 1)]
@@ -67,9 +67,9 @@ def read(row: dict[str, Any], kind: Kind, chosen_by: str) -> Item:
         raise ValueError(f"expected true or false under 'is_response_0_safe' and 'is_response_1_safe', found {safe}")
     if not any(safe):
         raise LeftOutError("without a safe answer")
-    answers = [text(row, f"response_{i}") for i in (0, 1)]
     chosen = int(row[column])
-    return preference([Message("user", text(row, "prompt"))], answers[chosen], answers[1 - chosen], kind)
+    names = {"prompt": "prompt", "chosen": f"response_{chosen}", "rejected": f"response_{1 - chosen}"}
+    return read_preference(Columns({name: row[old] for name, old in names.items() if old in row}), kind)
 
 
 if __name__ == "__main__":

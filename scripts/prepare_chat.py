@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.cli import run
-from lit_llama.data import Item, ScoredTurns
-from lit_llama.prepare import LeftOutError, messages, prepare
+from lit_llama.data import ScoredTurns
+from lit_llama.layouts import read_conversation
+from lit_llama.prepare import prepare
 
 HUB_FILES = ("anon8231489123/ShareGPT_Vicuna_unfiltered", ["ShareGPT_V3_unfiltered_cleaned_split.json"])
 
@@ -28,8 +29,8 @@ def main(
     """Prepare.
 
     Args:
-        data_path: a JSON or JSON Lines file, perhaps gzipped, or a folder of such files; if not given, the public
-            dataset is fetched from the Hugging Face hub.
+        data_path: JSON, JSON Lines, CSV (perhaps packed), parquet, a folder of such files or one of `save_to_disk`; if
+            not given, the public dataset is fetched from the Hugging Face hub.
         output_dir: the folder to write.
         prompt_style: "chat" (the model's own template), "hh" or "beaver"; the others have place for one turn only.
         validation_share: share of the examples that is kept for validation, drawn at random.
@@ -37,7 +38,7 @@ def main(
         options: those of every such script, see `prepare`.
     """
     prepare(
-        read,
+        read_conversation,
         "supervised",
         scored_turns,
         HUB_FILES,
@@ -47,20 +48,6 @@ def main(
         validation_share=validation_share,
         **options,
     )
-
-
-def read(row: dict[str, Any]) -> Item:
-    """The conversation from the user's first turn to the assistant's last."""
-    if "messages" not in row and "conversations" not in row:
-        raise ValueError(f"expected a list under 'messages' or 'conversations', found {sorted(row)}")
-    turns = messages(row.get("messages", row.get("conversations")))
-    first = next((i for i, turn in enumerate(turns) if turn.role == "user"), len(turns))
-    turns = [turn for turn in turns[:first] if turn.role == "system"] + turns[first:]
-    while turns and turns[-1].role != "assistant":
-        turns.pop()
-    if not turns:
-        raise LeftOutError("without an answer of the assistant to a user")
-    return [turns]
 
 
 if __name__ == "__main__":

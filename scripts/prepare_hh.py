@@ -9,14 +9,13 @@ the harmless-base training set is fetched. The last turn alone is learned.
 """
 
 import functools
-import re
 from pathlib import Path
 from typing import Any
 
 from lit_llama.cli import run
-from lit_llama.data import Item, Kind
-from lit_llama.prepare import LeftOutError, preference, prepare, text
-from lit_llama.prompts import Message
+from lit_llama.data import Kind
+from lit_llama.layouts import read_preference
+from lit_llama.prepare import prepare
 
 HUB_FILES = ("Anthropic/hh-rlhf", ["harmless-base/train.jsonl.gz"])
 
@@ -32,8 +31,8 @@ def main(
     """Prepare.
 
     Args:
-        data_path: a JSON or JSON Lines file, perhaps gzipped, or a folder of such files; if not given, the public
-            dataset is fetched from the Hugging Face hub.
+        data_path: JSON, JSON Lines, CSV (perhaps packed), parquet, a folder of such files or one of `save_to_disk`; if
+            not given, the public dataset is fetched from the Hugging Face hub.
         output_dir: the folder to write.
         kind: "pairs" for preference tuning, or the chosen answers alone for "supervised" tuning.
         prompt_style: "hh", "beaver" or "chat"; the others have place for one turn only.
@@ -41,7 +40,7 @@ def main(
         options: those of every such script, see `prepare`.
     """
     prepare(
-        functools.partial(read, kind=kind),
+        functools.partial(read_preference, kind=kind),
         kind,
         "last",
         HUB_FILES,
@@ -51,28 +50,6 @@ def main(
         validation_share=validation_share,
         **options,
     )
-
-
-def read(row: dict[str, Any], kind: Kind) -> Item:
-    """The dialogue with its chosen and its rejected end."""
-    chosen, rejected = dialogue(text(row, "chosen")), dialogue(text(row, "rejected"))
-    if kind == "pairs" and chosen[:-1] != rejected[:-1]:
-        raise LeftOutError("chosen and rejected answer different prompts")
-    return preference(chosen[:-1], chosen[-1].content, rejected[-1].content, kind)
-
-
-def dialogue(transcript: str) -> list[Message]:
-    """The turns of a transcript; the last is the assistant's."""
-    opening, *parts = re.split(r"\n\n(Human|Assistant):", transcript)
-    if opening.strip() or not parts:
-        raise ValueError(f"expected a dialogue that begins with '\\n\\nHuman:', found {transcript[:60]!r}")
-    turns = [
-        Message("user" if speaker == "Human" else "assistant", said.strip())
-        for speaker, said in zip(parts[::2], parts[1::2], strict=True)
-    ]
-    if turns[-1].role != "assistant":
-        raise LeftOutError("the last turn is not the assistant's")
-    return turns
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.cli import run
-from lit_llama.data import Item, Kind
-from lit_llama.prepare import LeftOutError, messages, preference, prepare, text
-from lit_llama.prompts import Message
+from lit_llama.data import Kind
+from lit_llama.layouts import read_preference
+from lit_llama.prepare import prepare
 
 HUB_FILES = ("Intel/orca_dpo_pairs", ["orca_rlhf.jsonl"])
 
@@ -36,8 +36,8 @@ def main(
     """Prepare.
 
     Args:
-        data_path: a JSON or JSON Lines file, perhaps gzipped, or a folder of such files; if not given, the public
-            dataset is fetched from the Hugging Face hub.
+        data_path: JSON, JSON Lines, CSV (perhaps packed), parquet, a folder of such files or one of `save_to_disk`; if
+            not given, the public dataset is fetched from the Hugging Face hub.
         output_dir: the folder to write.
         kind: "pairs" for preference tuning, or the chosen answers alone for "supervised" tuning.
         prompt_style: "chat" (the model's own template), "hh", "beaver", "alpaca", "metamath" or "none"; the last
@@ -46,7 +46,7 @@ def main(
         options: those of every such script, see `prepare`.
     """
     prepare(
-        functools.partial(read, kind=kind),
+        functools.partial(read_preference, kind=kind),
         kind,
         "last",
         HUB_FILES,
@@ -56,40 +56,6 @@ def main(
         validation_share=validation_share,
         **options,
     )
-
-
-def read(row: dict[str, Any], kind: Kind) -> Item:
-    """The prompt with its chosen and its rejected answer."""
-    chosen, rejected = (answers(row, column) for column in ("chosen", "rejected"))
-    prompt = prompt_messages(row)
-    if len(chosen) > 1 or len(rejected) > 1:  # whole conversations, which may repeat the prompt
-        if kind == "pairs" and chosen[:-1] != rejected[:-1]:
-            raise LeftOutError("chosen and rejected answer different prompts")
-        if prompt and prompt[-1].content != chosen[-2].content:
-            raise ValueError("expected one answer each under 'chosen' and 'rejected', or the prompt and an answer")
-        prompt = chosen[:-1]
-    return preference(prompt, chosen[-1].content, rejected[-1].content, kind)
-
-
-def answers(row: dict[str, Any], column: str) -> list[Message]:
-    """An answer, or a conversation that ends in one."""
-    turns = messages(row[column], "assistant") if row.get(column) else []
-    if not turns:
-        raise ValueError(f"expected a text or messages under {column!r}, found {row.get(column)!r} in {sorted(row)}")
-    if turns[-1].role != "assistant":
-        raise ValueError(f"expected the assistant's answer at the end of {column!r}, found the {turns[-1].role}'s turn")
-    return turns
-
-
-def prompt_messages(row: dict[str, Any]) -> list[Message]:
-    """The turns before the answers, in any of the layouts; none if the answers bring them."""
-    name = next((name for name in ("conversations", "prompt", "question", "instruction") if row.get(name)), None)
-    if name is None:
-        return []
-    system = [Message("system", text(row, "system"))] if row.get("system") else []
-    if isinstance(row[name], str):
-        return [*system, Message("user", row[name], text(row, "input") if row.get("input") else "")]
-    return [*system, *messages(row[name])]
 
 
 if __name__ == "__main__":

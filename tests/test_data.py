@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shutil
 
 import huggingface_hub
 import numpy as np
@@ -149,8 +150,8 @@ def test_an_epoch_reads_each_example_once(tokenizer, tmp_path):
         ("broken.jsonl", b'{"instruction": "a", "output": "b"}\n{"instruction"', "line 2: not JSON"),
         ("latin.jsonl", '{"instruction": "a", "output": "b"}\n{"x": "é"}'.encode("latin-1"), "line 2: byte 0xe9"),
         ("list.json", b'["a"]', "example 1: expected an object, found str"),
-        ("keys.json", b'[{"instruction": "a", "text": "b"}]', "example 1: expected a text under 'output'"),
-        ("types.jsonl", b'{"instruction": 3, "output": "b"}', "line 1: expected a text under 'instruction', found 3"),
+        ("keys.json", b'[{"instruction": "a", "text": "b"}]', "example 1: expected turns under 'messages' or"),
+        ("types.jsonl", b'{"instruction": {"a": 3}, "output": "b"}', "line 1: expected a text, found {'a': 3}"),
     ],
 )
 def test_bad_files(command, tmp_path, base_dir, name, content, message):
@@ -363,8 +364,21 @@ def test_a_pair_is_cut_or_left_out_whole(command, tmp_path, base_dir):
             {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"},
             "different prompts",
         ),
-        ("hh", {"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a"}, "the last turn is not the assistant's"),
+        (
+            "hh",
+            {"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a"},
+            "the last turn of 'chosen' is not the assistant's",
+        ),
         ("pairs", {"prompt": "a", "chosen": "b", "rejected": " b"}, "chosen and rejected are the same"),
+        ("pairs", {"prompt": "a", "chosen": "b", "rejected": ""}, "without a response"),
+        ("alpaca", {"instruction": "a", "output": None}, "without a response"),
+        ("alpaca", {"instruction": "a", "output": float("nan")}, "without a response"),
+        ("chat", {"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}, "calls of tools"),
+        (
+            "chat",
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]},
+            "without a response that is scored",
+        ),
         ("chat", {"messages": [{"role": "user", "content": "a"}]}, "without an answer of the assistant"),
         ("chat", {"messages": [{"role": "assistant", "content": "a"}]}, "without an answer of the assistant to a user"),
         ("alpaca", {"instruction": "a \ud83d", "output": "b"}, "with a lone surrogate"),
@@ -388,25 +402,23 @@ def test_what_is_left_out_is_counted(command, tmp_path, base_dir, script, row, m
 @pytest.mark.parametrize(
     ("script", "row", "message"),
     [
-        ("chat", {"text": "a"}, "line 1: expected a list under 'messages' or 'conversations', found ['text']"),
+        ("chat", {"text": "a"}, "line 1: expected turns under 'messages' or 'conversations', or an answer under"),
         (
             "chat",
-            {"messages": [{"role": "tool", "content": "a"}]},
-            "line 1: unknown role 'tool'; there are system, user",
+            {"messages": [{"role": "narrator", "content": "a"}]},
+            "line 1: unknown role 'narrator'; there are system",
         ),
-        ("chat", {"messages": [{"role": "user", "content": ["a"]}]}, "line 1: expected a text under 'content'"),
-        ("hh", {"chosen": "hi", "rejected": "ho"}, "line 1: expected a dialogue that begins with"),
-        ("hh", {"chosen": 1}, "line 1: expected a text under 'chosen', found 1"),
+        (
+            "hh",
+            {"chosen": "hi", "rejected": "ho"},
+            "line 1: expected whole conversations under 'chosen' and 'rejected'",
+        ),
+        ("hh", {"chosen": 1}, "line 1: expected an answer or turns under 'rejected'"),
         ("beaver", {"prompt": "a", "safer_response_id": 2}, "expected 0 or 1 under 'safer_response_id', found 2"),
         ("beaver", {"prompt": "a", "safer_response_id": 1}, "expected true or false under 'is_response_0_safe'"),
-        ("pairs", {"prompt": "a", "chosen": "b"}, "expected a text or messages under 'rejected', found None"),
-        ("pairs", {"chosen": "b", "rejected": "c"}, "has 0 usable examples, expected at least 2"),
-        (
-            "pairs",
-            {"prompt": "a", "chosen": SHAREGPT, "rejected": "c"},
-            "at the end of 'chosen', found the user's turn",
-        ),
-        ("pairs", {"prompt": "a", "chosen": [[]], "rejected": "c"}, "expected a text or messages under 'chosen'"),
+        ("pairs", {"prompt": "a", "chosen": "b"}, "expected an answer or turns under 'rejected'"),
+        ("pairs", {"prompt": "a", "chosen": SHAREGPT, "rejected": "c"}, "has 0 usable examples, expected at least 2"),
+        ("pairs", {"prompt": "a", "chosen": [[]], "rejected": "c"}, "expected a part of a text, found []"),
         (
             "pairs",
             {name: [*SHAREGPT, {"from": "gpt", "value": name}] for name in ("chosen", "rejected")} | {"prompt": "a"},
@@ -421,6 +433,85 @@ def test_malformed_records_are_refused(command, tmp_path, base_dir, script, row,
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert message in err
     assert not (tmp_path / "data").exists()
+
+
+def test_records_that_cannot_be_used_are_left_out(command, tmp_path, base_dir):
+    """A line that is not JSON, an unknown layout, a record that the template refuses: counted, with their places."""
+    base = tmp_path / "base"
+    shutil.copytree(base_dir, base)
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    template = settings.pop("chat_template", None) or (base / "chat_template.jinja").read_text()
+    refusal = "{% if messages|length > 1 and messages[1].role == 'user' %}{{ raise_exception('two users') }}{% endif %}"
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    (base / "chat_template.jinja").write_text(refusal + template)
+    sound = [json.dumps({"messages": [{"role": "user", "content": f"q{n}"}, OPENAI_ANSWER]}) for n in range(6)]
+    refused = json.dumps({"messages": [{"role": "user", "content": "q"}] * 2 + [OPENAI_ANSWER]})
+    lines = [sound[0], '{"messages": ', sound[1], '{"text": "x"}', refused, "3", *sound[2:]]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    paths = {"data_path": tmp_path / "a.jsonl", "checkpoint_dir": base}
+    status, _, err = command("scripts/prepare_chat.py", output_dir=tmp_path / "data", **paths)
+    assert status == 0, err
+    assert "a.jsonl, line 2: not JSON (Expecting value)" in err
+    assert "a.jsonl, line 4: expected turns under" in err
+    assert "a.jsonl, line 5: the model's chat template failed: two users" in err
+    assert "line 6" not in err  # the first are shown
+    assert "4 records cannot be used and are left out" in err
+    assert "train: 5 examples" in err
+    for options, message in (
+        ({"strict": True}, "a.jsonl, line 2: not JSON"),
+        (
+            {"max_bad_share": 0.3},
+            "4 of 10 records of a.jsonl cannot be used, more than --max_bad_share 0.3; the first: ",
+        ),
+    ):
+        status, _, err = command("scripts/prepare_chat.py", output_dir=tmp_path / "no", **paths, **options)
+        assert (status, err.count("\n")) == (1, 1)
+        assert message in err
+        assert not (tmp_path / "no").exists()
+
+
+OPENAI_ANSWER = {"role": "assistant", "content": "yes"}
+
+
+def test_empty_answers_and_weight_0_are_not_scored(tmp_path, base_dir, tokenizer):
+    """They stand in the text, as the model will meet them, but neither they nor their ends are learned."""
+    turns = [("user", "one"), ("assistant", ""), ("user", "two"), ("assistant", "dos"), ("user", "three")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    rows = [{"messages": [*messages, {**OPENAI_ANSWER, "weight": 0}, messages[0], {**OPENAI_ANSWER, "weight": 1}]}] * 2
+    [(ids, scored)] = TokenDataset(prepare("chat", rows, tmp_path, base_dir), "train", tokenizer)[0]
+    end = tokenizer.encode("<|end|>")
+    assert ids[scored].tolist() == [*tokenizer.encode("dos"), *end, *tokenizer.encode("yes"), *end]
+    text = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+    assert text.count("<|end|>") == 8
+    assert "<|assistant|><|end|>" in text
+
+
+def test_columns_without_use_are_named(command, tmp_path, base_dir):
+    rows = [{**LAYOUTS["openai"][1], "tools": [{"name": "w"}] if n < 3 else None} for n in range(5)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    paths = {"data_path": tmp_path / "a.json", "checkpoint_dir": base_dir, "output_dir": tmp_path / "data"}
+    _, _, err = command("scripts/prepare_chat.py", **paths)
+    assert "3 records: the column 'tools' is not used" in err
+
+
+def test_equal_pairs_and_repeated_answers_are_counted(command, tmp_path, base_dir):
+    rows = [{"prompt": f"{n}", "chosen": "w " * (80 if n < 3 else 2) + "a", "rejected": "w " * 80} for n in range(12)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    paths = {"data_path": tmp_path / "a.jsonl", "checkpoint_dir": base_dir, "max_seq_length": 64}
+    _, _, err = command("scripts/prepare_pairs.py", output_dir=tmp_path / "data", validation_share=0.4, **paths)
+    equal = re.findall(r"(\d+) pairs left out: chosen and rejected are equal within the window", err)
+    assert sum(map(int, equal)) == 3
+    assert re.search(r"validation: (\d) of \1 answers also stand in the training split, 0 of them with the same", err)
+    assert "repeat another" not in err
+    rows = [{"instruction": f"Say {n % 6}", "output": f"x{n % 6}"} for n in range(12)]
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    paths = {"data_path": tmp_path / "b.json", "checkpoint_dir": base_dir}
+    _, _, err = command("scripts/prepare_alpaca.py", output_dir=tmp_path / "b", validation_share=0.1, **paths)
+    assert "validation: 1 of 1 answers also stand in the training split, 1 of them with the same prompt" in err
+    (tmp_path / "c.json").write_text(json.dumps(rows[:6]))
+    paths["data_path"] = tmp_path / "c.json"
+    _, _, err = command("scripts/prepare_alpaca.py", output_dir=tmp_path / "c", **paths)
+    assert "also stand" not in err
 
 
 def test_styles_for_one_turn_refuse_conversations(command, tmp_path, base_dir):
