@@ -33,6 +33,7 @@ def commands(page: Path) -> list[list[str]]:
         for command in re.split(r"[|;]|&&", line):
             if re.search(r"\b(python|torchrun|fabric|srun)\b", command):
                 command = re.sub(r"--config \S+", "", re.split(r"\s(?:2?>|#)", command)[0])  # a run's, not there yet
+                command = re.sub(r"\$[A-Z]+", "1", command)
                 parts = shlex.split(command)
                 start = next((i for i, part in enumerate(parts) if SCRIPT.match(part)), len(parts))
                 found += [parts[start:]] if start < len(parts) else []
