@@ -1,7 +1,8 @@
 """A folder of Aligners, opened by name: thousands of them in memory, as the few numbers that they are."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from sys import intern
 from typing import NamedTuple
@@ -95,13 +96,17 @@ class AlignerStore:
         """What is stored under a name, read again if its file has changed."""
         path = self.folder / f"{name}.safetensors"
         is_inside = all(part and not part.startswith(".") for part in name.split("/"))
-        if is_inside and path.is_file():
+        try:
+            is_there = is_inside and path.is_file()
+        except (OSError, ValueError):  # no file can have such a name: it is too long, or has characters that none has
+            is_there = False
+        if is_there:
             stamp = _stamp(path.stat())
             if name not in self._stored or self._stored[name].stamp != stamp:
                 self._stored[name] = self._read(name, stamp)
             return self._stored[name]
         self._stored.pop(name, None)
-        raise ValueError(f"no Aligner named {name!r} in {self.folder}, which holds {len(self)} of them")
+        raise ValueError(f"no Aligner named {name[:100]!r} among {len(self)}{nearest(name, self.names())}")
 
     def _read(self, name: str, stamp: tuple[int, int]) -> StoredAligner:
         path = self.folder / f"{name}.safetensors"
@@ -114,6 +119,12 @@ class AlignerStore:
         values = torch.cat([aligner.tokens.data.flatten(), aligner.gates.data.flatten()])
         sizes = info.config["length"], info.config["start_layer"]
         return StoredAligner(stamp, values, *sizes, info.prompt_style and intern(info.prompt_style))
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The end of a message about an unknown name: those that are most like it, if some are."""
+    found = get_close_matches(name[:200], list(names), n=3)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
 def _aligner_files(folder: Path, prefix: str = "") -> Iterator[tuple[str, tuple[int, int]]]:

@@ -1,53 +1,105 @@
 """The server, live on loopback, asked by OpenAI's own client."""
 
+import asyncio
 import concurrent.futures
+import http.client
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
-import time
+import threading
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import openai
 import pytest
 import torch
+import uvicorn
 from conftest import ROOT, random_aligner
 
 from lit_llama.checkpoint import load_adapter, load_base, save_adapter
 from lit_llama.combine import Sum
 from lit_llama.generation import generate
 from lit_llama.prompts import Message, prompt_style
+from lit_llama.serving_http import Access, Gate, _Connection, allowed_hosts, bind
+from lit_llama.serving_worker import Job, Rows
+from lit_llama.store import AlignerStore
 from lit_llama.tokenizer import Tokenizer
 
 KEY = "a secret"
 TEXTS = ["Count to 3.", "Hello there", "What is 2 + 2?"]
 
 
-@contextmanager
-def served(base_dir, aligner_dir, **options):
-    """A running server's address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = {"checkpoint_dir": base_dir, "aligner_dir": aligner_dir, "port": port, **options}
-    command = [sys.executable, ROOT / "generate" / "serve.py", *(f"--{k}={v}" for k, v in arguments.items())]
-    process = subprocess.Popen(command, env={**os.environ, "ALIGNER_API_KEY": KEY, "OMP_NUM_THREADS": "1"})
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(240):
-            assert process.poll() is None, "the server ended"
-            try:
-                urllib.request.urlopen(f"{url}/health").close()
+class Server:
+    """A running server, its address and what it has said on stderr."""
+
+    def __init__(self, base_dir, aligner_dir, *more, until="ready at ", group=False, **options):
+        arguments = {"checkpoint_dir": base_dir, "aligner_dir": aligner_dir, "port": 0, **options}
+        command = [sys.executable, ROOT / "generate" / "serve.py", *(f"--{k}={v}" for k, v in arguments.items()), *more]
+        environment = {**os.environ, "ALIGNER_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=group
+        )
+        self.lines = [""]
+        for line in self.process.stderr:
+            self.lines.append(line)
+            if until in line:
                 break
-            except OSError:
-                time.sleep(0.25)
-        yield url
+        assert until in self.lines[-1], "".join(self.lines)
+        self.url = self.lines[-1].split()[-1]
+        self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr), daemon=True)
+        self._reader.start()
+
+    def wait(self):
+        """Exit status and what was said, when all processes that can say something have ended."""
+        status = self.process.wait(60)
+        self._reader.join(60)
+        assert not self._reader.is_alive(), "a process is left that holds stderr"
+        return status, "".join(self.lines)
+
+
+@contextmanager
+def served(*arguments, **options):
+    """A running server, which must end in order and without a traceback."""
+    server = Server(*arguments, **options)
+    try:
+        yield server
+        server.process.terminate()
+        status, said = server.wait()
+        assert status == 143
+        assert "Traceback" not in said
+        assert "leaked" not in said
     finally:
-        process.terminate()
-        process.wait(60)
+        server.process.kill()
+
+
+def raw(url, *pieces, key=KEY, host=None, path="/v1/chat/completions", method="POST", length=None, **headers):
+    """Status, headers and body of a request that is written by hand; the connection stays open for writing."""
+    address = url.removeprefix("http://")
+    authorization = f"Authorization: Bearer {key}\r\n" if key else ""
+    length = sum(map(len, pieces)) if length is None else length
+    fields = {"Content-Type": "application/json", "Content-Length": length}
+    fields |= {name.replace("_", "-"): value for name, value in headers.items()}
+    head = f"{method} {path} HTTP/1.1\r\nHost: {host or address}\r\n{authorization}"
+    head += "".join(f"{name}: {value}\r\n" for name, value in fields.items()) + "\r\n"
+    name, port = address.split(":")
+    with socket.create_connection((name, int(port)), timeout=60) as connection:
+        connection.sendall(head.encode())
+        for piece in pieces:
+            connection.sendall(piece)
+        response = http.client.HTTPResponse(connection, method=method)
+        response.begin()
+        body = response.read()
+    return response.status, response.headers, json.loads(body) if body else None
+
+
+def post(url, body, **options):
+    """Status and error object of a body."""
+    status, _, answer = raw(url, json.dumps(body).encode(), **options)
+    return status, answer.get("error")
 
 
 def client(url, **options):
@@ -67,8 +119,11 @@ def aligner_dir(base_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(base_dir, aligner_dir):
-    with served(base_dir, aligner_dir, max_rows=4, max_waiting=8, max_length=200, max_body_bytes=20_000) as url:
-        yield url
+    options = {"max_rows": 4, "max_waiting": 8, "max_length": 200, "max_body_bytes": 20_000}
+    with served(
+        base_dir, aligner_dir, "--allowed_origin=http://localhost:3000", "--allowed_host=my-machine", **options
+    ) as server:
+        yield server.url
 
 
 def expected(base_dir, messages, adapter=None, n=12):
@@ -165,36 +220,220 @@ def test_seeds_and_stops(url, base_dir):
     assert cut.finish_reason == "stop"
 
 
-@pytest.mark.parametrize(
-    ("options", "status", "message"),
-    [
+def test_what_cannot_be_answered_is_refused(url):
+    """By an error object of OpenAI's, which names the field; other requests do not notice."""
+    turn = {"role": "user", "content": "x"}
+    deep = "[" * 15_000
+    cases = [
         ({"model": "nobody"}, 404, "no Aligner named 'nobody'"),
+        ({"model": "tem/1"}, 404, "did you mean team/1"),
         ({"model": "../secret"}, 404, "no Aligner named"),
         ({"model": "broken"}, 404, "not a complete safetensors file"),
+        ({"model": "x" * 300}, 404, "no Aligner named"),
+        ({"model": "x" * 3000}, 400, "model: String should have at most"),
+        ({"model": "\ud800"}, 400, "model"),
         ({"messages": user("word " * 300)}, 400, "tokens, 1 to 199 are accepted"),
         ({"messages": user("x" * 30_000)}, 413, "the body is larger than 20000 bytes"),
+        ({"messages": user("a \ud800 b")}, 400, "not UTF-8"),
         ({"messages": []}, 400, "messages: List should have at least 1 item"),
         ({"messages": [{"role": "robot", "content": "x"}]}, 400, "role"),
+        ({"messages": [{"role": "user", "content": None}]}, 400, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "'image_url' are not supported"),
+        ({"messages": [turn, {"role": "tool", "content": "Nile"}]}, 400, "tools are not supported"),
+        ({"messages": [turn, {"role": "assistant", "tool_calls": [{"id": "1"}]}]}, 400, "tools are not supported"),
+        ({"messages": [{**turn, "audio": {"id": "1"}}]}, 400, "'audio' of a turn is not supported"),
         ({"temperature": -1}, 400, "temperature"),
-        ({"n": 2}, 400, "n: Input should be 1"),
+        ({"temperature": float("nan")}, 400, "temperature"),
         ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"stop": list("abcde")}, 400, "stop: List should have at most 4 items"),
+        ({"stop": "x" * 1000}, 400, "stop.0: String should have at most 256 characters"),
+        ({"temprature": 0.5}, 400, "unknown field 'temprature'; did you mean temperature"),
+        ({"a \ud800": 0.5}, 400, "unknown field"),
+        ({"stream_options": {"usage": True}}, 400, "unknown field 'usage'"),
+        ([], 400, "dictionary or object"),
+    ]
+    for options, status, message in cases:
+        body = {"model": "base", "messages": [turn], **options} if isinstance(options, dict) else options
+        found, error = post(url, body)
+        assert (found, sorted(error)) == (status, ["code", "message", "param", "type"]), options
+        assert message in error["message"], options
+        assert error["type"] == "invalid_request_error"
+        assert "/tmp" not in error["message"]
+    for body in ("{", deep, f'{{"messages": {deep}', "\xff", "1" * 5000, ""):
+        status, _, answer = raw(url, body.encode("latin-1"))
+        assert (status, answer["error"]["type"]) == (400, "invalid_request_error"), body[:20]
+    status, _, answer = raw(url, b"a=b", Content_Type="application/x-www-form-urlencoded")
+    assert (status, answer["error"]["message"]) == (400, "the body must be JSON, and its Content-Type application/json")
+
+
+@pytest.mark.parametrize(
+    ("name", "nothing", "something"),
+    [
+        ("tools", [], [{"type": "function"}]),
+        ("tool_choice", "none", "required"),
+        ("functions", [], [{"name": "f"}]),
+        ("response_format", {"type": "text"}, {"type": "json_object"}),
+        ("logprobs", False, True),
+        ("logprobs", False, 0),
+        ("top_logprobs", 0, 2),
+        ("logit_bias", {}, {"504": -100}),
+        ("frequency_penalty", 0, 1.5),
+        ("presence_penalty", 0.0, -1),
+        ("repetition_penalty", 1.0, 1.2),
+        ("n", 1, 2),
+        ("n", None, True),
+        ("best_of", 1, 3),
+        ("echo", False, True),
+        ("suffix", "", "the end"),
+        ("modalities", ["text"], ["text", "audio"]),
+        ("min_p", 0, 0.1),
     ],
 )
-def test_what_cannot_be_answered_is_refused(url, options, status, message):
-    with pytest.raises(openai.APIStatusError) as caught:
-        client(url).chat.completions.create(**{"model": "base", "messages": user("x"), **options})
-    assert caught.value.status_code == status
-    assert message in caught.value.message
+def test_what_is_asked_and_not_done_is_refused_by_name(url, name, nothing, something):
+    body = {"model": "base", "messages": user("x"), "max_tokens": 1}
+    assert post(url, {**body, name: nothing})[0] == 200
+    status, error = post(url, {**body, name: something})
+    assert (status, error["param"], error["code"]) == (400, name, "unsupported_parameter")
+    assert error["message"] == f"{name} is not supported by this server"
 
 
-def test_malformed_bodies_and_wrong_keys(url):
+def test_ordinary_clients_are_served(url, base_dir):
+    """Texts as parts, other names of roles, null and "off" as others write them."""
+    messages = [{"role": "system", "content": "Be brief."}, *user("Count to 3.")]
+    wanted = expected(base_dir, messages)
+
+    def said(messages, **options):
+        options = {"model": "base", "temperature": 0, "max_tokens": 12, **options}
+        status, _, answer = raw(url, json.dumps({"messages": messages, **options}).encode())
+        assert status == 200, answer
+        return answer["choices"][0]["message"]["content"]
+
+    parts = [{"type": "text", "text": "Count "}, {"type": "text", "text": "to 3."}]
+    assert said([{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}]) == wanted
+    echoed = {"role": "assistant", "content": None, "tool_calls": None, "refusal": None, "annotations": []}
+    empty = expected(base_dir, [*messages, {"role": "assistant", "content": ""}, *user("x")])
+    assert said([*messages, echoed, {**user("x")[0], "name": "me"}]) == empty
+    nulls = dict.fromkeys(["top_p", "n", "stream", "stop", "seed", "top_k", "stream_options", "tools", "logprobs"])
+    assert said(messages, **nulls) == wanted
+    assert said(messages, user="me", metadata={"a": "b"}, store=False, top_k=0) == wanted
+    assert said(messages, temperature=2, top_p=0, top_k=-1) == wanted
+    assert said(messages, temperature=1e-310) == wanted
+    assert said(messages, stop=[]) == wanted
+    long = said(messages, max_tokens=-1)
+    assert long.startswith(wanted)
+    assert len(long) > len(wanted)
+    answer = client(url).completions.create(model="base", prompt=["Once upon"], temperature=0, max_tokens=2)
+    assert answer.choices[0].text
+
+
+def test_paths_and_methods(url):
+    assert client(url).models.retrieve("team/3").id == "team/3"
+    with pytest.raises(openai.NotFoundError, match="did you mean team/3"):
+        client(url).models.retrieve("team/33")
+    status, _, body = raw(url, path="/health", method="HEAD", key=None)
+    assert (status, body) == (200, None)
+    for method, path, status in [
+        ("GET", "/nowhere", 404),
+        ("PUT", "/v1/models", 405),
+        ("GET", "/v1/chat/completions", 405),
+        ("GET", "/docs", 404),
+        ("GET", "/redoc", 404),
+        ("GET", "/openapi.json", 404),
+        ("GET", "/info", 404),
+        ("GET", "/v1/models/", 404),
+        ("GET", f"/v1/models/{'x' * 3000}", 404),
+    ]:
+        found, _, body = raw(url, method=method, path=path)
+        assert (found, body["error"]["type"]) == (status, "invalid_request_error"), path
+        assert raw(url, method=method, path=path, key=None)[0] == 401  # what there is, is for those with the key
+
+
+def test_the_key_comes_before_the_body(url):
+    """Who has none is told so before anything is sent that it is not to be read."""
     with pytest.raises(openai.AuthenticationError, match="wrong or missing API key"):
         client(url, api_key="another").models.list()
-    request = urllib.request.Request(f"{url}/v1/chat/completions", b"{", {"Content-Type": "application/json"})
-    with pytest.raises(urllib.error.HTTPError) as caught:
-        urllib.request.urlopen(request)
-    assert caught.value.code == 400
-    assert json.load(caught.value)["error"]["type"] == "invalid_request_error"
+    for key in (None, "another", "\xe4"):
+        status, headers, body = raw(url, key=key, length=1_000)
+        assert (status, body["error"]["code"], headers["connection"]) == (401, "invalid_api_key", "close")
+    status, _, body = raw(url, b"{", length=1_000_000_000)
+    assert (status, body["error"]["message"]) == (413, "the body is larger than 20000 bytes")
+
+
+def test_hosts_and_origins(url):
+    """Web pages reach the server only if they are its own or allowed, under whatever name they call it."""
+    port = url.rpartition(":")[2]
+    for host in (f"localhost:{port}", f"LOCALHOST.:{port}", "[::1]", "my-machine", f"127.0.0.1:{port}"):
+        assert raw(url, path="/v1/models", method="GET", host=host)[0] == 200, host
+    for host in (
+        "evil.example",
+        f"evil.example:{port}",
+        "localhost.evil.example",
+        "10.0.0.1",
+        "localhost@evil",
+        "[::1",
+    ):
+        status, _, body = raw(url, path="/health", method="GET", host=host)
+        assert (status, body["error"]["code"]) == (403, "host_not_allowed"), host
+    page = "http://localhost:3000"
+    asks = {"Access_Control_Request_Method": "POST", "Access_Control_Request_Headers": "authorization, content-type"}
+    status, headers, _ = raw(url, method="OPTIONS", key=None, Origin=page, **asks)
+    assert (status, headers["access-control-allow-origin"]) == (204, page)
+    assert headers["access-control-allow-headers"] == "authorization, content-type"
+    for key, status in ((KEY, 200), ("another", 401)):
+        found, headers, _ = raw(url, path="/v1/models", method="GET", key=key, Origin=page)
+        assert (found, headers["access-control-allow-origin"], headers["vary"]) == (status, page, "Origin")
+    assert raw(url, path="/v1/models", method="GET", Origin=url)[0] == 200
+    for origin in ("http://evil.example", "null", "http://[", "http://localhost:3001"):
+        status, headers, body = raw(url, path="/health", method="GET", key=None, Origin=origin)
+        assert (status, body["error"]["code"]) == (403, "origin_not_allowed")
+        assert "access-control-allow-origin" not in headers
+
+
+def test_any_address_and_wildcards():
+    def allows(header, host, *more):
+        access = Access(None, frozenset(), *allowed_hosts(host, list(more)), frozenset(), 1, 1.0)
+        return Gate(None, access)._is_allowed_host(header)
+
+    assert allows("192.168.0.7:8000", "0.0.0.0")
+    assert allows("[fe80::1]", "::")
+    assert allows("[fe80::1]:8000", "fe80::1")
+    assert allows("anything", "127.0.0.1", "*")
+    assert not allows("evil.example", "0.0.0.0")
+    assert not allows("192.168.0.7", "127.0.0.1")
+    assert not allows("", "0.0.0.0")
+
+
+def test_connections_without_a_request_are_closed(monkeypatch):
+    """A header that does not come, or not whole, in a first request or a later one."""
+    monkeypatch.setattr("lit_llama.serving_http.HEAD_SECONDS", 0.01)
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    async def last_bytes(*pieces):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for piece in pieces:
+            writer.write(piece)
+        return await asyncio.wait_for(reader.read(), 60)
+
+    async def main():
+        server = uvicorn.Server(config)
+        serving = asyncio.create_task(server.serve([listener]))
+        while not server.started:
+            await asyncio.sleep(0)
+        answers = [await last_bytes(), await last_bytes(b"GET / HT"), await last_bytes(whole, b"GET")]
+        server.should_exit = True
+        await serving
+        return answers
+
+    whole = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+    config = uvicorn.Config(app, http=_Connection, ws="none", lifespan="off", log_config=None)
+    listener, address = bind("127.0.0.1", 0)
+    port = int(address.rpartition(":")[2])
+    nothing, begun, answered = asyncio.run(main())
+    assert nothing == begun == b""
+    assert answered.endswith(b"ok")
 
 
 def test_files_that_come_change_and_vanish(url, base_dir, aligner_dir):
@@ -226,7 +465,8 @@ def test_clients_that_leave_make_room(url, base_dir):
 
 
 def test_a_full_queue_and_slow_requests(base_dir, aligner_dir):
-    with served(base_dir, aligner_dir, max_rows=1, max_waiting=1, timeout=0.2) as url:
+    with served(base_dir, aligner_dir, max_rows=1, max_waiting=1, timeout=0.2, temperature=0, docs=True) as server:
+        url = server.url
         with concurrent.futures.ThreadPoolExecutor(6) as pool:
             asked = [pool.submit(ask, url, "base", "x", max_tokens=200) for _ in range(6)]
             statuses = sorted(
@@ -234,7 +474,102 @@ def test_a_full_queue_and_slow_requests(base_dir, aligner_dir):
             )
         assert set(statuses) <= {200, 429, 504}
         assert 429 in statuses
-        assert ask(url, "base", "x", max_tokens=1).finish_reason in ("length", "stop")
+        status, _, body = raw(url, b"{", length=1_000)
+        assert (status, body["error"]["message"]) == (408, "the body did not come within 0.2 seconds")
+        for path in ("/openapi.json", "/docs"):
+            with urllib.request.urlopen(url + path) as response:
+                assert response.status == 200
+        answers = {
+            client(url)
+            .chat.completions.create(model="base", messages=user("x"), max_tokens=1)
+            .choices[0]
+            .message.content
+            for _ in range(3)
+        }
+        assert len(answers) == 1  # the server's own temperature
+
+
+@pytest.mark.parametrize("moment", ["the model is being loaded", "ready at "])
+def test_sigterm_ends_it_once_however_often_it_comes(base_dir, aligner_dir, moment):
+    """While the model is loaded, and while an answer is on its way."""
+    server = Server(base_dir, aligner_dir, until=moment)
+    if moment == "ready at ":
+        stream = client(server.url).chat.completions.create(model="base", messages=user("x"), stream=True)
+        next(iter(stream))
+    while server.process.poll() is None:
+        server.process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            server.process.wait(0.05)
+    status, said = server.wait()
+    assert status == 143
+    assert "Traceback" not in said
+    assert "leaked" not in said
+
+
+def test_ctrl_c_ends_it_once(base_dir, aligner_dir):
+    """It goes to both processes."""
+    server = Server(base_dir, aligner_dir, group=True)
+    os.killpg(server.process.pid, signal.SIGINT)
+    status, said = server.wait()
+    assert (status, said.splitlines()[-1]) == (130, "interrupted")
+    assert "Traceback" not in said
+
+
+def test_no_process_outlives_the_other(base_dir, aligner_dir):
+    """Whichever is killed: what holds stderr after that would keep `wait` from returning."""
+    server = Server(base_dir, aligner_dir)
+    server.process.kill()
+    assert server.wait()[0] == -signal.SIGKILL
+
+    server = Server(base_dir, aligner_dir)
+    listing = subprocess.run(
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(server.process.pid)], capture_output=True, text=True
+    ).stdout
+    [worker] = [int(line.split()[0]) for line in listing.splitlines() if "spawn_main" in line]
+    os.kill(worker, signal.SIGKILL)
+    status, said = server.wait()
+    assert status == 1
+    assert said.splitlines()[-1].startswith("error: the model is gone: its process was killed by signal 9")
+    assert "Traceback" not in said
+
+
+def test_what_cannot_be_served_is_said_at_the_start(base_dir, aligner_dir, tmp_path, command):
+    """A template that fails, a port that another program has: before a model is loaded."""
+    folder = tmp_path / "base"
+    shutil.copytree(base_dir, folder)
+    (folder / "chat_template.jinja").write_text("{{ nothing.at.all }}")
+    status, _, said = command("generate/serve.py", checkpoint_dir=folder, aligner_dir=aligner_dir, port=0)
+    assert (status, len(said.splitlines())) == (1, 1)
+    assert said.startswith("error: the model's chat template failed")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        status, _, said = command("generate/serve.py", checkpoint_dir=base_dir, aligner_dir=aligner_dir, port=port)
+    assert (status, len(said.splitlines())) == (1, 1)
+    assert said.startswith(f"error: cannot listen on 127.0.0.1, port {port}")
+
+
+def test_a_failing_step_ends_its_rows_alone(base_dir, aligner_dir, capsys):
+    """What no row alone has caused, such as missing memory, ends those that run; the next ones are answered."""
+    model = load_base(base_dir)
+    rows = Rows(model, AlignerStore(aligner_dir, model), 2, 50)
+    options = {"max_new_tokens": 3, "stop_ids": frozenset()}
+    for number in range(3):
+        rows.take(number, Job([5, 6, 7], None, 1.0, 0, options))
+    rows.take(9, Job([5, 6, 7], "nobody", 1.0, 0, options))
+    rows.step()
+    rows.step()  # two run, one waits
+    rows._decoder._tokens = None  # any damage will do
+    failed = dict(rows.step())
+    assert sorted(failed) == [0, 1]
+    assert {(said.status, said.error) for said in failed.values()} == {
+        (500, "the model failed (TypeError); the server's log says more")
+    }
+    assert "TypeError" in capsys.readouterr().err
+    said = []
+    while rows.busy:
+        said += rows.step()
+    assert [one.token for number, one in said if number == 2] == generate(model, [[5, 6, 7]], 3)[0]
+    assert [(one.status, "nobody" in one.error) for number, one in said if number == 9] == [(400, True)]
 
 
 def test_the_page(url, base_dir):

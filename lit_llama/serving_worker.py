@@ -1,0 +1,327 @@
+"""The server's second process, which has the model, and the pipe between the two.
+
+The main process speaks HTTP. The worker has the model and a `Decoder`, which rows join and leave between any two
+tokens; it knows tokens only. Each notices the other's death: a pipe whose other end is gone reads as ended, however the
+process that held it ended.
+"""
+
+import asyncio
+import multiprocessing
+import os
+import queue
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from lit_llama.checkpoint import Precision
+from lit_llama.cli import open_base
+from lit_llama.combine import Sum
+from lit_llama.generation import Decoder, Request
+from lit_llama.inference import WeightOnly
+from lit_llama.model import Adapter, LLaMA
+from lit_llama.quantization import Quantize
+from lit_llama.store import AlignerStore
+
+ENDING = "the server is ending: try again later"
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a worker needs in order to open the model.
+
+    Args:
+        checkpoint_dir: folder of the base model.
+        aligner_dir: folder of the Aligners.
+        precision: of the base model.
+        quantize: keep its weights in fewer bits.
+        compile: compile the decoding step.
+        allow_other_base: accept Aligners of other weights of the same sizes.
+        max_rows: generated at once.
+        max_length: tokens of a row, prompt included.
+    """
+
+    checkpoint_dir: Path
+    aligner_dir: Path
+    precision: Precision
+    quantize: Quantize | WeightOnly | None
+    compile: bool
+    allow_other_base: bool
+    max_rows: int
+    max_length: int
+
+
+class Job(NamedTuple):
+    """A request to the worker.
+
+    Args:
+        prompt: token ids.
+        aligner: its name in the folder; None is the base model alone.
+        scale: what its gates are multiplied by.
+        seed: of sampling, 0 to 2**64 - 1.
+        options: other arguments of `lit_llama.generation.Request`.
+    """
+
+    prompt: list[int]
+    aligner: str | None
+    scale: float
+    seed: int
+    options: dict[str, Any]
+
+
+class Said(NamedTuple):
+    """What the worker says to a request. The last time it has a `finish` or an `error`.
+
+    Args:
+        token: the next one, if there is one.
+        finish: why the answer ended, if it did.
+        error: why there is no more of it.
+        status: HTTP's, of the error.
+    """
+
+    token: int | None = None
+    finish: Literal["stop", "length", "error"] | None = None
+    error: str = ""
+    status: int = 500
+
+
+class Worker:
+    """The main process's end. Create it, `wait_until_ready`, and `listen` from an event loop; `close` it at the end.
+
+    Args:
+        opening: what the worker opens.
+    """
+
+    def __init__(self, opening: Opening) -> None:
+        context = multiprocessing.get_context("spawn")  # which hands on no socket that is open here
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=work, args=(theirs, opening), name="model", daemon=True)
+        # Ctrl-C goes to both processes. The main one alone ends the two; the worker inherits that it is ignored.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            self._process.start()
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        theirs.close()
+        self._answers: dict[int, asyncio.Queue[Said]] = {}
+        self._next_number = 0
+        self._is_ending = False
+
+    @property
+    def active(self) -> int:
+        """How many requests are being answered or wait."""
+        return len(self._answers)
+
+    def wait_until_ready(self) -> None:
+        """Wait until the model is loaded.
+
+        Raises:
+            ValueError: it cannot be.
+        """
+        try:
+            error = self._connection.recv()
+        except (EOFError, OSError):
+            error = f"while the model was loaded, {self.end_of_process()}"
+        if error is not None:
+            raise ValueError(error)
+
+    def listen(self, ended: Callable[[], None]) -> None:
+        """Hand what the worker says to those who wait for it, in the running event loop.
+
+        Args:
+            ended: called there if the worker dies.
+        """
+        loop = asyncio.get_running_loop()
+
+        def deliver(batch: list[tuple[int, Said]]) -> None:
+            for number, said in batch:
+                if number in self._answers:  # else nobody waits any longer
+                    self._answers[number].put_nowait(said)
+
+        def died() -> None:
+            self.end_answers("the model's process ended")
+            ended()
+
+        def read() -> None:
+            try:
+                while True:
+                    loop.call_soon_threadsafe(deliver, self._connection.recv())
+            except (EOFError, OSError):
+                call = died
+            except RuntimeError:  # the loop is closed: the server has ended
+                return
+            try:
+                loop.call_soon_threadsafe(call)
+            except RuntimeError:
+                return
+
+        threading.Thread(target=read, daemon=True, name="from the model").start()
+
+    async def ask(self, job: Job) -> AsyncGenerator[Said, None]:
+        """What the worker says to a request, to the end of it. Leaving early cancels it."""
+        number, self._next_number = self._next_number, self._next_number + 1
+        answers = self._answers[number] = asyncio.Queue[Said]()
+        has_ended = False
+        try:
+            if self._is_ending:
+                answers.put_nowait(Said(error=ENDING, status=503))
+            else:
+                self._send(number, job)
+            while not has_ended:
+                said = await answers.get()
+                has_ended = bool(said.finish or said.error)
+                yield said
+        finally:
+            del self._answers[number]
+            if not has_ended:
+                self._send(number, None)
+
+    def end_answers(self, reason: str = ENDING) -> None:
+        """End all answers, and those that are asked for later, with an error."""
+        self._is_ending = True
+        for answers in self._answers.values():
+            answers.put_nowait(Said(error=reason, status=503))
+
+    def close(self) -> None:
+        """End the worker, at once: it has nothing to lose, and may be busy opening a large model."""
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+    def end_of_process(self) -> str:
+        """How the worker ended, for people."""
+        self._process.join(5)
+        code = self._process.exitcode
+        if code is not None and code < 0:
+            hint = "; there may be too little memory" if code == -9 else ""
+            return f"its process was killed by signal {-code}{hint}"
+        return f"its process ended with exit status {code}"
+
+    def _send(self, number: int, job: Job | None) -> None:
+        with suppress(OSError):  # it has died, which `listen` notices
+            self._connection.send((number, job))
+
+
+def work(connection: Connection, opening: Opening) -> None:
+    """The worker's life: open the model, then answer what comes through the pipe until it ends.
+
+    Args:
+        connection: its end of the pipe. It first says None, or why the model cannot be opened.
+        opening: what to open.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # service managers send it to both processes; see `Worker`
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which would be missed when this is killed
+    inbox: queue.SimpleQueue[tuple[int, Job | None]] = queue.SimpleQueue()
+
+    def read() -> None:
+        try:
+            while True:
+                inbox.put(connection.recv())
+        except (EOFError, OSError):
+            os._exit(0)  # the main process is gone, or done with this one; nothing here needs an orderly end
+
+    threading.Thread(target=read, daemon=True, name="requests").start()
+    try:
+        model, _ = open_base(opening.checkpoint_dir, opening.precision, opening.quantize, opening.compile)
+        store = AlignerStore(opening.aligner_dir, model, opening.allow_other_base)
+        rows = Rows(model, store, opening.max_rows, opening.max_length)
+    except Exception as error:  # whatever it is, the main process says it in one line
+        connection.send(str(error) or type(error).__name__)
+        return
+    connection.send(None)
+    while True:
+        while not inbox.empty() or not rows.busy:
+            rows.take(*inbox.get())
+        said = rows.step()
+        if said:
+            connection.send(said)
+
+
+class Rows:
+    """The bookkeeping between requests and a decoder's rows.
+
+    Args:
+        model: the base model.
+        store: the Aligners.
+        max_rows: generated at once.
+        max_length: tokens of a row, prompt included.
+    """
+
+    def __init__(self, model: LLaMA, store: AlignerStore, max_rows: int, max_length: int) -> None:
+        self._model, self._store, self._sizes = model, store, (max_rows, max_length)
+        self._decoder = Decoder(model, *self._sizes)
+        self._waiting: deque[tuple[int, Job]] = deque()
+        self._numbers: dict[int, int] = {}  # of the requests, by the decoder's rows
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is something to do."""
+        return bool(self._waiting or self._decoder.running)
+
+    def take(self, number: int, job: Job | None) -> None:
+        """Queue a request; or let the row of one go for which nobody waits any longer."""
+        if job is not None:
+            self._waiting.append((number, job))
+            return
+        self._waiting = deque(entry for entry in self._waiting if entry[0] != number)
+        for row in [row for row, running in self._numbers.items() if running == number]:
+            del self._numbers[row]
+            self._decoder.leave(row)
+
+    def step(self) -> list[tuple[int, Said]]:
+        """Let a row in if there is room, then a token for each; what there is to say about it, by request."""
+        said: list[tuple[int, Said]] = []
+        while self._waiting and len(self._decoder.running) < self._decoder.max_rows:
+            number, job = self._waiting.popleft()
+            try:
+                request = self._request(job)
+            except Exception as error:  # of this row alone, such as a file that has vanished
+                said.append((number, Said(error=str(error), status=400)))
+                continue
+            try:
+                [row] = self._decoder.join([request])
+            except ValueError as error:  # of this row alone, which has not joined
+                said.append((number, Said(error=str(error), status=400)))
+                continue
+            except Exception as error:
+                return said + self._fail(error, number)
+            self._numbers[row] = number
+            break  # one prompt between two tokens of the others
+        try:
+            events = self._decoder.step() if self._decoder.running else []
+        except Exception as error:
+            return said + self._fail(error)
+        for event in events:
+            said.append((self._numbers[event.row], Said(event.token, event.finish, event.error or "")))
+            if event.finish:
+                del self._numbers[event.row]
+        return said
+
+    def _fail(self, error: Exception, *joining: int) -> list[tuple[int, Said]]:
+        """End all rows by an error that no row alone has caused: memory, the device. Later ones find a new decoder."""
+        print(f"error: the model failed: {type(error).__name__}: {error}", file=sys.stderr)
+        reason = f"the model failed ({type(error).__name__}); the server's log says more"
+        failed = [(number, Said(error=reason)) for number in (*self._numbers.values(), *joining)]
+        self._numbers.clear()
+        del self._decoder  # its memory is free before there is another
+        self._decoder = Decoder(self._model, *self._sizes)
+        return failed
+
+    def _request(self, job: Job) -> Request:
+        adapter: Adapter | None = None
+        if job.aligner is not None:
+            adapter, _ = self._store.get(job.aligner)
+            if job.scale != 1:
+                adapter = Sum((adapter, job.scale))
+        generator = torch.Generator(self._model.device).manual_seed(job.seed)
+        return Request(job.prompt, adapter, generator=generator, **job.options)
