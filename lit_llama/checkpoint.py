@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from lit_llama.adapter import LLaMAAdapter
 from lit_llama.aligner import Aligner
-from lit_llama.fields import check_object, check_value, take
+from lit_llama.fields import check_object, check_value, naming, take
 from lit_llama.files import atomic_file, check_file, read_json, write_json
 from lit_llama.hf import pairs_from_halves
 from lit_llama.lora import LoRA
@@ -316,10 +316,8 @@ def read_config(checkpoint_dir: Path) -> LLaMAConfig:
             f"{checkpoint_dir} holds no {CONFIG_FILE}: convert the model with one of scripts/convert_*_checkpoint.py"
         )
     fields = take(check_object(read_json(file), file), "config", dict, file)
-    try:
+    with naming(file):
         return LLaMAConfig.from_dict(fields)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
 
 
 def load_base(

@@ -2,7 +2,8 @@
 
 import reprlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 _REQUIRED: Any = object()
@@ -31,7 +32,7 @@ def take(
         fields: an object of a JSON file, or what else has values by name.
         key: the field's name.
         kind: int, float, str, bool, list or dict, as JSON has them; a whole number is also a number.
-        place: the file, for error messages.
+        place: the file, for error messages; None where `naming` says it.
         default: what stands for a field that is absent or null; without one, the field must be there.
         least: smallest number.
         most: largest number.
@@ -42,11 +43,20 @@ def take(
     value = fields.get(key)
     if value is None:
         if default is _REQUIRED:
-            raise ValueError(f"{place} lacks {key}, expected {_expected(kind, least, most)}")
+            raise ValueError(f"{place or 'the file'} lacks {key}, expected {_expected(kind, least, most)}")
         return default
-    try:
+    with naming(place):
         return check_value(value, key, kind, least, most)
+
+
+@contextmanager
+def naming(place: object) -> Iterator[None]:
+    """Put the file in front of the message of an error that is raised inside; none if `place` is None."""
+    try:
+        yield
     except ValueError as error:
+        if place is None:
+            raise
         raise ValueError(f"{place}: {error}") from None
 
 
@@ -82,12 +92,10 @@ def check_list(values: Any, name: str, kind: type, place: object, least: float |
     Raises:
         ValueError: it is not; the message names file, field and entry.
     """
-    try:
+    with naming(place):
         return [
             check_value(value, f"{name}[{i}]", kind, least) for i, value in enumerate(check_value(values, name, list))
         ]
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
 
 
 def check_object(value: Any, place: object) -> dict[str, Any]:
@@ -97,7 +105,7 @@ def check_object(value: Any, place: object) -> dict[str, Any]:
         ValueError: it is not; the message names what was found.
     """
     if not isinstance(value, dict):
-        raise ValueError(f"{place}: expected an object, found {reprlib.repr(value)}")
+        raise ValueError(f"{place or 'the file'}: expected an object, found {reprlib.repr(value)}")
     return value
 
 

@@ -1,5 +1,8 @@
 """GGUF files of LLaMA-family models (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), through `gguf`."""
 
+import mmap
+import reprlib
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from lit_llama.fields import naming, take
 from lit_llama.files import check_file, require_extra
-from lit_llama.model import LLaMAConfig, RopeScaling, rope_frequencies
+from lit_llama.hf import within_window
+from lit_llama.model import MOST_TOKENS, LLaMAConfig, RopeScaling, rope_frequencies
 
 LAYER = "transformer.h.{}."
 NAMES = {
@@ -36,15 +41,71 @@ def open_gguf(path: Path) -> tuple[Any, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or no GGUF file.
+        ValueError: it is damaged, or not a GGUF file.
     """
     gguf = require_extra("gguf", "gguf")
     check_file(path)
     try:
+        _check_lengths(path)
         reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError) as error:
+        return reader, {name: field.contents() for name, field in reader.fields.items()}
+    except Exception as error:  # on junk the library raises errors of any kind
         raise ValueError(f"{path} is not a complete GGUF file ({error})") from None
-    return reader, {name: field.contents() for name, field in reader.fields.items()}
+
+
+_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of a value, by its type
+_STRING, _ARRAY = 8, 9
+_MOST_ENTRIES = 2**22  # of all arrays; the largest vocabularies have a third of that, with types, scores and merges
+_MOST_DIMENSIONS = 8
+
+
+def _check_lengths(path: Path) -> None:
+    """Refuse lengths and counts that the file has no room for: the library would allocate by them, or never end.
+
+    Raises:
+        ValueError: one is too large; the message names the field.
+        struct.error: the file ends early.
+    """
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        at, entries = 0, 0
+        order = "<" if data[4:6] != b"\0\0" else ">"  # the version is a small number
+
+        def number(format: str) -> int:
+            nonlocal at
+            [value] = struct.unpack_from(order + format, data, at)
+            at += struct.calcsize(format)
+            return value
+
+        def skip(size: int, name: str) -> bytes:
+            nonlocal at
+            if size > len(data) - at:
+                raise ValueError(f"{name} is longer than the file")
+            at += size
+            return data[at - size : at] if size < 200 else b""
+
+        if data[:4] != b"GGUF":
+            raise ValueError("it does not begin with GGUF")
+        at = 8
+        tensors, fields = number("Q"), number("Q")
+        for _ in range(fields):
+            name = skip(number("Q"), "the name of a field").decode(errors="replace")
+            kind, length = number("I"), 1
+            if kind == _ARRAY:
+                kind, length = number("I"), number("Q")
+                entries += length
+            if entries > _MOST_ENTRIES or kind not in (*_BYTES, _STRING):
+                raise ValueError(f"{name} is an array of {length} entries of type {kind}, which this code cannot read")
+            if kind == _STRING:
+                for _ in range(length):
+                    skip(number("Q"), name)
+            else:
+                skip(length * _BYTES[kind], name)
+        for _ in range(tensors):
+            name = skip(number("Q"), "the name of a tensor").decode(errors="replace")
+            dimensions = number("I")
+            if dimensions > _MOST_DIMENSIONS:
+                raise ValueError(f"{name} has {dimensions} dimensions")
+            skip(dimensions * 8 + 4 + 8, name)  # sizes, type and place
 
 
 class GGUFTensors(Mapping[str, torch.Tensor]):
@@ -77,44 +138,54 @@ class GGUFTensors(Mapping[str, torch.Tensor]):
         return len(self._tensors)
 
 
-def config_from_gguf(fields: dict[str, Any], tensors: GGUFTensors, name: str) -> LLaMAConfig:
+def config_from_gguf(fields: dict[str, Any], tensors: GGUFTensors, name: str, place: object) -> LLaMAConfig:
     """The model's configuration from the metadata of a GGUF file.
+
+    Args:
+        fields: the metadata by name.
+        tensors: the file's.
+        name: what the model is called.
+        place: the file, for error messages.
 
     Raises:
         ValueError: the model has something that `lit_llama.model` cannot compute; the message names the field.
     """
+    with naming(place):
+        return _config(fields, tensors, name, place)
+
+
+def _config(fields: dict[str, Any], tensors: GGUFTensors, name: str, place: object) -> LLaMAConfig:
     architecture = fields.get("general.architecture")
     if architecture != "llama":
-        raise ValueError(f"general.architecture is {architecture!r}; only llama can be converted")
-    if not fields.get("tokenizer.ggml.tokens"):
-        raise ValueError("the file lacks tokenizer.ggml.tokens: it has no vocabulary")
-    for field in ("llama.expert_count", "llama.attention.sliding_window"):
-        if fields.get(field):
-            raise ValueError(f"{field} is {fields[field]}, which this model cannot do")
+        raise ValueError(f"general.architecture is {reprlib.repr(architecture)}; only llama can be converted")
+    tokens = take(fields, "tokenizer.ggml.tokens", list, None, [])
+    if not tokens:
+        raise ValueError("it lacks tokenizer.ggml.tokens, so it has no vocabulary")
+    if take(fields, "llama.expert_count", int, None, 0):
+        raise ValueError("llama.expert_count is not 0, which this model cannot do")
 
-    def size(field: str, default: Any = None) -> Any:
-        value = fields.get(f"llama.{field}", default)
-        if value is None:
-            raise ValueError(f"the file lacks llama.{field}")
-        return value
+    def size(field: str, *default: int) -> int:
+        return take(fields, f"llama.{field}", int, None, *default, least=1, most=MOST_TOKENS)
 
     n_head, n_embd = size("attention.head_count"), size("embedding_length")
     head_size = size("attention.key_length", n_embd // n_head)
     for field in ("rope.dimension_count", "attention.value_length"):
         if size(field, head_size) != head_size:
             raise ValueError(f"llama.{field} is {size(field)}, but only the head size {head_size} is supported")
+    window = take(fields, "llama.attention.sliding_window", int, None, None, 0) or None  # 0 means none
     config = LLaMAConfig(
         name=name,
-        block_size=size("context_length"),
-        vocab_size=len(fields["tokenizer.ggml.tokens"]),
+        block_size=within_window(size("context_length"), window, f"{place}: llama.attention.sliding_window"),
+        vocab_size=len(tokens),
         n_layer=size("block_count"),
         n_head=n_head,
         n_embd=n_embd,
         n_kv_head=size("attention.head_count_kv", n_head),
         head_size=head_size,
         intermediate_size=size("feed_forward_length"),
-        norm_eps=round(size("attention.layer_norm_rms_epsilon"), 10),  # stored as float32
-        rope_base=size("rope.freq_base", 10000.0),
+        # stored as float32
+        norm_eps=round(take(fields, "llama.attention.layer_norm_rms_epsilon", float, None), 10),
+        rope_base=take(fields, "llama.rope.freq_base", float, None, 10000.0),
         rope_scaling=_linear_scaling(fields),
         tie_embeddings="output.weight" not in tensors,
     )
@@ -122,16 +193,19 @@ def config_from_gguf(fields: dict[str, Any], tensors: GGUFTensors, name: str) ->
 
 
 def _linear_scaling(fields: dict[str, Any]) -> RopeScaling | None:
-    kind = fields.get("llama.rope.scaling.type", "linear")
-    factor = fields.get("llama.rope.scaling.factor", fields.get("llama.rope.scale_linear", 1.0))
+    kind = take(fields, "llama.rope.scaling.type", str, None, "linear")
+    older = take(fields, "llama.rope.scale_linear", float, None, 1.0)
+    factor = take(fields, "llama.rope.scaling.factor", float, None, older)
     if kind not in ("none", "linear"):
-        raise ValueError(f"llama.rope.scaling.type is {kind!r}; only none and linear can be converted")
+        raise ValueError(f"llama.rope.scaling.type is {reprlib.repr(kind)}; only none and linear can be converted")
     return None if kind == "none" or factor in (0.0, 1.0) else RopeScaling("linear", factor)
 
 
 def _with_llama3_scaling(config: LLaMAConfig, factors: torch.Tensor) -> LLaMAConfig:
     """GGUF stores Llama 3's stretching as one divisor for each frequency, the largest of them being the factor."""
-    scaled = replace(config, rope_scaling=RopeScaling("llama3", factor=factors.max().item()))
-    if not torch.allclose(rope_frequencies(config) / rope_frequencies(scaled), factors, rtol=1e-4):
-        raise ValueError("rope_freqs.weight is not Llama 3's stretching of the rotary frequencies")
-    return scaled
+    frequencies = rope_frequencies(config)
+    if factors.shape == frequencies.shape and factors.dtype == torch.float32:
+        scaled = replace(config, rope_scaling=RopeScaling("llama3", factor=factors.max().item()))
+        if torch.allclose(frequencies / rope_frequencies(scaled), factors, rtol=1e-4):
+            return scaled
+    raise ValueError("rope_freqs.weight is not Llama 3's stretching of the rotary frequencies")

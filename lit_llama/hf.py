@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_llama.fields import check_object, take
+from lit_llama.fields import check_object, naming, take
 from lit_llama.model import MOST_TOKENS, LLaMAConfig, RopeScaling
 
 LAYER = "transformer.h.{}."
@@ -39,7 +39,11 @@ def config_from_hf(fields: Any, name: str, place: object = "config.json") -> LLa
     Raises:
         ValueError: the model has something that `lit_llama.model` cannot compute; the message names the field.
     """
-    fields = check_object(fields, place)
+    with naming(place):
+        return _config(check_object(fields, None), name, place)
+
+
+def _config(fields: dict[str, Any], name: str, place: object) -> LLaMAConfig:
     allowed: dict[str, tuple[Any, ...]] = {
         "model_type": ("llama", "mistral"),
         "hidden_act": ("silu",),
@@ -51,42 +55,39 @@ def config_from_hf(fields: Any, name: str, place: object = "config.json") -> LLa
     for field, values in allowed.items():
         if fields.get(field, values[0]) not in values:
             raise ValueError(
-                f"{place}: {field} is {reprlib.repr(fields[field])}, which this model cannot do; possible: "
+                f"{field} is {reprlib.repr(fields[field])}, which this model cannot do; possible: "
                 f"{', '.join(map(str, values))}"
             )
     required = ("num_attention_heads", "hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size")
     missing = [field for field in required if fields.get(field) is None]
     if missing:
-        raise ValueError(f"{place} lacks {', '.join(missing)}: it is not a LLaMA-family model's")
+        raise ValueError(f"it lacks {', '.join(missing)} and is not a LLaMA-family model's")
 
     def size(field: str, default: Any = None, most: int = MOST_TOKENS) -> int:
-        return take(fields, field, int, place, default, 1, most)
+        return take(fields, field, int, None, default, 1, most)
 
     n_head, n_embd = size("num_attention_heads"), size("hidden_size")
     block_size = size("max_position_embeddings", 2048)
     if "sliding_window" in fields or fields.get("model_type") == "mistral":
         window = size("sliding_window", 4096 if "sliding_window" not in fields else None)
         block_size = within_window(block_size, window, f"{place}: sliding_window")
-    rope = take(fields, "rope_parameters", dict, place, {}) or take(fields, "rope_scaling", dict, place, {})
-    rope_base = take(rope, "rope_theta", float, place, take(fields, "rope_theta", float, place, 10000.0))
-    try:
-        return LLaMAConfig(
-            name=name,
-            block_size=block_size,
-            vocab_size=fields["vocab_size"],
-            n_layer=fields["num_hidden_layers"],
-            n_head=n_head,
-            n_embd=n_embd,
-            n_kv_head=size("num_key_value_heads", n_head),
-            head_size=size("head_dim", n_embd // n_head),
-            intermediate_size=fields["intermediate_size"],
-            norm_eps=take(fields, "rms_norm_eps", float, place, 1e-6),
-            rope_base=rope_base,
-            rope_scaling=_rope_scaling(rope),
-            tie_embeddings=take(fields, "tie_word_embeddings", bool, place, False),
-        )
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
+    rope = take(fields, "rope_parameters", dict, None, {}) or take(fields, "rope_scaling", dict, None, {})
+    rope_base = take(rope, "rope_theta", float, None, take(fields, "rope_theta", float, None, 10000.0))
+    return LLaMAConfig(
+        name=name,
+        block_size=block_size,
+        vocab_size=fields["vocab_size"],
+        n_layer=fields["num_hidden_layers"],
+        n_head=n_head,
+        n_embd=n_embd,
+        n_kv_head=size("num_key_value_heads", n_head),
+        head_size=size("head_dim", n_embd // n_head),
+        intermediate_size=fields["intermediate_size"],
+        norm_eps=take(fields, "rms_norm_eps", float, None, 1e-6),
+        rope_base=rope_base,
+        rope_scaling=_rope_scaling(rope),
+        tie_embeddings=take(fields, "tie_word_embeddings", bool, None, False),
+    )
 
 
 def within_window(block_size: int, window: int | None, what: str) -> int:

@@ -7,6 +7,7 @@ Both are read from the base model's folder as they came, with what `tokenizer_co
 import hashlib
 import os
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
+from lit_llama.fields import check_object, take
 from lit_llama.files import read_json, read_text
+
+MOST_IDS = 2**24  # more than any vocabulary has
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -62,8 +66,9 @@ class Tokenizer:
         file = next((folder / name for name in TOKENIZER_FILES[:2] if (folder / name).is_file()), None)
         if file is None:
             raise FileNotFoundError(f"{folder} holds no tokenizer: expected tokenizer.json or tokenizer.model")
+        added = _added(folder) if file.suffix != ".json" else {}
         try:
-            self._backend = _HuggingFace(file) if file.suffix == ".json" else _SentencePiece(file, _added(folder))
+            self._backend = _HuggingFace(file) if file.suffix == ".json" else _SentencePiece(file, added)
         except Exception as error:  # both libraries raise bare exceptions
             raise ValueError(
                 f"{file} is not a tokenizer that can be read ({error}); for Llama 3, whose tokenizer.model is in "
@@ -72,16 +77,8 @@ class Tokenizer:
         self.fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()
         self.vocab_size = self._backend.vocab_size
 
-        # Older tokenizers name their special tokens in a file of their own.
-        older = {} if "added_tokens_decoder" in settings else _read_settings(folder / "special_tokens_map.json")
-        self.special_tokens = {
-            name: token["content"] if isinstance(token, dict) else token
-            for name, token in {**settings, **older}.items()
-            if name.endswith("_token") and isinstance(token, str | dict)
-        }
-        generation = _read_settings(folder / "generation_config.json")
-        stop = generation.get("eos_token_id")
-        stop_ids = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
+        self.special_tokens = _special_tokens(folder, settings)
+        stop_ids = _stop_ids(folder / "generation_config.json", self.vocab_size)
         eos_id = self._special_id("eos_token")
         if eos_id is None:
             eos_id = stop_ids[0] if stop_ids else self._backend.eos_id
@@ -91,7 +88,8 @@ class Tokenizer:
         self.stop_ids = frozenset([eos_id, *stop_ids])
         bos_id = self._special_id("bos_token")
         self.bos_id: int | None = self._backend.bos_id if bos_id is None else bos_id
-        self.adds_bos: bool = self.bos_id is not None and bool(settings.get("add_bos_token", self._backend.adds_bos))
+        adds_bos = take(settings, "add_bos_token", bool, folder / "tokenizer_config.json", self._backend.adds_bos)
+        self.adds_bos: bool = self.bos_id is not None and adds_bos
         self.adds_space = "".join(map(self.token, self.encode("a"))).startswith("\u2581")
         self.special_tokens.setdefault("eos_token", self.token(eos_id))
         if self.bos_id is not None:
@@ -190,10 +188,11 @@ class _SentencePiece:
         self.adds_bos = True
         self.bos_id = None if self._processor.bos_id() < 0 else self._processor.bos_id()
         self.eos_id = None if self._processor.eos_id() < 0 else self._processor.eos_id()
+        unknown = self._processor.unk_id()
         control = [id for id in range(pieces) if self._processor.is_control(id)]
-        self.special_ids = frozenset([*control, *self._added_by_id])
+        self.special_ids = frozenset([*control, unknown, *self._added_by_id])
         # SentencePiece never finds these in text, but chat templates write them there.
-        markers = sorted((self.token(i) for i in self.special_ids), key=len, reverse=True)
+        markers = sorted(filter(None, (self.token(i) for i in self.special_ids)), key=len, reverse=True)
         self._markers = re.compile("(" + "|".join(map(re.escape, markers)) + ")") if markers else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -235,16 +234,50 @@ class _SentencePiece:
 
 
 def _added(folder: Path) -> dict[str, int]:
-    """Tokens that were added to a SentencePiece model after its training, by their text."""
-    listed = _read_settings(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
-    return _read_settings(folder / "added_tokens.json") | {token["content"]: int(id) for id, token in listed.items()}
+    """Tokens that were added to a SentencePiece model after its training, by their text.
+
+    Raises:
+        ValueError: a file does not say what a token is, or gives it an id that cannot be.
+    """
+    file = folder / "added_tokens.json"
+    listed = _read_settings(file)
+    added = {text: take(listed, text, int, file, least=0, most=MOST_IDS) for text in listed}
+    file = folder / "tokenizer_config.json"
+    for id, token in take(_read_settings(file), "added_tokens_decoder", dict, file, {}).items():
+        place = f"{file}: added_tokens_decoder[{reprlib.repr(id)}]"
+        if not re.fullmatch(r"[0-9]{1,7}", id):
+            raise ValueError(f"{place}: expected the id of a token")
+        added[take(check_object(token, place), "content", str, place)] = int(id)
+    return added
+
+
+def _special_tokens(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """The texts of the special tokens by what they are for, such as "eos_token"."""
+    files = [(folder / "tokenizer_config.json", settings)]
+    if "added_tokens_decoder" not in settings:  # older tokenizers name them in a file of their own
+        file = folder / "special_tokens_map.json"
+        files.append((file, _read_settings(file)))
+    tokens: dict[str, str] = {}
+    for file, fields in files:
+        for name, token in fields.items():
+            if token is None:
+                continue
+            if isinstance(token, dict) and name.endswith("_token"):
+                tokens[name] = take(token, "content", str, f"{file}: {name}")
+            elif (isinstance(token, str) and name.endswith("_token")) or name in ("bos_token", "eos_token"):
+                tokens[name] = take(fields, name, str, file)
+    return tokens
+
+
+def _stop_ids(file: Path, vocab_size: int) -> list[int]:
+    """The ids in a generation_config.json at which generation stops."""
+    stop = _read_settings(file).get("eos_token_id")
+    ids = [] if stop is None else stop if isinstance(stop, list) else [stop]
+    return [take({"eos_token_id": id}, "eos_token_id", int, file, least=0, most=vocab_size - 1) for id in ids]
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
-    settings = read_json(file) if file.is_file() else {}
-    if not isinstance(settings, dict):
-        raise ValueError(f"{file}: expected an object, found {type(settings).__name__}")
-    return settings
+    return check_object(read_json(file), file) if file.is_file() else {}
 
 
 def _chat_templates(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
@@ -259,7 +292,7 @@ def _chat_templates(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
     for file, given in ((folder / "tokenizer_config.json", settings), (processor, _read_settings(processor))):
         templates: Any = given.get("chat_template")
         if isinstance(templates, list):  # [{"name": ..., "template": ...}]
-            templates = {t.get("name"): t.get("template") for t in templates if isinstance(t, dict)}
+            templates = {str(t.get("name")): t.get("template") for t in templates if isinstance(t, dict)}
         if isinstance(templates, str):
             templates = {"default": templates}
         if templates is not None:

@@ -6,6 +6,7 @@ Weights are dequantised with the `gguf` library (https://github.com/ggml-org/ggm
 tokenizer is rebuilt from the vocabulary in the file.
 """
 
+import reprlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from lit_llama.checkpoint import CONFIG_FILE, DType, write_base
 from lit_llama.cli import run
+from lit_llama.fields import check_list, take
 from lit_llama.files import atomic_folder, require_extra, write_json
 from lit_llama.gguf_files import NAMES, GGUFTensors, config_from_gguf, open_gguf
+from lit_llama.tokenizer_files import put_in_front
 
-CONTROL, USER_DEFINED = 3, 4  # token types of tokenizer.ggml.token_type
+NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6  # token types of tokenizer.ggml.token_type
 
 
 def main(
@@ -42,32 +45,54 @@ def main(
     tensors = GGUFTensors(reader)
     if pre_tokenizer is not None:
         fields["tokenizer.ggml.pre"] = pre_tokenizer
-    config = config_from_gguf(fields, tensors, name=output_dir.name)
-    source = {"format": "gguf", "from": gguf_path.name, "name": fields.get("general.name")}
+    config = config_from_gguf(fields, tensors, output_dir.name, gguf_path)
+    title = take(fields, "general.name", str, gguf_path, None)
+    source = {"format": "gguf", "from": gguf_path.name, "name": title}
     with atomic_folder(output_dir, overwrite, CONFIG_FILE) as folder:
-        write_tokenizer(fields, folder)
+        write_tokenizer(fields, folder, gguf_path)
         write_base(folder, config, tensors, NAMES, source, getattr(torch, dtype))
     print(f"base model: {output_dir} (scripts that open it check it with --verify true)", file=sys.stderr)
 
 
-def write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
-    """Rebuild the tokenizer's files from the vocabulary of a GGUF file."""
+def write_tokenizer(fields: dict[str, Any], folder: Path, place: object) -> None:
+    """Rebuild the tokenizer's files from the vocabulary of a GGUF file.
+
+    Args:
+        fields: the file's metadata.
+        folder: where to write.
+        place: the file, for error messages.
+
+    Raises:
+        ValueError: the vocabulary is of another kind, or damaged; the message names the field.
+    """
     kind = fields.get("tokenizer.ggml.model")
-    tokens = fields["tokenizer.ggml.tokens"]
-    if kind == "gpt2":
-        _write_bpe(fields, folder / "tokenizer.json")
-    elif kind == "llama":
-        _write_sentencepiece(fields, folder / "tokenizer.model")
-    else:
-        raise ValueError(f"tokenizer.ggml.model is {kind!r}; only gpt2 (BPE) and llama (SentencePiece) will do")
-    adds_bos = kind == "llama" or fields.get("tokenizer.ggml.pre") in _LLAMA3  # as llama.cpp has it
-    settings: dict[str, Any] = {"add_bos_token": fields.get("tokenizer.ggml.add_bos_token", adds_bos)}
-    for name in ("bos", "eos", "unknown", "padding"):
-        id = fields.get(f"tokenizer.ggml.{name}_token_id")
+    if kind not in ("gpt2", "llama"):
+        raise ValueError(
+            f"{place}: tokenizer.ggml.model is {kind!r}; only gpt2 (BPE) and llama (SentencePiece) can be converted"
+        )
+    tokens = check_list(fields["tokenizer.ggml.tokens"], "tokenizer.ggml.tokens", str, place)
+    named: dict[str, str] = {}
+    for name, setting in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
+        id = take(fields, f"tokenizer.ggml.{name}_token_id", int, place, None, 0, len(tokens) - 1)
         if id is not None:
-            settings[{"unknown": "unk", "padding": "pad"}.get(name, name) + "_token"] = tokens[id]
+            named[f"{setting}_token"] = tokens[id]
+    adds_bos = kind == "llama" or fields.get("tokenizer.ggml.pre") in _LLAMA3  # as llama.cpp has it
+    adds_bos = take(fields, "tokenizer.ggml.add_bos_token", bool, place, adds_bos)
+    settings: dict[str, Any] = {"add_bos_token": adds_bos, **named}
+    try:
+        if kind == "gpt2":
+            tokenizer = _bpe(fields, tokens, list(named.values()), place)
+            put_in_front(tokenizer, named["bos_token"] if adds_bos and "bos_token" in named else None)
+            tokenizer.save(str(folder / "tokenizer.json"))
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers takes tokenizer.json as it is
+        else:
+            _write_sentencepiece(fields, tokens, folder / "tokenizer.model", place)
+    except (ValueError, OSError, ImportError):
+        raise
+    except Exception as error:  # the tokenizers library raises bare exceptions
+        raise ValueError(f"{place}: the vocabulary is damaged ({error})") from None
     if "tokenizer.chat_template" in fields:
-        settings["chat_template"] = fields["tokenizer.chat_template"]
+        settings["chat_template"] = take(fields, "tokenizer.chat_template", str, place)
     write_json(folder / "tokenizer_config.json", settings)
 
 
@@ -94,48 +119,60 @@ def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
     )
 
 
-def _write_bpe(fields: dict[str, Any], file: Path) -> None:
-    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    pre = fields.get("tokenizer.ggml.pre", "missing")
-    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+def _for_each(fields: dict[str, Any], name: str, kind: type, tokens: list[str], place: object) -> list[Any]:
+    """A field that has one value for each token."""
+    name = f"tokenizer.ggml.{name}"
+    values = check_list(fields.get(name), name, kind, place)
+    if len(values) != len(tokens):
+        raise ValueError(f"{place}: {name} has {len(values)} entries, expected {len(tokens)}, one for each token")
+    return values
+
+
+def _bpe(fields: dict[str, Any], tokens: list[str], named: list[str], place: object) -> HuggingFaceTokenizer:
+    pre = take(fields, "tokenizer.ggml.pre", str, place, "missing")
+    merges = []
+    for merge in check_list(fields.get("tokenizer.ggml.merges"), "tokenizer.ggml.merges", str, place):
+        left, space, right = merge.partition(" ")
+        if not (left and space and right) or " " in right:
+            raise ValueError(f"{place}: tokenizer.ggml.merges has {reprlib.repr(merge)}, expected two parts")
+        merges.append((left, right))
     vocabulary = {token: id for id, token in enumerate(tokens)}
     # Llama 3 takes a word that is in the vocabulary whole even where its merges would not lead there.
     model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _LLAMA3)
     tokenizer = HuggingFaceTokenizer(model)
     tokenizer.pre_tokenizer = _pre_tokenizer(pre)
     tokenizer.decoder = decoders.ByteLevel()
+    types = _for_each(fields, "token_type", int, tokens, place)
     added = [
-        AddedToken(token, special=kind == CONTROL, normalized=False)
+        AddedToken(token, special=kind == CONTROL or token in named, normalized=False)
         for token, kind in zip(tokens, types, strict=True)
-        if kind in (CONTROL, USER_DEFINED)
+        if kind in (CONTROL, USER_DEFINED) or token in named
     ]
     tokenizer.add_tokens(added)
-    tokenizer.save(str(file))
+    return tokenizer
 
 
-def _write_sentencepiece(fields: dict[str, Any], file: Path) -> None:
+def _write_sentencepiece(fields: dict[str, Any], tokens: list[str], file: Path, place: object) -> None:
     require_extra("google.protobuf", "gguf")
     proto = require_extra("sentencepiece.sentencepiece_model_pb2", "gguf")
     model = proto.ModelProto()
-    rows = zip(
-        fields["tokenizer.ggml.tokens"],
-        fields["tokenizer.ggml.scores"],
-        fields["tokenizer.ggml.token_type"],
-        strict=True,
-    )
-    for piece, score, kind in rows:
+    scores = _for_each(fields, "scores", float, tokens, place)
+    for piece, score, kind in zip(tokens, scores, _for_each(fields, "token_type", int, tokens, place), strict=True):
+        if not NORMAL <= kind <= BYTE:
+            raise ValueError(f"{place}: tokenizer.ggml.token_type has {kind}, expected {NORMAL} to {BYTE}")
         model.pieces.add(piece=piece, score=score, type=kind)
     trainer = model.trainer_spec
     trainer.model_type, trainer.byte_fallback, trainer.vocab_size = trainer.BPE, True, len(model.pieces)
     for name, attribute in (("unknown", "unk_id"), ("bos", "bos_id"), ("eos", "eos_id"), ("padding", "pad_id")):
-        setattr(trainer, attribute, fields.get(f"tokenizer.ggml.{name}_token_id", -1))
+        setattr(trainer, attribute, fields.get(f"tokenizer.ggml.{name}_token_id", -1))  # checked above
     trainer.bos_piece, trainer.eos_piece = (
         "" if id < 0 else model.pieces[id].piece for id in (trainer.bos_id, trainer.eos_id)
     )
     normalizer = model.normalizer_spec
     normalizer.name = "identity"
-    normalizer.add_dummy_prefix = fields.get("tokenizer.ggml.add_space_prefix", True)
-    normalizer.remove_extra_whitespaces = fields.get("tokenizer.ggml.remove_extra_whitespaces", False)
+    normalizer.add_dummy_prefix = take(fields, "tokenizer.ggml.add_space_prefix", bool, place, True)
+    squeeze = take(fields, "tokenizer.ggml.remove_extra_whitespaces", bool, place, False)
+    normalizer.remove_extra_whitespaces = squeeze
     normalizer.escape_whitespaces = True
     file.write_bytes(model.SerializeToString())
 

@@ -16,7 +16,7 @@ import torch
 
 from lit_llama.checkpoint import CONFIG_FILE, DType, TensorFiles, copy_tokenizer, write_base
 from lit_llama.cli import run
-from lit_llama.fields import check_object, take
+from lit_llama.fields import check_object, naming, take
 from lit_llama.files import atomic_folder, read_json
 from lit_llama.hf import within_window
 from lit_llama.model import PRESETS, LLaMAConfig, RopeScaling
@@ -124,10 +124,10 @@ def config_from_meta(
             raise ValueError(f"the checkpoint lacks {needed}: it is not a LLaMA's")
         if tensors[needed].dim() != 2:
             raise ValueError(f"{needed} has shape {tuple(tensors[needed].shape)}, expected a matrix")
-    window = take(params, "sliding_window", int, place, None, 1)  # Mistral's own files have one
-    block_size = within_window(block_size or _block_size(params), window, f"{place}: sliding_window")
-    stretched = take(params, "use_scaled_rope", bool, place, False)
-    try:
+    with naming(place):
+        window = take(params, "sliding_window", int, None, None, 1)  # Mistral's own files have one
+        block_size = within_window(block_size or _block_size(params), window, f"{place}: sliding_window")
+        stretched = take(params, "use_scaled_rope", bool, None, False)
         return LLaMAConfig(
             name=name,
             block_size=block_size,
@@ -135,15 +135,13 @@ def config_from_meta(
             n_layer=params["n_layers"],
             n_head=params["n_heads"],
             n_embd=params["dim"],
-            n_kv_head=take(params, "n_kv_heads", int, place, 0),
-            head_size=take(params, "head_dim", int, place, 0),
+            n_kv_head=take(params, "n_kv_heads", int, None, 0),
+            head_size=take(params, "head_dim", int, None, 0),
             intermediate_size=tensors["layers.0.feed_forward.w1.weight"].size(0),
             norm_eps=params["norm_eps"],
-            rope_base=take(params, "rope_theta", float, place, 10000.0),
+            rope_base=take(params, "rope_theta", float, None, 10000.0),
             rope_scaling=RopeScaling("llama3", _rope_factor(params)) if stretched else None,
         )
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
 
 
 def _block_size(params: dict[str, Any]) -> int:
@@ -160,7 +158,7 @@ def _rope_factor(params: dict[str, Any]) -> float:
     for preset in PRESETS:
         if preset.rope_scaling and (preset.n_layer, preset.n_embd) == (params["n_layers"], params["dim"]):
             return preset.rope_scaling.factor
-    return take(params, "rope_scaling_factor", float, "params.json", 8.0)
+    return take(params, "rope_scaling_factor", float, None, 8.0)
 
 
 if __name__ == "__main__":

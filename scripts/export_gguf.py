@@ -57,7 +57,7 @@ def main(
     weights = GGUFTensors(reader)
     if any(name.endswith("attn_output.bias") for name in weights):
         raise ValueError(f"{gguf_path} has biases already: export from the base model, with all Aligners at once")
-    config = config_from_gguf(fields, weights, gguf_path.stem)
+    config = config_from_gguf(fields, weights, gguf_path.stem, gguf_path)
     tensors = Renamed(weights, config)
     with torch.device("meta"):
         base = LLaMA(config)

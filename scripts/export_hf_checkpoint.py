@@ -41,6 +41,7 @@ from lit_llama.lora import LoRA
 from lit_llama.model import Adapter, LayerAdapter, LLaMA, LLaMAConfig
 from lit_llama.prompts import prompt_style
 from lit_llama.tokenizer import Tokenizer
+from lit_llama.tokenizer_files import write_for_transformers
 
 MODELING_FILE = Path(lit_llama.__file__).parent / "modeling_prefix_llama.py"
 
@@ -156,12 +157,8 @@ def layer_tensors(
 def write_tokenizer(folder: Path, checkpoint_dir: Path) -> None:
     """Copy the tokenizer's files, and add to them and to config.json what transformers wants to know."""
     copy_tokenizer(checkpoint_dir, folder)
+    write_for_transformers(folder)
     tokenizer = Tokenizer(folder)
-    settings_file = folder / "tokenizer_config.json"
-    settings = read_json(settings_file) if settings_file.is_file() else {}
-    if (folder / "tokenizer.json").is_file():
-        settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
-    write_json(settings_file, settings)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     write_json(folder / "config.json", read_json(folder / "config.json") | ids)
     generation_file = folder / "generation_config.json"

@@ -20,6 +20,7 @@ from lit_llama.tokenizer import Tokenizer
 convert_hf = load_script("scripts/convert_hf_checkpoint.py")
 convert_gguf = load_script("scripts/convert_gguf_checkpoint.py")
 convert_meta = load_script("scripts/convert_meta_checkpoint.py")
+export = load_script("scripts/export_hf_checkpoint.py")
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -312,6 +313,15 @@ def bpe_fields(hf_folder, pre="gpt-2"):
     return write
 
 
+def assert_exported_ids(base, target):
+    """Exported, transformers begins and reads every text as this project does."""
+    export.main(target, checkpoint_dir=base)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(target), Tokenizer(base)
+    for text in [*AWKWARD, "<unk>", "</s>x", "<|user|>hi<|end|>\n<|assistant|>"]:
+        assert theirs(text).input_ids == ours.encode(text, bos=ours.adds_bos)
+        assert theirs(text, add_special_tokens=False).input_ids == ours.encode(text)
+
+
 def test_gguf_logits_and_tokenizer(tmp_path, hf_checkpoint):
     write_gguf(tmp_path / "f32.gguf", hf_checkpoint, bpe_fields(hf_checkpoint))
     convert_gguf.main(gguf_path=tmp_path / "f32.gguf", output_dir=tmp_path / "lit")
@@ -321,6 +331,7 @@ def test_gguf_logits_and_tokenizer(tmp_path, hf_checkpoint):
         assert tokenizer.encode(text) == expected.encode(text, add_special_tokens=False)
     assert tokenizer.eos_id == expected.convert_tokens_to_ids("<|end|>")
     assert not tokenizer.adds_bos
+    assert_exported_ids(tmp_path / "lit", tmp_path / "export")
     assert tokenizer.chat_template == "{{ messages[0]['content'] }}"
 
 
@@ -360,6 +371,8 @@ def test_gguf_tokenizer_of_llama_3(tmp_path):
         assert tokenizer.encode(text) == expected.encode(text, add_special_tokens=False)
     assert content["model"]["vocab"]["zqx"] in tokenizer.encode("zqx")
     assert tokenizer.adds_bos
+    assert tokenizer.encode("x", bos=True)[0] == tokenizer.bos_id
+    assert_exported_ids(tmp_path / "lit", tmp_path / "export")
 
 
 def make_hf_checkpoint_around(folder, vocab_size):
@@ -435,6 +448,7 @@ def test_gguf_sentencepiece_vocabulary(tmp_path, hf_checkpoint):
     write_gguf(tmp_path / "model.gguf", source, fields)
     convert_gguf.main(gguf_path=tmp_path / "model.gguf", output_dir=tmp_path / "lit")
     tokenizer = Tokenizer(tmp_path / "lit")
+    assert_exported_ids(tmp_path / "lit", tmp_path / "export")
     for text in AWKWARD:
         if "<s>" not in text:
             assert tokenizer.encode(text) == original.encode(text)
@@ -442,7 +456,7 @@ def test_gguf_sentencepiece_vocabulary(tmp_path, hf_checkpoint):
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos) == (1, 2, True)
 
 
-def train_sentencepiece(folder):
+def train_sentencepiece(folder, **options):
     """A small SentencePiece model with LLaMA's settings."""
     corpus = folder / "corpus.txt"
     corpus.write_text("\n".join([*AWKWARD, "the quick brown fox jumps over the lazy dog"] * 20))
@@ -457,6 +471,7 @@ def train_sentencepiece(folder):
         split_digits=True,
         hard_vocab_limit=False,
         minloglevel=2,
+        **options,
     )
     return sentencepiece.SentencePieceProcessor(model_file=str(folder / "trained.model"))
 
@@ -472,6 +487,33 @@ def test_gguf_of_another_architecture_is_refused(command, tmp_path):
     )
     assert (status, err.count("\n")) == (1, 1)
     assert "general.architecture is 'gemma'" in err
+
+
+def write_fields(file, source, changes):
+    """A copy of a GGUF file with other metadata, None for none, in whatever type they come."""
+    reader = gguf.GGUFReader(source)
+    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")} | changes
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.kv_data[0].clear()
+    for name, value in fields.items():
+        if value is not None:
+            kind = gguf.GGUFValueType.INT64 if type(value) is int else gguf.GGUFValueType.get_type(value)
+            sub_type = gguf.GGUFValueType.get_type(value[0]) if isinstance(value, list) else None
+            writer.add_key_value(name, value, kind, sub_type=sub_type)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_with_a_sliding_window(tmp_path, hf_checkpoint):
+    write_gguf(tmp_path / "whole.gguf", hf_checkpoint, bpe_fields(hf_checkpoint))
+    write_fields(tmp_path / "x.gguf", tmp_path / "whole.gguf", {"llama.attention.sliding_window": 16})
+    with pytest.warns(UserWarning, match=r"llama\.attention\.sliding_window is 16, .* block_size is 16, not 256"):
+        convert_gguf.main(gguf_path=tmp_path / "x.gguf", output_dir=tmp_path / "lit")
+    assert load_base(tmp_path / "lit").config.block_size == 16
 
 
 def test_gguf_with_unknown_pre_tokenizer_is_refused(tmp_path, hf_checkpoint):
