@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_llama.checkpoint import Precision, adapter_info, check_adapter, load_adapter, parameter_shapes
+from lit_llama.checkpoint import Precision, adapter_file, adapter_info, check_adapter, load_adapter, parameter_shapes
 from lit_llama.cli import open_base, peak_memory, run, side_by_side
 from lit_llama.files import atomic_file, write_json
 from lit_llama.forms import FORMS
 from lit_llama.generation import respond
+from lit_llama.inference import WeightOnly
 from lit_llama.model import Adapter
 from lit_llama.prompts import prompt_style
 from lit_llama.quantization import Quantize
@@ -30,7 +31,7 @@ def main(
     max_new_tokens: int = 64,
     batch_size: int = 24,
     precision: Precision = "auto",
-    quantize: Quantize | None = None,
+    quantize: Quantize | WeightOnly | None = None,
     allow_other_base: bool = False,
 ) -> None:
     """Evaluate.
@@ -38,17 +39,17 @@ def main(
     Args:
         form: what to check for.
         checkpoint_dir: folder of the base model.
-        adapter_path: an adapter of any method; if not given, the Aligner in --out_dir.
+        adapter_path: an adapter of any method, its file or its run's folder; if not given, the one in --out_dir.
         questions_path: JSON Lines with "split" and "question"; those of the split "test" are asked.
         out_dir: where the report goes.
         max_new_tokens: longest answer, in tokens; a longer one is cut and counts as it stands.
         batch_size: questions answered at once.
         precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
-        quantize: keep the base's blocks in 4 bits ("nf4") or 8 bits ("int8"); if not given, as the adapter was trained.
+        quantize: keep the base's weights in fewer bits; if not given, as the adapter was trained.
         allow_other_base: use the adapter on other weights than those it was trained on.
     """
     started = time.perf_counter()
-    adapter_path = adapter_path or out_dir / "aligner.safetensors"
+    adapter_path = adapter_file(adapter_path or out_dir)
     if batch_size < 1:
         raise ValueError(f"--batch_size is {batch_size}, it must be at least 1")
     rows = [row for _, row in read_records(questions_path)]
@@ -132,7 +133,7 @@ def render(report: dict[str, Any], shown: int = 5) -> str:
     lines += [
         "",
         "Try next:",
-        f'  {python} generate/{method}.py --{method}_path {adapter_path} --prompt "Why is the sky blue?"',
+        f'  {python} generate/{method}.py --adapter_path {adapter_path} --prompt "Why is the sky blue?"',
         f'  {python} generate/base.py --prompt "Why is the sky blue?"',
         f"  {python} scripts/prepare_examples.py --form {other} --output_dir data/{other}",
         f"  {python} finetune/aligner.py --data_dir data/{other} --out_dir out/{other}",

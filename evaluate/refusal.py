@@ -4,7 +4,8 @@
     python evaluate/refusal.py --adapter_path out/a/aligner.safetensors --adapter_path out/b/lora.safetensors
 
 Asks held-out prompts of the base model and of each adapter beside it, and measures on the same prompts how often the
-chosen response is likelier than the rejected one. Writes `report.json` and `report.txt` to `--out_dir` and prints the
+chosen response is likelier than the rejected one. Prompts without kind or responses will do: then it is counted how
+many are refused. Writes `report.json` and `report.txt` to `--out_dir` and prints the
 latter.
 """
 
@@ -15,78 +16,73 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from lit_llama.checkpoint import Precision, adapter_info, check_adapter, load_adapter
-from lit_llama.cli import open_base, peak_memory, run, side_by_side
+from lit_llama.answers import as_question, prompt_rows
+from lit_llama.checkpoint import Precision, adapter_info
+from lit_llama.cli import column_names, open_columns, peak_memory, run, side_by_side
 from lit_llama.data import collate, tokenize
 from lit_llama.files import atomic_file, write_json
 from lit_llama.forms import refuses
 from lit_llama.generation import respond
+from lit_llama.inference import WeightOnly
 from lit_llama.losses import response_logprobs
 from lit_llama.model import Adapter, LLaMA
-from lit_llama.prompts import Message, PromptStyle, prompt_style
+from lit_llama.prompts import Message, PromptStyle
 from lit_llama.quantization import Quantize
-from lit_llama.records import read_records
 from lit_llama.tokenizer import Tokenizer
 
 
 def main(
-    adapter_path: list[str],
+    adapter_path: list[Path],
     checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
     pairs_path: Path = Path("examples/preferences/test.jsonl"),
     out_dir: Path = Path("out/refusal-dpo"),
+    prompt_style: str | None = None,
     max_new_tokens: int = 48,
     batch_size: int = 20,
     precision: Precision = "auto",
-    quantize: Quantize | None = None,
+    quantize: Quantize | WeightOnly | None = None,
     allow_other_base: bool = False,
 ) -> None:
     """Evaluate.
 
     Args:
-        adapter_path: an adapter of any method; may be given several times.
+        adapter_path: an adapter of any method, its file or its run's folder; may be given several times.
         checkpoint_dir: folder of the base model.
-        pairs_path: JSON Lines with "kind" ("harmful" or "harmless"), "prompt", "chosen" and "rejected".
+        pairs_path: JSON Lines with "prompt", "kind" ("harmful" or "harmless"), "chosen" and "rejected"; or any prompts
+            that `generate/aligner.py --prompts_file` takes.
         out_dir: where the report goes.
+        prompt_style: of all; if not given, the one that the adapters were trained with.
         max_new_tokens: longest answer, in tokens; a longer one is cut and counts as it stands.
         batch_size: prompts at once.
         precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
-        quantize: keep the base's blocks in 4 bits ("nf4") or 8 bits ("int8").
+        quantize: keep the base's weights in fewer bits; if not given, as the adapters were trained.
         allow_other_base: use the adapters on other weights than those they were trained on.
     """
     if batch_size < 1:
         raise ValueError(f"--batch_size is {batch_size}, it must be at least 1")
-    rows = []
-    for place, row in read_records(pairs_path):
-        if not all(isinstance(row.get(name), str) for name in ("prompt", "chosen", "rejected")):
-            raise ValueError(f"{place}: expected texts under 'prompt', 'chosen' and 'rejected', found {sorted(row)}")
-        if row.get("kind") not in ("harmful", "harmless"):
-            raise ValueError(f"{place}: expected 'harmful' or 'harmless' under 'kind', found {row.get('kind')!r}")
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"{pairs_path} holds no pair")
-    paths = [Path(path) for path in adapter_path]
-    adapters = [load_adapter(path) for path in paths]
-    model, tokenizer = open_base(checkpoint_dir, precision, quantize)
-    styles = {check_adapter(path, model, allow_other_base).prompt_style or "alpaca" for path in paths}
+    rows = read_rows(pairs_path)
+    paths = column_names(adapter_path, "base")
+    styles = {prompt_style or adapter_info(path).prompt_style or "alpaca" for path in paths.values()}
     if len(styles) > 1:
-        raise ValueError(f"the adapters were trained with different prompt styles ({', '.join(sorted(styles))})")
-    style = prompt_style(styles.pop(), tokenizer)
-
-    names = [path.parent.name or path.stem for path in paths]
-    models: list[tuple[str, Adapter | None]] = [("base", None)]
-    models += [(name, adapter.to(model.device)) for name, adapter in zip(names, adapters, strict=True)]
+        raise ValueError(f"the adapters were trained with different prompt styles ({', '.join(sorted(styles))}): give "
+                         "--prompt_style, or evaluate one at a time")  # fmt: skip
+    model, tokenizer, columns = open_columns(
+        checkpoint_dir, {"base": None, **paths}, styles.pop(), precision, quantize, allow_other_base
+    )
     sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     results = []
-    for name, adapter in models:
-        prompts = [row["prompt"] for row in rows]
+    for name, adapter, style, _ in columns:
+        prompts = [(row["prompt"], row["input"]) for row in rows]
         answers = respond(model, tokenizer, style, prompts, adapter, what=f"answers of {name}", **sizes)
-        logprobs = pair_logprobs(model, tokenizer, style, rows, adapter, batch_size, name)
+        logprobs = (
+            pair_logprobs(model, tokenizer, style, rows, adapter, batch_size, name) if "chosen" in rows[0] else None
+        )
         results.append({"name": name, **measure(rows, answers, logprobs), "answers": answers})
     report = {
         "pairs_path": str(pairs_path),
         "checkpoint_dir": str(checkpoint_dir),
-        "adapters": [str(path) for path in paths],
-        "training_seconds": [adapter_info(path).seconds for path in paths],
+        "adapters": [str(path) for path in paths.values()],
+        "training_seconds": [adapter_info(path).seconds for path in paths.values()],
         "peak_memory": peak_memory(),
         "prompts": rows,
         "models": results,
@@ -96,6 +92,32 @@ def main(
     with atomic_file(out_dir / "report.txt") as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(text, end="")
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Prompts with `input`, and for all of them or for none `kind`, and `chosen` and `rejected`.
+
+    Raises:
+        ValueError: a row is not a prompt, or lacks what others have.
+    """
+    rows: list[dict[str, str]] = []
+    for number, (place, row) in enumerate(prompt_rows(path), start=1):
+        question = as_question(place, row, number)
+        if len(question.turns) > 1:
+            raise ValueError(f"{place}: a question of {len(question.turns)} turns; expected one")
+        found = {"prompt": question.turns[0], "input": question.input}
+        if row.get("kind") is not None:
+            if row["kind"] not in ("harmful", "harmless"):
+                raise ValueError(f"{place}: expected 'harmful' or 'harmless' under 'kind', found {row['kind']!r}")
+            found["kind"] = row["kind"]
+        pair = {name: row[name] for name in ("chosen", "rejected") if row.get(name) is not None}
+        if pair and not (len(pair) == 2 and all(isinstance(text, str) for text in pair.values())):
+            raise ValueError(f"{place}: expected texts under 'chosen' and 'rejected', found {sorted(row)}")
+        rows.append(found | pair)
+        if rows[0].keys() != rows[-1].keys():
+            names = ", ".join(sorted(rows[0].keys() ^ rows[-1].keys()))
+            raise ValueError(f"{place}: all rows have {names}, or none; this one and the first differ")
+    return rows
 
 
 @torch.no_grad()
@@ -110,7 +132,7 @@ def pair_logprobs(
 ) -> torch.Tensor:
     """Log-probabilities and lengths in tokens of chosen and rejected responses, (pairs, 2, 2)."""
     conversations = [
-        [Message("user", row["prompt"]), Message("assistant", row[which])]
+        [Message("user", row["prompt"], row["input"]), Message("assistant", row[which])]
         for row in rows
         for which in ("chosen", "rejected")
     ]
@@ -122,24 +144,33 @@ def pair_logprobs(
     return torch.cat(parts).unflatten(0, (-1, 2))
 
 
-def measure(rows: list[dict[str, str]], answers: list[str], logprobs: torch.Tensor) -> dict[str, float]:
-    """The figures of one model: shares of prompts, and the mean margin in nats."""
+def measure(rows: list[dict[str, str]], answers: list[str], logprobs: torch.Tensor | None) -> dict[str, float]:
+    """The figures of one model that the rows allow: shares of prompts, and the mean margin in nats."""
 
     def share(wanted: list[bool]) -> float:
-        return sum(wanted) / len(wanted) if wanted else float("nan")
+        return sum(wanted) / len(wanted)
 
-    pairs = list(zip(rows, answers, strict=True))
-    chosen, rejected = logprobs.unbind(1)  # (pairs, 2) each
-    return {
-        "harmful_refused": share([refuses(answer) for row, answer in pairs if row["kind"] == "harmful"]),
-        "harmless_answered": share([not refuses(answer) for row, answer in pairs if row["kind"] == "harmless"]),
-        "chosen_likelier": share((chosen[:, 0] > rejected[:, 0]).tolist()),
-        "chosen_likelier_per_token": share((chosen[:, 0] / chosen[:, 1] > rejected[:, 0] / rejected[:, 1]).tolist()),
-        "margin": float((chosen[:, 0] - rejected[:, 0]).mean()),
-    }
+    refused: dict[str, list[bool]] = {}
+    for row, answer in zip(rows, answers, strict=True):
+        refused.setdefault(row.get("kind", ""), []).append(refuses(answer))
+    figures = {}
+    if "" in refused:
+        figures["refused"] = share(refused[""])
+    if "harmful" in refused:
+        figures["harmful_refused"] = share(refused["harmful"])
+    if "harmless" in refused:
+        figures["harmless_answered"] = 1 - share(refused["harmless"])
+    if logprobs is not None:
+        chosen, rejected = logprobs.unbind(1)  # (pairs, 2) each
+        per_token = chosen[:, 0] / chosen[:, 1] > rejected[:, 0] / rejected[:, 1]
+        figures["chosen_likelier"] = share((chosen[:, 0] > rejected[:, 0]).tolist())
+        figures["chosen_likelier_per_token"] = share(per_token.tolist())
+        figures["margin"] = float((chosen[:, 0] - rejected[:, 0]).mean())
+    return figures
 
 
 FIGURES = {
+    "refused": "prompts refused",
     "harmful_refused": "harmful prompts refused",
     "harmless_answered": "harmless prompts answered",
     "chosen_likelier": "chosen response likelier",
@@ -152,14 +183,18 @@ def render(report: dict[str, Any], out_dir: Path, shown: int = 3) -> str:
     """The report as text for people: a few answers of each kind side by side, then the figures."""
     models, rows = report["models"], report["prompts"]
     lines = []
-    for kind in ("harmful", "harmless"):
-        chosen = [i for i, row in enumerate(rows) if row["kind"] == kind]
+    counts: dict[str, int] = {}
+    for kind in dict.fromkeys(row.get("kind", "") for row in rows):
+        chosen = [i for i, row in enumerate(rows) if row.get("kind", "") == kind]
+        counts[kind] = len(chosen)
         table = [[rows[i]["prompt"], *(one["answers"][i] for one in models)] for i in chosen[:shown]]
-        header = [f"{kind} prompt", *(one["name"] for one in models)]
+        header = [f"{kind} prompt".strip(), *(one["name"] for one in models)]
         lines += side_by_side(header, table, [24, *([max(20, 84 // len(models))] * len(models))])
-    kinds = [sum(row["kind"] == kind for row in rows) for kind in ("harmful", "harmless")]
-    lines.append(f"{f'of {kinds[0]} harmful, {kinds[1]} harmless held-out':38}" + cells(one["name"] for one in models))
+    asked = ", ".join(f"{count} {kind}".strip() for kind, count in counts.items())
+    lines.append(f"{f'of {asked} prompts':38}" + cells(one["name"] for one in models))
     for key, label in FIGURES.items():
+        if key not in models[0]:
+            continue
         spec = "+.1f" if key == "margin" else ".0%"
         lines.append(f"{label:38}" + cells(f"{one[key]:{spec}}" for one in models))
     seconds = ["" if value is None else f"{value:.0f}" for value in report["training_seconds"]]
@@ -172,7 +207,7 @@ def render(report: dict[str, Any], out_dir: Path, shown: int = 3) -> str:
         f"all answers: {out_dir / 'report.json'}; picture of training: {last.with_name('loss.png')}",
         "",
         "Try next:",
-        f'  {python} generate/{script}.py --{script}_path {last} --prompt "How do I kill a process that hangs?"',
+        f'  {python} generate/{script}.py --adapter_path {last} --prompt "How do I kill a process that hangs?"',
     ]
     return "\n".join(lines) + "\n"
 

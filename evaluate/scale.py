@@ -17,15 +17,17 @@ import torch
 from tqdm import tqdm
 
 from lit_llama.checkpoint import Precision
-from lit_llama.cli import open_adapters, open_base, run
+from lit_llama.cli import open_with_adapters, run
 from lit_llama.combine import Sum
 from lit_llama.data import open_data
 from lit_llama.files import atomic_file, require_extra, write_json
 from lit_llama.forms import FORMS
 from lit_llama.generation import respond
+from lit_llama.inference import WeightOnly
 from lit_llama.launch import launch
 from lit_llama.losses import supervised_loss
 from lit_llama.prompts import prompt_style
+from lit_llama.quantization import Quantize
 from lit_llama.records import read_records
 from lit_llama.training import evaluate
 
@@ -44,6 +46,7 @@ def main(
     max_new_tokens: int = 64,
     batch_size: int = 24,
     precision: Precision = "auto",
+    quantize: Quantize | WeightOnly | None = None,
     allow_other_base: bool = False,
 ) -> None:
     """Evaluate.
@@ -60,13 +63,21 @@ def main(
         max_new_tokens: longest answer, in tokens.
         batch_size: questions answered at once.
         precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
+        quantize: keep the base's weights in fewer bits; if not given, as the first adapter was trained.
         allow_other_base: use adapters on other weights than those they were trained on.
     """
-    questions = [row["question"] for _, row in read_records(questions_path) if row.get("split") == "test"]
-    model, tokenizer = open_base(checkpoint_dir, precision)
-    whole, infos = open_adapters(adapter_path, adapter_scale, model, model.device, allow_other_base)
-    assert whole is not None
-    style = prompt_style(infos[0].prompt_style or "alpaca", tokenizer)
+    questions = [
+        row["question"] for _, row in read_records(questions_path) if row.get("split") == "test" and "question" in row
+    ]
+    if not questions:
+        raise ValueError(f"{questions_path} has no question of the split 'test'")
+    if batch_size < 1:
+        raise ValueError(f"--batch_size is {batch_size}, it must be at least 1")
+    base = open_with_adapters(checkpoint_dir, adapter_path, adapter_scale, precision, quantize, allow_other_base)
+    model, tokenizer, whole = base.model, base.tokenizer, base.adapter
+    if whole is None:
+        raise ValueError("no adapter: give --adapter_path")
+    style = prompt_style(base.prompt_style or "alpaca", tokenizer)
     validation = None if data_dir is None else open_data(checkpoint_dir, data_dir, sys.maxsize)[1][1]
     fabric, _ = launch(1, 1, False, [])
 

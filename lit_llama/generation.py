@@ -42,7 +42,7 @@ def respond(
     model: LLaMA,
     tokenizer: Tokenizer,
     style: PromptStyle,
-    prompts: Sequence[str],
+    prompts: Sequence[str | tuple[str, str]],
     adapter: Adapter | None = None,
     *,
     max_new_tokens: int,
@@ -55,15 +55,16 @@ def respond(
         model: the base model.
         tokenizer: its tokenizer.
         style: turns prompts into text, and cuts responses out of it.
-        prompts: what users say.
+        prompts: what users say, or instructions with their inputs.
         adapter: beside the base model, if any.
         max_new_tokens: per answer; a longer one is cut.
         batch_size: prompts at once.
         what: of the progress bar.
     """
     texts: list[str] = []
-    for i in tqdm(range(0, len(prompts), batch_size), desc=what, leave=False):
-        ids = [tokenizer.encode(style.prompt(prompt), bos=style.bos) for prompt in prompts[i : i + batch_size]]
+    pairs = [(prompt, "") if isinstance(prompt, str) else prompt for prompt in prompts]
+    for i in tqdm(range(0, len(pairs), batch_size), desc=what, leave=False):
+        ids = [tokenizer.encode(style.prompt(*pair), bos=style.bos) for pair in pairs[i : i + batch_size]]
         rows = generate(model, ids, max_new_tokens, adapter=adapter, stop_ids=style.stop_ids)
         texts += [style.cut(tokenizer.decode(row)) for row in rows]
     return texts

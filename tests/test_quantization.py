@@ -1,5 +1,6 @@
 """A base in 4 or 8 bits, held against the float32 model that its weights stand for."""
 
+import json
 import sys
 
 import bitsandbytes
@@ -9,7 +10,8 @@ from conftest import load_script, make_hf_checkpoint
 from test_packing import loss_and_gradients, random_examples
 
 from lit_llama.aligner import Aligner
-from lit_llama.checkpoint import load_base
+from lit_llama.answers import read_folder
+from lit_llama.checkpoint import load_base, save_adapter
 from lit_llama.data import collate
 from lit_llama.generation import generate
 from lit_llama.losses import supervised_loss
@@ -106,3 +108,41 @@ def test_what_cannot_be_quantised_is_refused(command, wide_dir, data_dir, tmp_pa
 def test_too_narrow_for_four_bits(base_dir):
     with pytest.raises(ValueError, match="layers of 32 inputs, nf4 needs a multiple of 64: use int8"):
         load_base(base_dir, quantize="nf4")
+
+
+def test_evaluations_use_the_bits_and_the_style_of_training(command, wide_dir, aligner, tmp_path):
+    """What the adapter's file records holds in every script, as in generate."""
+    file, prompts, questions = (tmp_path / "run" / "aligner.safetensors", tmp_path / "p.txt", tmp_path / "q.jsonl")
+    training = {"prompt_style": "metamath", "hyperparameters": {"quantize": "nf4"}}
+    save_adapter(file, aligner, base=load_base(wide_dir), **training)
+    texts = ["One and two.", "The cat sat.", "Three dogs.", "Why?"]
+    prompts.write_text("\n".join(texts))
+    questions.write_text("".join(json.dumps({"split": "test", "question": text}) + "\n" for text in texts))
+    sizes = {"checkpoint_dir": wide_dir, "max_new_tokens": 12}
+    generated = tmp_path / "generated.jsonl"
+    options = {"adapter_path": file, "prompts_file": prompts, "output_file": generated, **sizes}
+    assert command("generate/aligner.py", **options)[0] == 0
+    expected = [json.loads(line)["response"] for line in generated.read_text().splitlines()]
+    save_adapter(tmp_path / "other.safetensors", aligner, base=load_base(wide_dir), prompt_style="metamath")
+    options["adapter_path"] = tmp_path / "other.safetensors"
+    assert command("generate/aligner.py", **options)[0] == 0
+    assert expected != [json.loads(line)["response"] for line in generated.read_text().splitlines()]
+
+    out = tmp_path / "out"
+    status, _, err = command("evaluate/vicuna.py", f"--model=run={file}", questions_path=prompts, out_dir=out, **sizes)
+    assert status == 0, err
+    answers = read_folder(out, ["run"])[1]["run"]
+    assert [answers[i][0] for i in range(1, 5)] == expected
+    options = {"adapter_path": file.parent, "out_dir": tmp_path / "refusal", "pairs_path": prompts, **sizes}
+    status, _, err = command("evaluate/refusal.py", **options)
+    assert status == 0, err
+    assert json.loads((tmp_path / "refusal" / "report.json").read_text())["models"][1]["answers"] == expected
+    options = {"adapter_path": file.parent, "out_dir": tmp_path / "scale", "questions_path": questions, **sizes}
+    status, _, err = command("evaluate/scale.py", scale=1.0, **options)
+    assert status == 0, err
+    assert json.loads((tmp_path / "scale" / "scale.json").read_text())["answers"]["1"] == expected
+
+    both = [f"--adapter_path={file}", f"--adapter_path={tmp_path / 'other.safetensors'}"]
+    status, _, err = command("evaluate/side_by_side.py", *both, prompts_file=prompts, out_dir=out, **sizes)
+    assert status == 1
+    assert "the adapters were trained with different --quantize (run: nf4, " in err

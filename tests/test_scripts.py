@@ -448,15 +448,33 @@ def test_refusal_report(command, base_dir, aligner_path, tmp_path, monkeypatch):
         assert one["margin"] == pytest.approx(sum(margins) / 7, abs=1e-3)
 
 
+def test_refusals_of_any_prompts(command, base_dir, aligner_path, tmp_path, monkeypatch):
+    """Prompts that are no pairs and of no kind: how many are refused, and nothing else."""
+    monkeypatch.setattr(load_script("evaluate/refusal.py"), "refuses", has_st)
+    (tmp_path / "p.txt").write_text("Is 1 red?\nIs 2 red?\nIs 3 red?\n")
+    options = {"checkpoint_dir": base_dir, "pairs_path": tmp_path / "p.txt", "out_dir": tmp_path, "max_new_tokens": 12}
+    status, out, err = command("evaluate/refusal.py", adapter_path=aligner_path.parent, **options)
+    assert status == 0, err
+    refused = [has_st(expected_answer(base_dir, f"Is {n} red?", load_adapter(aligner_path), 12)) for n in (1, 2, 3)]
+    [line] = [line for line in out.splitlines() if line.startswith("prompts refused")]
+    assert line.split()[-1] == f"{sum(refused) / 3:.0%}"
+    assert "of 3 prompts" in out
+    assert "chosen" not in out
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"kind": "harmful", "prompt": "a", "chosen": "b"}, "expected texts under 'prompt', 'chosen' and 'rejected'"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "expected 'harmful' or 'harmless' under 'kind', found None"),
+        ({"kind": "harmful", "prompt": "a", "chosen": "b"}, "line 2: expected texts under 'chosen' and 'rejected'"),
+        ({"kind": "bad", "prompt": "a"}, "line 2: expected 'harmful' or 'harmless' under 'kind', found 'bad'"),
+        ({"prompt": "a"}, "line 2: all rows have chosen, kind, rejected, or none"),
+        ({"kind": "harmful"}, "line 2: expected a text under 'prompt'"),
+        ({"turns": ["a", "b"]}, "line 2: a question of 2 turns; expected one"),
     ],
 )
 def test_refusal_with_bad_pairs(command, base_dir, aligner_path, tmp_path, row, message):
-    (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
+    good = {"kind": "harmful", "prompt": "a", "chosen": "b", "rejected": "c"}
+    (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(row)}")
     options = {"checkpoint_dir": base_dir, "pairs_path": tmp_path / "pairs.jsonl", "out_dir": tmp_path / "out"}
     status, _, err = command("evaluate/refusal.py", adapter_path=aligner_path, **options)
     assert status == 1
