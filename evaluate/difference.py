@@ -9,12 +9,13 @@ questions most of the chance in two scores is the same and drops out of the diff
 bootstrap over questions.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lit_llama.cli import run
+from lit_llama.files import read_json
 from lit_llama.records import read_records
 from lit_llama.statistics import bootstrap, in_words
 
@@ -30,13 +31,20 @@ def main(results_dir: list[Path] | None = None) -> None:
     folders = results_dir or []
     if len(folders) < 2:
         raise ValueError("give --results_dir twice or more: what to compare with, then what to compare")
-    (first_name, first), *others = [(model_name(folder), read_scores(folder)) for folder in folders]
+    (first_name, first), *others = [(str(read_config(folder)["model_name"]), read_scores(folder)) for folder in folders]
+    counts = metric_that_counts(folders[0])
+    if counts in first:
+        first = {counts: first[counts], **first}
+        print(f"**{counts}** is the metric that counts in this setting; the others are the harness's.\n")
+    elif len(first) > 1:
+        print(f"These tasks have several metrics ({', '.join(first)}), and the results do not say which counts. Of acc "
+              "and acc_norm, the second is per byte of the choice, and counts where choices are told apart by their "
+              "words.\n")  # fmt: skip
     print("| metric | model | questions | score | difference | 95% interval | lost | gained |")
     print("|---|---|---:|---:|---:|---|---:|---:|")
     for metric, reference in first.items():
-        print(
-            f"| {metric} | {first_name} | {len(reference)} | {sum(reference.values()) / len(reference):.2%} | | | | |"
-        )
+        label = f"**{metric}**" if metric == counts else metric
+        print(f"| {label} | {first_name} | {len(reference)} | {sum(reference.values()) / len(reference):.2%} | | | | |")
         for folder, (name, scores) in zip(folders[1:], others, strict=True):
             found = scores.get(metric, {})
             both = [question for question in reference if question in found]
@@ -47,20 +55,29 @@ def main(results_dir: list[Path] | None = None) -> None:
                       file=sys.stderr)  # fmt: skip
             changes = [found[question] - reference[question] for question in both]
             interval = in_words(bootstrap(changes), "+.2%")
-            cells = [metric, name, len(both), f"{sum(found[question] for question in both) / len(both):.2%}"]
+            cells = [label, name, len(both), f"{sum(found[question] for question in both) / len(both):.2%}"]
             cells += [f"{sum(changes) / len(both):+.2%}", interval]
             cells += [sum(change < 0 for change in changes), sum(change > 0 for change in changes)]
             print("| " + " | ".join(map(str, cells)) + " |")
 
 
-def model_name(folder: Path) -> str:
-    """Of the model whose results these are."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """What the results say of the model and the setting.
+
+    Raises:
+        FileNotFoundError: there are no results.
+    """
     path = folder / "results.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder} holds no results.json: write it with evaluate/harness.py or its short ways in"
         )
-    return str(json.loads(path.read_text(encoding="utf-8"))["config"]["model_name"])
+    return read_json(path)["config"]
+
+
+def metric_that_counts(folder: Path) -> str | None:
+    """The metric that the script which wrote the results reports; None if it reports all."""
+    return read_config(folder).get("metric_that_counts")
 
 
 def read_scores(folder: Path) -> dict[str, dict[Question, float]]:

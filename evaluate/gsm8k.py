@@ -67,7 +67,8 @@ def main(
     base = open_with_adapters(checkpoint_dir, adapter_path, adapter_scale, precision, quantize, allow_other_base)
     chosen = None if questions is None else random_questions(tasks, questions, seed)
     lm = HarnessModel(base.model, base.tokenizer, base.adapter, batch_size)
-    results = run_tasks(lm, tasks, out_dir, name=base.name, questions=chosen, chat_template=chat_template)
+    asked = {"questions": chosen, "chat_template": chat_template}
+    results = run_tasks(lm, tasks, out_dir, name=base.name, counts="exact_match, strict-match", **asked)
     if results is not None:
         asked = len(next(iter(results["samples"].values()))) // 2 if questions is None else questions
         print(f"GSM8K, {setting}, {asked} questions, {base.name}")

@@ -8,7 +8,6 @@ Prints accuracy by category and overall with its 95% interval, and writes `subje
 `evaluate/harness.py` writes to --out_dir. The same command goes on where it was interrupted.
 """
 
-import math
 import re
 import textwrap
 from pathlib import Path
@@ -20,6 +19,7 @@ from lit_llama.files import atomic_file, require_extra
 from lit_llama.inference import WeightOnly
 from lit_llama.launch import join_processes
 from lit_llama.quantization import Quantize
+from lit_llama.statistics import in_words, share_interval
 
 
 class Setting(NamedTuple):
@@ -87,7 +87,8 @@ def main(
     base = open_with_adapters(checkpoint_dir, adapter_path, adapter_scale, precision, quantize, allow_other_base)
     chosen = None if questions is None else random_questions(tasks, questions, seed)
     lm = HarnessModel(base.model, base.tokenizer, base.adapter, batch_size)
-    results = run_tasks(lm, tasks, out_dir, name=base.name, questions=chosen, chat_template=chat_template)
+    asked = {"questions": chosen, "chat_template": chat_template}
+    results = run_tasks(lm, tasks, out_dir, name=base.name, counts=metric, **asked)
     if results is None:
         return
     rows: list[tuple[str, str, list[float]]] = []  # category, subject, whether each answer is right
@@ -112,9 +113,8 @@ def main(
 
 
 def with_interval(right: list[float]) -> str:
-    """The share of right answers and half the width of its 95% interval."""
-    share = sum(right) / len(right)
-    return f"{share:.1%} ± {1.96 * math.sqrt(share * (1 - share) / len(right)):.1%}"
+    """The share of right answers and its 95% interval."""
+    return f"{sum(right) / len(right):.1%} ({in_words(share_interval(sum(right), len(right)), '.1%')})"
 
 
 def plot(rows: list[tuple[str, str, list[float]]], title: str, path: Path) -> None:

@@ -30,6 +30,7 @@ from lit_llama.inference import WeightOnly
 from lit_llama.losses import response_logprobs
 from lit_llama.model import Adapter, LLaMA
 from lit_llama.quantization import Quantize
+from lit_llama.statistics import in_words, percentiles
 
 
 class Piece(NamedTuple):
@@ -92,19 +93,22 @@ def main(
         models.append((base.name, base.adapter))
     print("| model | tokens | nats per token | perplexity | 95% interval |" + (" bits per byte |" if text else ""))
     print("|---|---:|---:|---:|---|" + ("---:|" if text else ""))
-    resampled = []
+    resampled, means = [], []
     for name, adapter in models:
         pieces = predict(base.model, adapter, name, examples, out_dir / "pieces.jsonl")
         tokens, nats = sum(piece.tokens for piece in pieces), -sum(piece.logprob for piece in pieces)
         resampled.append(resample(pieces))
-        low, high = np.exp(np.percentile(resampled[-1], [2.5, 97.5]))
-        line = (
-            f"| {name} | {tokens:,} | {nats / tokens:.4f} | {math.exp(nats / tokens):.2f} | {low:.2f} to {high:.2f} |"
-        )
+        interval = in_words(percentiles(np.exp(resampled[-1])), ".2f")
+        line = f"| {name} | {tokens:,} | {nats / tokens:.4f} | {math.exp(nats / tokens):.2f} | {interval} |"
+        means.append(nats / tokens)
         print(line + (f" {nats / math.log(2) / len(text.encode()):.4f} |" if text else ""), flush=True)
     if base.adapter is not None:
-        low, high = np.percentile(resampled[1] - resampled[0], [2.5, 97.5])
-        print(f"\nThe adapter adds {low:+.4f} to {high:+.4f} nats per token (95% interval over the same pieces).")
+        interval = in_words(percentiles(resampled[1] - resampled[0]), "+.4f")
+        interval = f" (95% interval over the same pieces: {interval})" if interval else ""
+        print(f"\nThe adapter adds {means[1] - means[0]:+.4f} nats per token{interval}.")
+    if len(examples) == 1:
+        print(f"There is no interval, as all of it is one piece of {len(examples[0].ids)} tokens."
+              + (" A smaller --window makes more." if text else ""), file=sys.stderr)  # fmt: skip
 
 
 def windows(ids: list[int], window: int) -> Iterator[Example]:

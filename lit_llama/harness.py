@@ -8,12 +8,17 @@ import functools
 import hashlib
 import json
 import random
+import ssl
+import urllib.error
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import datasets
+import huggingface_hub
+import huggingface_hub.errors
 import lm_eval
 import torch
 import torch.distributed as dist
@@ -346,16 +351,19 @@ def load_tasks(
     Raises:
         ValueError: there is no such task, or its data is not at hand.
     """
-    if data_dir is not None:
-        datasets.disable_progress_bars()  # two for each of MMLU's 57 subjects
     manager = _manager()
     known = set(manager.all_tasks)
+    for name in tasks:
+        if isinstance(name, str) and name not in known:
+            near = [other for other in sorted(known) if other.startswith(name.split("_")[0])][:8]
+            raise ValueError(f"--tasks {name}: the harness has no such task; near: {', '.join(near) or 'none'}")
+    if data_dir is not None:
+        datasets.disable_progress_bars()  # two for each of MMLU's 57 subjects
+    elif not _hub_answers():  # what its cache has is used; without this, minutes of retries come first
+        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     loaded: list[Task | Group] = []
     for task in tasks:
         name = task if isinstance(task, str) else task["task"]
-        if task is name and name not in known:
-            near = [other for other in sorted(known) if other.startswith(name.split("_")[0])][:8]
-            raise ValueError(f"--tasks {name}: the harness has no such task; near: {', '.join(near) or 'none'}")
         fields = dict(overrides)
         if data_dir is not None:
             dataset = "mmlu" if name.startswith("mmlu") else "gsm8k" if name.startswith("gsm8k") else None
@@ -363,12 +371,31 @@ def load_tasks(
                 raise ValueError(f"--tasks {name}: --data_dir has copies of {' and '.join(LOCAL)} alone")
             fields["dataset_path"] = str(local_copy(dataset, data_dir, work_dir))
             fields["dataset_kwargs"] = {"cache_dir": str(work_dir / "cache")}
-        if isinstance(task, dict):
-            found: Any = list(manager.load([{**task, **fields}])["tasks"].values())
-        else:  # `manager.load` has no way to change all tasks of a group
-            found = manager._factory.build(manager._index[name], overrides=fields, registry=manager._index)
+        try:
+            if isinstance(task, dict):
+                found: Any = list(manager.load([{**task, **fields}])["tasks"].values())
+            else:  # `manager.load` has no way to change all tasks of a group
+                found = manager._factory.build(manager._index[name], overrides=fields, registry=manager._index)
+        except (ConnectionError, huggingface_hub.errors.LocalEntryNotFoundError) as error:
+            copies = ": give --data_dir, a folder of copies, which howto/evaluate.md describes"
+            raise ValueError(
+                f"the Hugging Face hub cannot be reached, and its cache on this machine lacks the data of {name}"
+                + (copies if name.startswith(tuple(LOCAL)) else "")
+            ) from error
         loaded += found if isinstance(found, list) else [found]
     return loaded
+
+
+def _hub_answers(seconds: float = 5.0) -> bool:
+    """Whether the Hugging Face hub, or what stands for it, says anything within that time."""
+    request = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=seconds).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError as error:
+        return isinstance(getattr(error, "reason", None), ssl.SSLError)  # the hub's own client may know better
+    return True
 
 
 def random_questions(tasks: Sequence[Task | Group], n: int, seed: int) -> dict[str, list[int]]:
@@ -402,6 +429,7 @@ def run_tasks(
     limit: int | None = None,
     questions: dict[str, list[int]] | None = None,
     chat_template: bool = False,
+    counts: str | None = None,
 ) -> dict[str, Any] | None:
     """Evaluate a model, and write the harness's results and every answer to files.
 
@@ -415,6 +443,7 @@ def run_tasks(
         limit: the first questions of each task alone.
         questions: or numbers of the questions of each task.
         chat_template: put prompts in the model's chat format, examples as turns.
+        counts: the metric that counts, with its filter where there are several, to be recorded.
 
     Returns:
         What the harness's `simple_evaluate` does: None in processes other than the first.
@@ -437,7 +466,7 @@ def run_tasks(
     if results is None:
         return None
     samples = results.pop("samples")
-    results["config"]["model_name"] = name
+    results["config"] |= {"model_name": name, "metric_that_counts": counts}
     with atomic_file(out_dir / "results.json") as temporary:
         temporary.write_text(json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n")
     with atomic_file(out_dir / "samples.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as file:

@@ -16,8 +16,13 @@ def bootstrap(values: Sequence[float], resamples: int = 10_000, seed: int = 1337
     if len(set(values)) < 2:
         return None
     draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    low, high = np.percentile(np.asarray(values, dtype=float)[draws].mean(1), [2.5, 97.5])
-    return float(low), float(high)
+    return percentiles(np.asarray(values, dtype=float)[draws].mean(1))
+
+
+def percentiles(resampled: np.ndarray) -> tuple[float, float] | None:
+    """The 95% percentile interval of a figure in bootstrap samples (resamples); None if it is the same in all."""
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return (float(low), float(high)) if low < high else None
 
 
 def share_interval(hits: float, n: int) -> tuple[float, float]:

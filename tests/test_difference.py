@@ -5,10 +5,10 @@ import json
 import pytest
 
 
-def write(folder, name, scores):
+def write(folder, name, scores, **config):
     """Results of one task as the harness's, each score with a second one by another filter."""
     folder.mkdir()
-    (folder / "results.json").write_text(json.dumps({"config": {"model_name": name}}))
+    (folder / "results.json").write_text(json.dumps({"config": {"model_name": name, **config}}))
     rows = []
     for i, score in scores.items():
         row = {"task": "sums", "doc_id": i, "doc_hash": f"h{i}", "metrics": ["acc", "word_perplexity"]}
@@ -22,6 +22,12 @@ def given(*folders):
     return [f"--results_dir={folder}" for folder in folders]
 
 
+def cells(out):
+    """Of the rows of the table."""
+    lines = [line for line in out.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+
+
 def test_question_by_question(command, tmp_path):
     """Of 100 questions 10 are lost, 30 gained: the mean is 0.2, its standard error sqrt(0.4 - 0.2**2) / 10 = 0.06."""
     before = {i: float(i < 50) for i in range(100)}
@@ -29,13 +35,23 @@ def test_question_by_question(command, tmp_path):
     first, second = write(tmp_path / "a", "base", before), write(tmp_path / "b", "tuned", after)
     status, out, err = command("evaluate/difference.py", *given(first, second))
     assert (status, err) == (0, "")
-    reference, tuned, *others = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[2:]]
+    reference, tuned, *others = cells(out)
     assert reference == ["acc", "base", "100", "50.00%", "", "", "", ""]
     assert tuned[:5] + tuned[6:] == ["acc", "tuned", "100", "70.00%", "+20.00%", "10", "30"]
     low, high = [float(end.rstrip("%")) for end in tuned[5].split(" to ")]
     assert (low, high) == pytest.approx((20 - 1.96 * 6, 20 + 1.96 * 6), abs=1.0)
     assert [row[0] for row in others] == ["acc, first"] * 2
-    assert others[1][4] == "+0.00%"
+    assert others[1][4:6] == ["+0.00%", ""]  # no interval, as an interval of width zero would claim certainty
+    assert "several metrics (acc, acc, first), and the results do not say which counts" in out
+
+
+def test_the_metric_that_counts(command, tmp_path):
+    """Comes first, and is named."""
+    folders = [write(tmp_path / name, name, {0: 1.0, 1: 0.0}, metric_that_counts="acc, first") for name in "ab"]
+    status, out, _ = command("evaluate/difference.py", *given(*folders))
+    assert status == 0
+    assert out.startswith("**acc, first** is the metric that counts")
+    assert [row[0] for row in cells(out)] == ["**acc, first**"] * 2 + ["acc"] * 2
 
 
 def test_results_that_do_not_match(command, tmp_path):

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import datasets
+import huggingface_hub
 import pytest
 import torch
 from conftest import ROOT, load_script, make_hf_checkpoint
@@ -140,6 +142,22 @@ def test_bad_data_names_the_place(data, tmp_path):
         local_copy("gsm8k", data, tmp_path / "work")
 
 
+def test_without_network_copies_are_asked_for(command, long_base, tmp_path, monkeypatch):
+    """At once, without retries; nothing listens on that port."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", tmp_path)
+    message = "the Hugging Face hub cannot be reached, and its cache on this machine lacks the data of"
+    for script, task in (("mmlu", "mmlu: give --data_dir"), ("gsm8k", "gsm8k_cot: give --data_dir")):
+        status, out, err = command(f"evaluate/{script}.py", checkpoint_dir=long_base, out_dir=tmp_path / "out")
+        assert (status, out) == (1, "")
+        assert f"error: {message} {task}" in err
+    status, _, err = command("evaluate/harness.py", tasks="arc_easy", checkpoint_dir=long_base, out_dir=tmp_path)
+    assert err.endswith(f"{message} arc_easy\n")
+
+
 @pytest.mark.parametrize("chat", [False, True])
 def test_script_resumes(command, long_base, aligner_path, data, tmp_path, chat, monkeypatch):
     options = {
@@ -205,6 +223,11 @@ def test_gsm8k_with_the_prompt_of_metamath(command, long_base, data, tmp_path):
     status, out, err = command("evaluate/gsm8k.py", setting="metamath", **options)
     assert status == 0, err
     assert "GSM8K, metamath, 2 questions" in out
+    config = json.loads((tmp_path / "out" / "results.json").read_text())["config"]
+    assert config["metric_that_counts"] == "exact_match, strict-match"
+    folder = f"--results_dir={tmp_path / 'out'}"
+    status, out, _ = command("evaluate/difference.py", folder, folder)
+    assert out.startswith("**exact_match, strict-match** is the metric that counts")
     sample = json.loads((tmp_path / "out" / "samples.jsonl").read_text().splitlines()[0])
     assert sample["arguments"][0][0].endswith("### Response: Let's think step by step.")
 
@@ -236,4 +259,4 @@ def test_mmlu_by_category_and_subject(command, long_base, data, tmp_path):
         choices = sample["doc"]["choices"]
         rates = [float(found[0]) / len(choice) for found, choice in zip(sample["filtered_resps"], choices, strict=True)]
         right += max(range(4), key=rates.__getitem__) == sample["target"]
-    assert f"| all | 60 | {right / 60:.1%} ±" in out
+    assert f"| all | 60 | {right / 60:.1%} (" in out

@@ -43,10 +43,15 @@ def test_of_a_text(command, base_dir, hf_checkpoint, tmp_path):
         options = {"checkpoint_dir": base_dir, "text_path": file, "window": window, "out_dir": tmp_path}
         status, out, err = command("evaluate/perplexity.py", **options)
         assert status == 0, err
-        [[found, perplexity, low, high, bits]] = numbers(out)
+        [[found, perplexity, *interval, bits]] = numbers(out)
         assert found == pytest.approx(nats, abs=1e-4)
         assert perplexity == pytest.approx(math.exp(nats), abs=0.01)
-        assert low <= perplexity <= high
+        if window == 256:  # one piece says nothing of the spread
+            assert not interval
+            assert "There is no interval, as all of it is one piece" in err
+            assert "A smaller --window makes more." in err
+        else:
+            assert interval[0] <= perplexity <= interval[1]
         assert bits == pytest.approx(nats * (ids.size(1) - 1) / math.log(2) / len(TEXT), abs=1e-3)
 
 
@@ -58,7 +63,8 @@ def test_of_a_data_set(command, base_dir, data_dir, aligner_path, tmp_path):
     dataset = TokenDataset(data_dir, "validation", tokenizer, 4096)
     with torch.no_grad():
         sums = supervised_loss(model, None, collate([row for i in range(len(dataset)) for row in dataset[i]]))
-    base, tuned, _, (low, high) = numbers(out)
+    base, tuned, _, (added, low, high) = numbers(out)
+    assert added == pytest.approx(tuned[0] - base[0], abs=1.1e-4)
     assert base[0] == pytest.approx((sums.metrics["loss"] / sums.count).item(), abs=1e-4)
     assert tuned[0] < base[0]  # it was trained on the like
     assert low - 1e-4 <= tuned[0] - base[0] <= high + 1e-4 < 1e-4
