@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -42,6 +43,24 @@ class Method(NamedTuple):
     title: str
     size_option: str
     first_rate: float
+
+
+@dataclass
+class Runs:
+    """How far the comparison is.
+
+    Args:
+        planned: number of runs; grows when a search has to go on.
+        begun: number of runs that were trained, or found trained.
+    """
+
+    planned: int
+    begun: int = 0
+
+    def next(self) -> str:
+        """Count another run, and say which it is."""
+        self.begun += 1
+        return f"run {self.begun} of {self.planned}"
 
 
 METHODS = {
@@ -99,17 +118,23 @@ def main(
         "precision": precision,
         "max_seq_length": train.header["max_seq_length"],
     }
+    runs = Runs(len(method) * len(seed))
     if rates_from is None:
         held_out = out_dir / "search" / "data"
         if not held_out.exists():
             hold_out(train, tokenizer, held_out, search_share)
         search_settings = {**settings, "data_dir": held_out, "max_steps": search_steps}
-        tried = [row for name in method for row in search(name, out_dir / "search", search_settings)]
+        runs.planned += sum(len(first_rates(name)) for name in method)
+        tried = [row for name in method for row in search(name, out_dir / "search", search_settings, runs)]
         write_csv(out_dir / "search.csv", tried)
     rates = best_rates((rates_from or out_dir) / "search.csv", method)
 
     settings |= {"data_dir": data_dir, "max_steps": steps}
-    rows = [train_once(name, rates[name], one_seed, out_dir / "runs", settings) for name in method for one_seed in seed]
+    rows = [
+        train_once(name, rates[name], one_seed, out_dir / "runs", settings, runs)
+        for name in method
+        for one_seed in seed
+    ]
     rows.insert(0, {"method": "base", "trainable_parameters": 0, "validation_loss": rows[0]["base_loss"]})
     if form is not None:
         questions = [row["question"] for _, row in read_records(questions_path) if row.get("split") == "test"]
@@ -139,20 +164,28 @@ def parse(name: str) -> tuple[str, int]:
     return kind, int(size)
 
 
-def search(name: str, folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Train with several learning rates; a row for each."""
+def first_rates(name: str) -> list[float]:
+    """The learning rates that the search for a method begins with."""
     low = RATES.index(METHODS[parse(name)[0]].first_rate)
-    high = low + 3
-    while True:
-        rows = [train_once(name, rate, 1337, folder, settings) for rate in RATES[low:high]]
-        losses = [row["validation_loss"] for row in rows]
-        best = losses.index(min(losses))
-        if best == 0 and low > 0:
-            low -= 1
-        elif best == len(rows) - 1 and high < len(RATES):
-            high += 1
-        else:
-            return rows
+    return RATES[low : low + 3]
+
+
+def search(name: str, folder: Path, settings: dict[str, Any], runs: Runs) -> list[dict[str, Any]]:
+    """Train with several learning rates; a row for each, in the order of the rates."""
+    rows: dict[float, dict[str, Any]] = {}
+    left = first_rates(name)
+    while left:
+        rows |= {rate: train_once(name, rate, 1337, folder, settings, runs) for rate in left}
+        tried = sorted(rows)
+        best = min(tried, key=lambda rate: rows[rate]["validation_loss"])
+        low, high = RATES.index(tried[0]), RATES.index(tried[-1])
+        left = []
+        if best == tried[0] and low > 0:
+            left = [RATES[low - 1]]
+        elif best == tried[-1] and high < len(RATES) - 1:
+            left = [RATES[high + 1]]
+        runs.planned += len(left)
+    return [rows[rate] for rate in sorted(rows)]
 
 
 def best_rates(path: Path, methods: list[str]) -> dict[str, float]:
@@ -172,7 +205,7 @@ def best_rates(path: Path, methods: list[str]) -> dict[str, float]:
     return rates
 
 
-def train_once(name: str, rate: float, seed: int, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def train_once(name: str, rate: float, seed: int, folder: Path, settings: dict[str, Any], runs: Runs) -> dict[str, Any]:
     """Train by a script of finetune/, unless it was done; what came of it.
 
     Raises:
@@ -189,8 +222,9 @@ def train_once(name: str, rate: float, seed: int, folder: Path, settings: dict[s
         result = read_json(done)
         if result["options"] != options:
             raise ValueError(f"{out_dir} was made with other settings: choose another --out_dir, or remove it")
+        print(f"{runs.next()}, found trained: {out_dir}", file=sys.stderr)
         return result["row"]
-    print(f"training {out_dir}", file=sys.stderr)
+    print(f"{runs.next()}: training {out_dir}", file=sys.stderr)
     script = Path(__file__).parents[1] / "finetune" / f"{kind}.py"
     arguments = [f"--{key}={value}" for key, value in {**options, "out_dir": out_dir, "resume": "true"}.items()]
     status = subprocess.run([sys.executable, str(script), *arguments]).returncode

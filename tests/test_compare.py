@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import re
 import sys
 from types import SimpleNamespace
 
@@ -97,7 +98,12 @@ def test_table_search_and_restart(call, calls, tmp_path, capsys, data_dir, base_
         assert info.step == 3
     assert float(results[0]["validation_loss"]) == pytest.approx(float(results[1]["base_loss"]))
     assert {row["compliance"] for row in results} == {"0"}
-    table = capsys.readouterr().out
+    table, progress = capsys.readouterr()
+    numbers = [tuple(map(int, found)) for found in re.findall(r"^run (\d+) of (\d+): training", progress, re.M)]
+    assert [number for number, _ in numbers] == list(range(1, len(calls) + 1))
+    assert [planned for _, planned in numbers] == sorted(planned for _, planned in numbers)
+    first = sum(len(compare.first_rates(name)) for name in rates) + 2 * 2  # two seeds of each
+    assert (numbers[0], numbers[-1]) == ((1, first), (len(calls), len(calls)))
     assert table == (out / "table.md").read_text()
     losses = [float(row["validation_loss"]) for row in results[1:3]]
     assert f"| Aligner, N = 2 | 72 | {float(results[1]['learning_rate']):g} | {np.mean(losses):.4f} ± " in table
@@ -106,7 +112,9 @@ def test_table_search_and_restart(call, calls, tmp_path, capsys, data_dir, base_
     trained = len(calls)
     call()
     assert len(calls) == trained  # nothing is done twice
-    assert capsys.readouterr().out == table
+    out_again, progress = capsys.readouterr()
+    assert out_again == table
+    assert progress.count("found trained") == trained
     call(seed=[1, 2, 3], rates_from=out)
     assert [options["seed"] for _, options in calls[trained:]] == ["3", "3"]
     with pytest.raises(ValueError, match="was made with other settings"):
