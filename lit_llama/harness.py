@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import datasets
+import datasets.config
 import huggingface_hub
 import huggingface_hub.errors
 import lm_eval
