@@ -103,6 +103,8 @@ class PromptStyle:
         Raises:
             ValueError: the style has no place for such a conversation.
         """
+        if self.strips:
+            messages = [m._replace(content=m.content.strip()) if m.role == "assistant" else m for m in messages]
         segments: list[Segment] = []
         before = ""
         turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
@@ -126,7 +128,7 @@ class PromptStyle:
 
     def _response(self, prompt: str, messages: Sequence[Message]) -> str:
         """What stands between a prompt and the end of the turn that answers it."""
-        content = messages[-1].content.strip() if self.strips else messages[-1].content
+        content = messages[-1].content
         if not self.thought or self.thought not in content:
             return self.lead + content + self.tail
         # The response has a thought of its own in the place of the empty one in `lead`.
@@ -316,6 +318,7 @@ def _chat_style(tokenizer: Tokenizer) -> PromptStyle:
     answer = conversation[len(asked)].content
     strips = "\tanswer\t" not in written
     before, found, after = written.rpartition("answer" if strips else answer)
+    before, after = before.removesuffix("\t"), after.removeprefix("\t")  # of templates that strip one side alone
     lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
     ids = tokenizer.encode(after.lstrip()) if found else []
     end_id = ids[0] if ids and tokenizer.is_special(ids[0]) else tokenizer.eos_id

@@ -1,10 +1,12 @@
 """Prompt styles: texts by hand, chat against transformers."""
 
+import datetime
+
 import pytest
 import transformers
 from conftest import DEMO_BASE, byte_fallback_tokenizer
 
-from lit_llama.chat_template import render_chat
+from lit_llama.chat_template import at, render_chat
 from lit_llama.prompts import Message, prompt_style
 from lit_llama.tokenizer import Tokenizer
 
@@ -142,8 +144,149 @@ def test_segments_are_the_templates_text(base_dir, name):
 def test_template_that_rewrites_earlier_turns(base_dir):
     tokenizer = Tokenizer(base_dir)
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] + '<|end|>' }}{% endfor %}"
-    with pytest.raises(ValueError, match="prompt style chat rewrites earlier turns"):
-        prompt_style("chat", tokenizer).segments(CONVERSATION)
+    style = prompt_style("chat", tokenizer)
+    with pytest.raises(ValueError, match=r"rewrites earlier turns of a conversation.* give --scored_turns last"):
+        style.segments(CONVERSATION)
+    conversation = [*CONVERSATION, Message("assistant", "dos")]
+    assert style.segments(conversation, "last") == [("3one <|end|> uno<|end|>two<|end|>", False), ("dos", True)]
+
+
+HEAD = "{% for m in messages %}{% set c = m['content'] %}{% if m['role'] == 'assistant' %}{{ '<|assistant|>' }}"
+TAIL = "{{ c + '<|end|>' }}{% else %}{{ '<|user|>' + c }}{% endif %}{% endfor %}"
+OPEN = "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
+SHUT = "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+DROP = "{% set c = c.split('</think>')[-1] %}"
+KEEP = (
+    "{% set t = c.split('</think>')[0].split('<think>')[-1].strip() if '</think>' in c else '' %}"
+    "{% set c = c.split('</think>')[-1].lstrip() %}"
+    "{% if loop.last %}{{ '<think>\n' + t + '\n</think>\n\n' }}{% endif %}"
+)
+# How templates think: what a prompt ends with, and what is trained for an answer with and without a thought.
+THINKING = {
+    "opens a thought and drops earlier ones, as R1": (HEAD + DROP + TAIL + OPEN, "<think>\n", ""),
+    "opens a thought and writes the last one": (HEAD + KEEP + TAIL + OPEN, "<think>\n", ""),
+    "writes the last thought, as Qwen 3": (HEAD + KEEP + TAIL + SHUT, "", "<think>\n"),
+    "opens a thought without a line break": (
+        HEAD + DROP + TAIL + OPEN.replace("\\n", "").replace("\n", ""),
+        "<think>",
+        "\n",
+    ),
+    "square brackets": (
+        (HEAD + DROP + TAIL + OPEN).replace("<think>", "[THINK]").replace("</think>", "[/THINK]"),
+        "[THINK]\n",
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", THINKING)
+def test_thoughts_are_closed_in_training_data(base_dir, name):
+    tokenizer = Tokenizer(base_dir)
+    tokenizer.chat_template, opened, opening = THINKING[name]
+    style = prompt_style("chat", tokenizer)
+    shut = "[/THINK]" if "[" in opened else "</think>"
+    question, prompt = Message("user", "one"), "<|user|>one<|assistant|>" + opened
+    for content, expected in (
+        ("uno", f"{opening}\n{shut}\n\nuno"),
+        (f"<think>\nhm\n{shut}\n\nuno".replace("<think>", opened.strip() or "<think>"), f"{opening}hm\n{shut}\n\nuno"),
+    ):
+        segments = style.segments([question, Message("assistant", content)])
+        assert segments == [(prompt, False), (expected, True)]
+        earlier = style.render([question, Message("assistant", content), Message("user", "two")])
+        with pytest.raises(ValueError, match="give --scored_turns last"):
+            style.segments([question, Message("assistant", content), Message("user", "two"), Message("assistant", "b")])
+        segments = style.segments(
+            [question, Message("assistant", content), Message("user", "two"), Message("assistant", "b")], "last"
+        )
+        assert segments == [(earlier, False), (f"{opening}\n{shut}\n\nb", True)]
+
+
+def test_empty_thoughts_are_not_shown(base_dir):
+    tokenizer = Tokenizer(base_dir)
+    for template, opening in ((HEAD + DROP + TAIL + OPEN, ""), (HEAD + KEEP + TAIL + SHUT, "<think>")):
+        tokenizer.chat_template = template
+        style = prompt_style("chat", tokenizer)
+        for text, answer in (
+            (f"{opening}\n</think>\n\nuno\n", "uno\n"),
+            ("<think>\n\n</think>\n\n uno", " uno"),
+            ("hm\n</think>\n\nuno", "hm\n</think>\n\nuno"),  # a thought is shown as it was generated
+            ("\n\nuno", "\n\nuno"),
+            ("<b>uno</b>", "<b>uno</b>"),
+        ):
+            shown = ""
+            for end in range(len(text) + 1):
+                certain = style.cut(text[:end], more_may_follow=True)
+                assert certain.startswith(shown)
+                shown = certain
+            assert style.cut(text).startswith(shown)
+            assert style.cut(text) == (answer.strip() if style.strips else answer)
+
+
+def test_templates_that_demand(base_dir):
+    """Some take no conversation without a system message, no answer at the end, no white space, no odd order."""
+    tokenizer = Tokenizer(base_dir)
+    chat = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    chat += "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    demands = {
+        "system": "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system message') }}{% endif %}",
+        "question": "{% if messages[-1]['role'] != 'user' %}{{ raise_exception('no question') }}{% endif %}",
+        "trimmed": "{% for m in messages if m.content != m.content | trim %}{{ raise_exception('space') }}{% endfor %}",
+    }
+    conversation = [Message("system", "be"), Message("user", "one"), Message("assistant", "uno")]
+    for demand, check in demands.items():
+        tokenizer.chat_template = check + chat
+        style = prompt_style("chat", tokenizer)
+        assert style.fingerprint
+        assert (style.lead, style.tail, style.end, style.strips) == ("", "", "<|end|>", demand == "trimmed")
+        segments = style.segments(conversation)
+        assert segments == [("<|system|>be<|end|><|user|>one<|end|><|assistant|>", False), ("uno", True)]
+    tokenizer.chat_template = demands["system"] + chat
+    with pytest.raises(ValueError, match="chat template failed: no system message"):
+        prompt_style("chat", tokenizer).prompt("one")
+
+
+def test_a_template_that_fails_is_said_when_the_style_is_made(base_dir):
+    tokenizer = Tokenizer(base_dir)
+    for template in ("{{ raise_exception('never') }}", "{% shout %}", "{{ 1 + messages[0].content }}", "{{ 1 / 0 }}"):
+        tokenizer.chat_template = template
+        with pytest.raises(ValueError, match=r"\Athe model's chat template failed: [^\n]*\Z"):
+            prompt_style("chat", tokenizer)
+
+
+KNOWN = {"llama-2": "8eab20d1", "llama-3": "3a20e897", "plain": "b6c84966"}
+
+
+def test_fingerprints(base_dir):
+    """They stay what they were, since data sets record them, and a template that reads the date changes none."""
+    tokenizer = Tokenizer(base_dir)
+    known = {}
+    for name, (template, _) in TEMPLATES.items():
+        tokenizer.chat_template = template
+        known[name] = prompt_style("chat", tokenizer).fingerprint[:8]
+    assert known == KNOWN
+    dated = "{% if strftime_now is defined %}{{ strftime_now('%c') }}{% else %}26 Jul 2024{% endif %}"
+    for date in (dated, "{{ strftime_now('%c') }}"):
+        tokenizer.chat_template = date + TEMPLATES["plain"][0]
+        different = set()
+        for day in (1, 2):
+            with at(datetime.datetime(2025, 1, day)):
+                style = prompt_style("chat", tokenizer)
+                assert f"Jan  {day}" in style.prompt("one")
+                different.add(style.fingerprint)
+        assert len(different) == 1
+    tokenizer.chat_template = dated + TEMPLATES["plain"][0]
+    with_date = prompt_style("chat", tokenizer).fingerprint
+    tokenizer.chat_template = "26 Jul 2024" + TEMPLATES["plain"][0]  # what it was before templates were told the date
+    assert prompt_style("chat", tokenizer).fingerprint == with_date
+
+
+def test_templates_that_strip_one_side(base_dir):
+    tokenizer = Tokenizer(base_dir)
+    conversation = [Message("user", "one"), Message("assistant", " uno \n"), *CONVERSATION]
+    for strip in ("lstrip", "rstrip"):
+        tokenizer.chat_template = TEMPLATES["plain"][0].replace("m['content']", f"m['content'].{strip}()")
+        segments = prompt_style("chat", tokenizer).segments(conversation)
+        assert [segment.text for segment in segments if segment.is_response] == ["uno", "uno"]
 
 
 def test_an_answer_is_cut_out(base_dir):
