@@ -12,7 +12,7 @@ from pathlib import Path
 from lit_llama.checkpoint import Precision
 from lit_llama.cli import answer, open_base, read_prompts, run
 from lit_llama.inference import WeightOnly
-from lit_llama.prompts import prompt_style as get_prompt_style
+from lit_llama.prompts import chosen_style
 from lit_llama.quantization import Quantize
 
 
@@ -57,7 +57,7 @@ def main(
     answer(
         model,
         tokenizer,
-        get_prompt_style(prompt_style, tokenizer),
+        chosen_style(prompt_style, None, tokenizer),
         prompts,
         model_name=model.config.name,
         output_file=output_file,

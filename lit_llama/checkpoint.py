@@ -31,7 +31,7 @@ from lit_llama.lora import LoRA
 from lit_llama.model import PRESETS, LLaMA, LLaMAConfig
 from lit_llama.quantization import Quantize, is_quantized, quantize_layers, quantize_weight
 from lit_llama.sharding import local_rows, shard
-from lit_llama.tokenizer import TOKENIZER_FILES, Tokenizer
+from lit_llama.tokenizer import TEMPLATE_DIR, TOKENIZER_FILES, Tokenizer
 
 if TYPE_CHECKING:  # slow to import, which --help should not be
     from torch.distributed.device_mesh import DeviceMesh
@@ -297,6 +297,9 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    for file in sorted((source / TEMPLATE_DIR).glob("*.jinja")):
+        (target / TEMPLATE_DIR).mkdir(exist_ok=True)
+        shutil.copyfile(file, target / TEMPLATE_DIR / file.name)
 
 
 def read_config(checkpoint_dir: Path) -> LLaMAConfig:

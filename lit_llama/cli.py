@@ -47,8 +47,7 @@ from lit_llama.files import atomic_file
 from lit_llama.generation import GREEDY_BELOW, Request, TextStream, check_prompts, check_sampling, complete, stream
 from lit_llama.inference import WeightOnly, compile_decoding, lay_out, quantize_weights
 from lit_llama.model import Adapter, LLaMA
-from lit_llama.prompts import PromptStyle
-from lit_llama.prompts import prompt_style as get_prompt_style
+from lit_llama.prompts import PromptStyle, chosen_style
 from lit_llama.quantization import Quantize
 from lit_llama.store import AlignerStore
 from lit_llama.tokenizer import Tokenizer
@@ -442,9 +441,7 @@ def answer_with(
     answer(
         model,
         tokenizer,
-        get_prompt_style(
-            prompt_style or infos[0].prompt_style or "alpaca", tokenizer
-        ),  # the authors' files say nothing
+        chosen_style(prompt_style, infos[0].prompt_style or "alpaca", tokenizer),  # the authors' files say nothing
         prompts,
         model_name=f"{model.config.name} + {' + '.join(map(str, adapter_path))}{scales}",
         output_file=output_file,
@@ -484,9 +481,12 @@ def answer_each(
     """
     requests: list[Request] = []
     styles: list[PromptStyle] = []
+    by_training: dict[str | None, PromptStyle] = {}
     for i, prompt in enumerate(prompts):
         aligner, trained = (None, None) if prompt.aligner is None else store.get(prompt.aligner)
-        style = get_prompt_style(prompt_style or trained or "chat", tokenizer)
+        if trained not in by_training:
+            by_training[trained] = chosen_style(prompt_style, trained, tokenizer)
+        style = by_training[trained]
         ids = tokenizer.encode(style.prompt(prompt.instruction, prompt.input), bos=style.bos)
         generator = torch.Generator(model.device).manual_seed(seed + i)
         requests.append(Request(ids, aligner, stop_ids=style.stop_ids, generator=generator, **sampling))
@@ -641,7 +641,7 @@ def open_columns(
             check_adapter(path, model, allow_other_base)
             adapter = read[name][0].to(model.device)
             identity += f" {adapter_fingerprint(adapter)}"
-        chosen = get_prompt_style(style or trained.get(name, own), tokenizer)
+        chosen = chosen_style(style, trained.get(name), tokenizer, own)
         columns.append(Column(name, adapter, chosen, identity))
     return model, tokenizer, columns
 

@@ -78,8 +78,8 @@ def atomic_folder(path: Path, overwrite: bool = False, known_by: str = "") -> It
     try:
         with locked_folder(temporary):
             yield temporary
-            for file in temporary.iterdir():
-                _flush(file, 0o666)
+            for file in temporary.rglob("*"):
+                _flush_folder(file) if file.is_dir() else _flush(file, 0o666)
         temporary.chmod(0o777 & ~_umask())
         check_new_folder(path, overwrite, known_by)  # another process may have written it since
         replaced = path.exists()

@@ -11,8 +11,7 @@ import numpy as np
 from lit_llama.data import DATASET_FILE, Item, Kind, ScoredTurns, SplitSummary, TooLong, check_window, write_dataset
 from lit_llama.files import check_new_folder, require_extra
 from lit_llama.layouts import Columns, LeftOutError
-from lit_llama.prompts import PromptStyle
-from lit_llama.prompts import prompt_style as get_prompt_style
+from lit_llama.prompts import PromptStyle, chosen_style
 from lit_llama.records import read_records
 from lit_llama.tokenizer import Tokenizer
 
@@ -76,7 +75,7 @@ def prepare(
     check_window(max_seq_length)
     check_new_folder(output_dir, overwrite, DATASET_FILE)
     tokenizer = Tokenizer(checkpoint_dir)
-    style = get_prompt_style(prompt_style, tokenizer)
+    style = chosen_style(prompt_style, None, tokenizer)
     paths = [data_path] if data_path else fetch_dataset(*hub_files)
     source = ", ".join(path.name for path in paths)
     survey = _survey(paths, read, style, scored_turns, strict)

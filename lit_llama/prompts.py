@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -217,6 +218,24 @@ def prompt_style(name: str, tokenizer: Tokenizer) -> PromptStyle:
         markers = () if name == "none" else ("\n\n### Instruction:", "\n\n### Input:", "\n\n### Response:")
         return PromptStyle(name, render_instruction, *common, end=eos, markers=markers)
     raise ValueError(f"no prompt style named {name!r}; there are chat, {', '.join([*_INSTRUCTIONS, *_DIALOGUES])}")
+
+
+def chosen_style(asked: str | None, trained: str | None, tokenizer: Tokenizer, default: str = "chat") -> PromptStyle:
+    """The style that was asked for; without one that of an adapter's training, or the default.
+
+    On a model with a chat template, a hint on stderr says so where another style is asked for, unless the adapter was
+    trained with it.
+
+    Raises:
+        ValueError: as `prompt_style`.
+    """
+    style = prompt_style(asked or trained or default, tokenizer)
+    if asked not in (None, trained, "chat", "none") and tokenizer.chat_template is not None:
+        print(
+            f"hint: this base model has a chat template: --prompt_style chat may suit it better than {asked}",
+            file=sys.stderr,
+        )
+    return style
 
 
 def _roles(messages: Sequence[Message]) -> str:

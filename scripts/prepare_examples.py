@@ -14,8 +14,7 @@ from lit_llama.cli import run
 from lit_llama.data import Item, write_dataset
 from lit_llama.forms import FORMS
 from lit_llama.prepare import report
-from lit_llama.prompts import Message
-from lit_llama.prompts import prompt_style as get_prompt_style
+from lit_llama.prompts import Message, chosen_style
 from lit_llama.records import read_records
 from lit_llama.tokenizer import Tokenizer
 
@@ -49,7 +48,7 @@ def main(
         if row["split"] in ("train", "validation"):
             conversation = [Message("user", row["question"]), Message("assistant", FORMS[form].render(row))]
             items.append((row["split"], [conversation]))
-    style = get_prompt_style(prompt_style, tokenizer)
+    style = chosen_style(prompt_style, None, tokenizer)
     source = f"{questions_path.name} as {form}"
     summaries = write_dataset(
         output_dir, items, tokenizer, style, max_seq_length, "truncate", source, overwrite=overwrite

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from lit_llama.cli import open_adapters, open_base, run
 from lit_llama.files import require_extra
 from lit_llama.generation import generate
-from lit_llama.prompts import prompt_style as get_prompt_style
+from lit_llama.prompts import chosen_style
 
 PROMPTS = ["Why is the sky blue?", "Name three rivers.", "How do I boil an egg?", "Write a line about the sea."]
 
@@ -59,7 +59,7 @@ def main(
     model, tokenizer = open_base(checkpoint_dir, "32-true")
     adapter, infos = open_adapters(adapter_path or [], adapter_scale, model, model.device, allow_other_base)
     trained = next((info.prompt_style for info in infos if info.prompt_style), None)
-    style = get_prompt_style(prompt_style or trained or "chat", tokenizer)
+    style = chosen_style(prompt_style, trained, tokenizer)
     prompts = [tokenizer.encode(style.prompt(text), bos=style.bos) for text in prompt or PROMPTS]
     answers = generate(model, prompts, max_new_tokens, adapter=adapter, stop_ids=style.stop_ids)
     is_gguf = export_path.is_file()

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import transformers
-from conftest import byte_fallback_tokenizer
+from conftest import byte_fallback_tokenizer, load_script
 
 from lit_llama.chat_template import at, one_moment, render_chat
 from lit_llama.tokenizer import Tokenizer
@@ -452,6 +452,17 @@ def test_places_of_templates_are_those_of_transformers(base_dir, tmp_path, files
             render_chat(tokenizer, [USER])
     else:
         assert expected.apply_chat_template([USER], tokenize=False) == render_chat(tokenizer, [USER]) == text
+
+
+def test_templates_are_copied_with_a_base(hf_checkpoint, tmp_path):
+    write_files(tmp_path, {"chat_template.jinja": "plain", "additional_chat_templates/rag.jinja": "rag"})
+    for file in hf_checkpoint.iterdir():
+        if file.is_file() and file.name != "chat_template.jinja":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    load_script("scripts/convert_hf_checkpoint.py").main(checkpoint_dir=tmp_path, output_dir=tmp_path / "base")
+    assert Tokenizer(tmp_path / "base").chat_templates == {"default": "plain", "rag": "rag"}
+    folder = tmp_path / "base" / "additional_chat_templates"
+    assert folder.stat().st_mode == (tmp_path / "additional_chat_templates").stat().st_mode
 
 
 def test_template_of_a_processor(base_dir, tmp_path):

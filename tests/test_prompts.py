@@ -7,7 +7,7 @@ import transformers
 from conftest import DEMO_BASE, byte_fallback_tokenizer
 
 from lit_llama.chat_template import at, render_chat
-from lit_llama.prompts import Message, prompt_style
+from lit_llama.prompts import Message, chosen_style, prompt_style
 from lit_llama.tokenizer import Tokenizer
 
 
@@ -73,6 +73,27 @@ def test_unknown_style_and_missing_template(base_dir):
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         prompt_style("chat", tokenizer)
+
+
+def test_hint_at_the_chat_template(base_dir, capsys):
+    """Where another style is asked for; not where an adapter was trained with it, nor where there is no template."""
+    tokenizer = Tokenizer(base_dir)
+    for asked, trained, name, hint in (
+        ("alpaca", None, "alpaca", True),
+        ("metamath", "chat", "metamath", True),
+        ("alpaca", "alpaca", "alpaca", False),
+        (None, "alpaca", "alpaca", False),
+        (None, None, "chat", False),
+        ("chat", None, "chat", False),
+        ("none", None, "none", False),
+    ):
+        assert chosen_style(asked, trained, tokenizer).name == name
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n"), err.startswith("hint: this base model has a chat template")) == ("", hint, hint)
+    tokenizer.chat_template = None
+    assert chosen_style(None, None, tokenizer, default="alpaca").name == "alpaca"
+    assert chosen_style("alpaca", None, tokenizer).name == "alpaca"
+    assert capsys.readouterr().err == ""
 
 
 CONVERSATION = [Message("user", "one "), Message("assistant", " uno"), Message("user", "two")]
