@@ -1,11 +1,11 @@
 """The bodies of requests to the server: what clients may ask for, and how what they may not is refused by its name."""
 
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lit_llama.serving_http import ApiError
-from lit_llama.store import nearest
 
 BASE = "base"  # the model's name for no Aligner
 
@@ -47,9 +47,9 @@ class Fields(BaseModel):
         given = {name: value for name, value in fields.items() if value is not None}
         for name in given.keys() - cls.model_fields.keys() - HARMLESS:
             if name not in NOT_DONE:
-                raise ApiError(
-                    400, f"unknown field {name[:100]!r}{nearest(name, cls.model_fields)}", "unknown_parameter", name
-                )
+                near = get_close_matches(name[:100], list(cls.model_fields), n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ApiError(400, f"unknown field {name[:100]!r}{hint}", "unknown_parameter", name)
             value = given[name]
             # True and 1 are equal in Python, and not the same wish.
             if not any(value == off and isinstance(value, bool) == isinstance(off, bool) for off in NOT_DONE[name]):

@@ -1,7 +1,7 @@
 """A folder of Aligners, opened by name: thousands of them in memory, as the few numbers that they are."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from sys import intern
@@ -106,7 +106,9 @@ class AlignerStore:
                 self._stored[name] = self._read(name, stamp)
             return self._stored[name]
         self._stored.pop(name, None)
-        raise ValueError(f"no Aligner named {name[:100]!r} among {len(self)}{nearest(name, self.names())}")
+        near = get_close_matches(name[:100], self.names(), n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"no Aligner named {name[:100]!r} among {len(self)}{hint}")
 
     def _read(self, name: str, stamp: tuple[int, int]) -> StoredAligner:
         path = self.folder / f"{name}.safetensors"
@@ -119,12 +121,6 @@ class AlignerStore:
         values = torch.cat([aligner.tokens.data.flatten(), aligner.gates.data.flatten()])
         sizes = info.config["length"], info.config["start_layer"]
         return StoredAligner(stamp, values, *sizes, info.prompt_style and intern(info.prompt_style))
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """The end of a message about an unknown name: those that are most like it, if some are."""
-    found = get_close_matches(name[:200], list(names), n=3)
-    return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
 def _aligner_files(folder: Path, prefix: str = "") -> Iterator[tuple[str, tuple[int, int]]]:

@@ -226,7 +226,7 @@ def test_what_cannot_be_answered_is_refused(url):
     deep = "[" * 15_000
     cases = [
         ({"model": "nobody"}, 404, "no Aligner named 'nobody'"),
-        ({"model": "tem/1"}, 404, "did you mean team/1"),
+        ({"model": "tem/1"}, 404, "team/1"),
         ({"model": "../secret"}, 404, "no Aligner named"),
         ({"model": "broken"}, 404, "not a complete safetensors file"),
         ({"model": "x" * 300}, 404, "no Aligner named"),
@@ -328,7 +328,7 @@ def test_ordinary_clients_are_served(url, base_dir):
 
 def test_paths_and_methods(url):
     assert client(url).models.retrieve("team/3").id == "team/3"
-    with pytest.raises(openai.NotFoundError, match="did you mean team/3"):
+    with pytest.raises(openai.NotFoundError, match=r"team/33.*team/3\b"):
         client(url).models.retrieve("team/33")
     status, _, body = raw(url, path="/health", method="HEAD", key=None)
     assert (status, body) == (200, None)
