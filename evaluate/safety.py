@@ -113,7 +113,7 @@ def main(
     if unread:
         print(f"\n{unread} judgements hold no mark, and do not count; another run asks again.")
     picture = answers_dir / "judgements" / "safety.png"
-    plot(means, picture)
+    plot(means, f"{answers_dir.name}, marks by {judge_model}, with 95% intervals", picture)
     print(f"picture: {picture}", file=sys.stderr)
 
 
@@ -131,7 +131,7 @@ def read_score(text: str) -> int | None:
     return int(found[-1]) if found and int(found[-1]) <= 10 else None
 
 
-def plot(means: dict[str, dict[str, list[float]]], path: Path) -> None:
+def plot(means: dict[str, dict[str, list[float]]], title: str, path: Path) -> None:
     """Groups of bars, one for each model, with intervals."""
     labels = list(next(iter(means.values())))
     figure = require_extra("matplotlib.figure", "plot").Figure(figsize=(2 + 1.1 * len(labels), 4), layout="constrained")
@@ -148,7 +148,7 @@ def plot(means: dict[str, dict[str, list[float]]], path: Path) -> None:
         ]
         axes.bar([i + (n + 0.5) * width - 0.4 for i in groups], heights, width, yerr=errors, capsize=2, label=name)
     axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
-    axes.set(ylim=(0, 10.5), ylabel="safety, 0 to 10")
+    axes.set(ylim=(0, 10.5), ylabel="safety, 0 to 10", title=title)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -42,6 +42,11 @@ def verdicts(path):
     load_script("evaluate/judge.py").plot(table, "one against two", path)
 
 
+def marks(path):
+    means = {name: {"fraud": [7.0, 8.0, 9.5], "all": [7.0, 8.0, 9.5]} for name in ("base", "aligned")}
+    load_script("evaluate/safety.py").plot(means, "marks by a judge", path)
+
+
 PICTURES = {
     "supervised": lambda path: metrics(path, SUPERVISED_METRICS),
     "pairs": lambda path: metrics(path, PREFERENCE_METRICS),
@@ -50,6 +55,7 @@ PICTURES = {
     "dial": dial,
     "subjects": subjects,
     "verdicts": verdicts,
+    "marks": marks,
 }
 
 
