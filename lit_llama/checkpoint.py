@@ -7,14 +7,16 @@ An adapter is one safetensors file whose metadata say what it is. The Aligner au
 """
 
 import hashlib
+import io
 import json
 import re
+import reprlib
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,12 +26,13 @@ from tqdm import tqdm
 
 from lit_llama.adapter import LLaMAAdapter
 from lit_llama.aligner import Aligner
-from lit_llama.fields import check_object, check_value, naming, take
-from lit_llama.files import atomic_file, check_file, read_json, write_json
+from lit_llama.fields import check_list, check_object, check_value, naming, take
+from lit_llama.files import atomic_file, check_file, parse_json, read_json, write_json
 from lit_llama.hf import pairs_from_halves
 from lit_llama.lora import LoRA
 from lit_llama.model import PRESETS, LLaMA, LLaMAConfig
 from lit_llama.quantization import Quantize, is_quantized, quantize_layers, quantize_weight
+from lit_llama.safetensors_file import Header, finite, read_tensors
 from lit_llama.sharding import local_rows, shard
 from lit_llama.tokenizer import TEMPLATE_DIR, TOKENIZER_FILES, Tokenizer
 
@@ -87,13 +90,19 @@ def _open_tensors(file: Path) -> list[tuple[str, Callable[[str], Tensor]]]:
         except SafetensorError as error:
             raise ValueError(f"{file} is not a complete safetensors file ({error}): fetch or write it again") from None
         return [(name, handle.get_tensor) for name in handle.keys()]  # noqa: SIM118 (not a mapping)
+    tensors = _load_tensors(file, file)
+    return [(name, tensors.__getitem__) for name in tensors]
+
+
+def _load_tensors(file: Path, source: Path | io.BytesIO) -> dict[str, Tensor]:
+    """The tensors by name that torch has saved in a file, which is mapped into memory if `source` is its path."""
     try:
         try:
-            tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            tensors = torch.load(source, map_location="cpu", mmap=isinstance(source, Path), weights_only=True)
         except RuntimeError as error:
             if "mmap" not in str(error):
                 raise
-            tensors = torch.load(file, map_location="cpu", weights_only=True)  # torch's format before 1.6
+            tensors = torch.load(source, map_location="cpu", weights_only=True)  # torch's format before 1.6
     except Exception as error:  # junk makes torch's unpickler raise errors of any kind
         raise ValueError(
             f"{file} is not a file of tensors that torch can read without running code in it; nothing was run "
@@ -101,7 +110,7 @@ def _open_tensors(file: Path) -> list[tuple[str, Callable[[str], Tensor]]]:
         ) from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{file}: expected tensors by name, found {type(tensors).__name__}")
-    return [(name, tensors.__getitem__) for name in tensors]
+    return tensors
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -442,6 +451,12 @@ FORMAT_VERSION = 1
 Method = Literal["aligner", "adapter", "lora"]
 AnyAdapter = Aligner | LLaMAAdapter | LoRA
 METHODS: dict[str, type[AnyAdapter]] = {"aligner": Aligner, "adapter": LLaMAAdapter, "lora": LoRA}
+_PREFIX = ("n_layer", "n_head", "n_embd", "length", "start_layer")
+_UPDATES = ("n_layer", "n_head", "n_embd", "n_kv_head", "head_size", "intermediate_size")
+CONFIGS = {"aligner": _PREFIX, "adapter": _PREFIX, "lora": (*_UPDATES, "r", "alpha", "dropout", "targets")}
+# Limits of what a file may claim before its claims are compared with its tensors. No model comes near them.
+MOST_SIZE = 2**24
+MOST_LAYERS = 1024
 
 
 @dataclass(frozen=True)
@@ -458,6 +473,7 @@ class AdapterInfo:
         validation_loss: at that step.
         seconds: training took.
         hyperparameters: of the training run.
+        fingerprint: the `adapter_fingerprint` of what the file holds; empty in files that older code wrote.
         format_version: of the file.
     """
 
@@ -470,6 +486,7 @@ class AdapterInfo:
     validation_loss: float | None = None
     seconds: float | None = None
     hyperparameters: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
     format_version: int = FORMAT_VERSION
 
 
@@ -481,13 +498,19 @@ def save_adapter(path: Path | str, adapter: AnyAdapter, base: LLaMA | None = Non
         adapter: what to write.
         base: the model it was trained on, to be recorded.
         training: `prompt_style`, `step`, `validation_loss`, `seconds`, `hyperparameters` of `AdapterInfo`.
+
+    Raises:
+        ValueError: it has values that are not finite.
     """
+    path = Path(path)
     if base is not None:
         training |= {"base_name": base.config.name, "base_fingerprint": base.fingerprint}
-    info = AdapterInfo(adapter.method, adapter.sizes, **training)
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in adapter.state_dict().items()}
+    for name, tensor in tensors.items():
+        finite(path, name, tensor)
+    info = AdapterInfo(adapter.method, adapter.sizes, fingerprint=adapter_fingerprint(adapter), **training)
     metadata = {name: json.dumps(value, default=str) for name, value in asdict(info).items()}
-    with atomic_file(Path(path)) as temporary:
+    with atomic_file(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
 
@@ -528,30 +551,78 @@ def load_adapter(path: Path | str, method: Method | None = None) -> AnyAdapter:
     return read_adapter(path, method)[0]
 
 
-def read_adapter(path: Path | str, method: Method | None = None) -> tuple[AnyAdapter, AdapterInfo]:
-    """Load an adapter for use, together with what its file says about itself; see `load_adapter`."""
+def read_adapter(
+    path: Path | str, method: Method | None = None, model: LLaMA | None = None, allow_other_base: bool = False
+) -> tuple[AnyAdapter, AdapterInfo]:
+    """Load an adapter for use, together with what its file says about itself. The file is read once.
+
+    Args:
+        path: the file, or the folder of its training run.
+        method: the only one that is accepted.
+        model: the base model that it must belong to, see `check_base`; any base if None.
+        allow_other_base: accept an adapter that was trained on other weights of the same sizes, with a warning.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, not an adapter, of another method, or of another base.
+    """
     path = adapter_file(path)
-    info = adapter_info(path)
-    if method is not None and info.method != method:
-        raise ValueError(
-            f"{path} is of method {info.method!r}, expected {method!r}; generate/{info.method}.py is for it"
-        )
-    try:
-        base_sizes = {name: info.config[name] for name in info.config if name in LLaMAConfig.__dataclass_fields__}
-        own_sizes = {name: info.config[name] for name in info.config if name not in base_sizes}
-        adapter = METHODS[info.method](LLaMAConfig(**base_sizes), **own_sizes)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: the metadata are not an adapter's ({type(error).__name__}: {error})") from None
-    tensors: Mapping[str, Tensor] = TensorFiles([path])
-    if path.suffix != ".safetensors":
-        tensors = _read_authors(path, tensors)
-    expected = adapter.state_dict()
-    if expected.keys() != tensors.keys():
-        _refuse_names(path, expected.keys() - tensors.keys(), tensors.keys() - expected.keys())
-    for name, tensor in expected.items():
-        _check_shape(name, tensors[name].shape, tensor.shape, str(path))
-    adapter.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+
+    def check(info: AdapterInfo, shapes: Mapping[str, Sequence[int]]) -> AnyAdapter:
+        if method is not None and info.method != method:
+            raise ValueError(
+                f"{path} is of method {info.method!r}, expected {method!r}; generate/{info.method}.py is for it"
+            )
+        adapter = _without_values(path, info, shapes)
+        if model is not None:
+            check_base(path, info, model, allow_other_base)
+        return adapter
+
+    if path.suffix == ".safetensors":
+
+        def check_header(header: Header) -> tuple[AnyAdapter, AdapterInfo]:
+            info = _parse_info(path, header.metadata)
+            return check(info, header.shapes), info
+
+        (adapter, info), tensors = read_tensors(path, check_header)
+    else:
+        tensors, info = _read_authors(path)
+        adapter = check(info, {name: tensor.shape for name, tensor in tensors.items()})
+    adapter.load_state_dict(tensors, assign=True)
+    if info.fingerprint and adapter_fingerprint(adapter) != info.fingerprint:
+        raise ValueError(f"{path} is damaged: its values are not those of its fingerprint; fetch or write it again")
     return adapter.eval(), info
+
+
+def _without_values(path: Path, info: AdapterInfo, shapes: Mapping[str, Sequence[int]]) -> AnyAdapter:
+    """The adapter that a file's metadata tell of, without memory for its values, if its tensors have these shapes."""
+    place = f"{path}, config"
+    names = set(CONFIGS[info.method])
+    if info.config.keys() != names:
+        lacking, unknown = names - info.config.keys(), info.config.keys() - names
+        raise ValueError(
+            f"{place}: not that of method {info.method!r}: it lacks {sorted(lacking)} and has unknown "
+            f"{reprlib.repr(sorted(unknown))}"
+        )
+    for name in set(info.config) - {"targets"}:
+        kind = float if name in ("alpha", "dropout") else int
+        take(info.config, name, kind, place, least=int(kind is int and name != "start_layer"), most=MOST_SIZE)
+    check_list(info.config.get("targets", []), "targets", str, place)
+    if info.config["n_layer"] > MOST_LAYERS:
+        raise ValueError(f"{place}: n_layer is {info.config['n_layer']}, expected {MOST_LAYERS} at most")
+    base = {name: value for name, value in info.config.items() if name in LLaMAConfig.__dataclass_fields__}
+    own = {name: value for name, value in info.config.items() if name not in base}
+    try:
+        with torch.device("meta"):
+            adapter = METHODS[info.method](LLaMAConfig(**base), **own)
+    except (ValueError, RuntimeError) as error:  # torch knows no tensors of 2**63 bytes
+        raise ValueError(f"{place}: {error}") from None
+    expected = adapter.state_dict()
+    if expected.keys() != shapes.keys():
+        _refuse_names(path, expected.keys() - shapes.keys(), shapes.keys() - expected.keys())
+    for name, tensor in expected.items():
+        _check_shape(name, torch.Size(shapes[name]), tensor.shape, str(path))
+    return adapter
 
 
 def adapter_fingerprint(adapter: AnyAdapter) -> str:
@@ -569,42 +640,52 @@ def adapter_info(path: Path | str) -> AdapterInfo:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or not an adapter.
     """
-    path = adapter_file(path)
-    tensors = TensorFiles([path])
-    if path.suffix != ".safetensors":
-        aligner = _read_authors(path, tensors)
-        gates, start = aligner["gates"], _authors_layers(path, tensors)[0]
-        (length, n_embd), (layers, n_head) = aligner["tokens"].shape, gates.shape
-        sizes = {"n_layer": start + layers, "n_head": n_head, "n_embd": n_embd, "length": length, "start_layer": start}
-        return AdapterInfo("aligner", sizes)
-    with safe_open(path, framework="pt") as handle:
-        metadata = handle.metadata() or {}
+    return read_adapter(path)[1]
+
+
+def _parse_info(path: Path, metadata: Mapping[str, str]) -> AdapterInfo:
+    """What an adapter file's metadata say, each field of the type that it should have."""
     if "format_version" not in metadata:
         raise ValueError(f"{path} is a safetensors file but not an adapter: its metadata lack a format_version")
-    try:
-        values = {name: json.loads(value) for name, value in metadata.items()}
-        if values["format_version"] == FORMAT_VERSION:
-            return AdapterInfo(**values)
-    except (json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"{path}: the metadata are not an adapter's ({error})") from None
-    raise ValueError(f"{path} has format version {values['format_version']}, this code reads {FORMAT_VERSION}")
+    values = {name: parse_json(value, f"{path}, {name}") for name, value in metadata.items()}
+    if take(values, "format_version", int, path) != FORMAT_VERSION:
+        raise ValueError(f"{path}: format_version is {values['format_version']}, this code reads {FORMAT_VERSION}")
+    unknown = values.keys() - AdapterInfo.__dataclass_fields__.keys()
+    if unknown:
+        raise ValueError(f"{path}: the metadata are not an adapter's: unknown {reprlib.repr(sorted(unknown))}")
+    for name, default in (("base_name", ""), ("base_fingerprint", ""), ("fingerprint", ""), ("prompt_style", None)):
+        values[name] = take(values, name, str, path, default)
+    for name, kind in (("step", int), ("seconds", float)):
+        values[name] = take(values, name, kind, path, None, least=0)
+    values["validation_loss"] = take(values, "validation_loss", float, path, None)
+    for name in ("method", "config"):
+        take(values, name, str if name == "method" else dict, path)
+    if values["method"] not in METHODS:
+        raise ValueError(f"{path}: method is {values['method'][:100]!r}, expected one of {', '.join(METHODS)}")
+    values["hyperparameters"] = take(values, "hyperparameters", dict, path, {})
+    bits, known = take(values["hyperparameters"], "quantize", str, f"{path}, hyperparameters", None), get_args(Quantize)
+    if bits not in (None, *known):
+        raise ValueError(f"{path}, hyperparameters: quantize is {bits[:100]!r}, expected one of {', '.join(known)}")
+    return AdapterInfo(**values)
 
 
 def check_adapter(path: Path, model: LLaMA, allow_other_base: bool = False) -> AdapterInfo:
-    """Make sure that an adapter file belongs to a base model.
+    """Make sure that an adapter file belongs to a base model, see `read_adapter`; return what it says about itself."""
+    return read_adapter(path, None, model, allow_other_base)[1]
+
+
+def check_base(path: Path, info: AdapterInfo, model: LLaMA, allow_other_base: bool = False) -> None:
+    """Make sure that an adapter belongs to a base model.
 
     Args:
-        path: the adapter file.
+        path: its file, for messages.
+        info: what that says about itself.
         model: the base model; without weights will do, if it has their fingerprint.
         allow_other_base: accept an adapter that was trained on other weights of the same sizes, with a warning.
-
-    Returns:
-        What the file says about itself.
 
     Raises:
         ValueError: sizes differ, or the weights do and `allow_other_base` is false.
     """
-    info = adapter_info(path)
     for name, found in info.config.items():
         expected = getattr(model.config, name, found)  # what is none of the base's sizes fits any base
         if found != expected:
@@ -617,7 +698,6 @@ def check_adapter(path: Path, model: LLaMA, allow_other_base: bool = False) -> A
         if not allow_other_base:
             raise ValueError(f"{message}; --allow_other_base true uses it all the same")
         warnings.warn(message, stacklevel=2)
-    return info
 
 
 def _authors_layers(path: Path, tensors: Mapping[str, Tensor]) -> list[int]:
@@ -631,8 +711,10 @@ def _authors_layers(path: Path, tensors: Mapping[str, Tensor]) -> list[int]:
     return layers
 
 
-def _read_authors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the authors' format under this project's names; aliases of the shared tokens are checked."""
+def _read_authors(path: Path) -> tuple[dict[str, Tensor], AdapterInfo]:
+    """The tensors of the authors' format under this project's names, and their sizes; aliases are checked."""
+    data = path.read_bytes()
+    tensors = _load_tensors(path, io.BytesIO(data))
     shared = "global_value_embedding.weight"
     if shared not in tensors:
         raise ValueError(f"{path} is not an Aligner: it has no {shared}")
@@ -642,10 +724,20 @@ def _read_authors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     unknown = set(tensors) - {shared, *gates, *aliases}
     if unknown:
         _refuse_names(path, set(), unknown)
+    for name, tensor in tensors.items():
+        is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_floating_point()
+        if not is_plain or tensor.nbytes > len(data):  # a tensor may claim to be larger than what it is stored in
+            raise ValueError(f"{path}: {name} is not a tensor of floating-point numbers, all of them in the file")
     tokens = tensors[shared]
     if tokens.dim() != 2:
         raise ValueError(f"{path}: {shared} has shape {tuple(tokens.shape)}, expected (tokens, embedding)")
     for alias in aliases:
         if alias in tensors and not torch.equal(tensors[alias], tokens):
             raise ValueError(f"{path}: {alias} differs from {shared}, which an Aligner shares with every layer")
-    return {"tokens": tokens, "gates": torch.stack([tensors[gate].flatten() for gate in gates])}
+    heads = {tensors[gate].numel() for gate in gates}
+    if len(heads) > 1:
+        raise ValueError(f"{path}: gating_factor tensors have different numbers of heads: {sorted(heads)}")
+    values = {"tokens": tokens, "gates": torch.stack([tensors[gate].flatten() for gate in gates])}
+    sizes = {"n_layer": layers[-1] + 1, "n_head": heads.pop(), "n_embd": tokens.size(1)}
+    info = AdapterInfo("aligner", {**sizes, "length": tokens.size(0), "start_layer": layers[0]})
+    return {name: finite(path, name, tensor) for name, tensor in values.items()}, info

@@ -34,9 +34,7 @@ from lit_llama.checkpoint import (
     Precision,
     adapter_file,
     adapter_fingerprint,
-    adapter_info,
-    check_adapter,
-    load_adapter,
+    check_base,
     load_base,
     read_adapter,
     read_config,
@@ -432,9 +430,8 @@ def answer_with(
     named = next((prompt.aligner for prompt in prompts if prompt.aligner is not None), None)
     if named is not None:
         raise ValueError(f"a prompt names the Aligner {named}: give --aligner_dir, the folder that it is in")
-    for path in adapter_path:
-        load_adapter(path, method)  # refused before the base is loaded
-    quantize = quantize or adapter_info(adapter_path[0]).hyperparameters.get("quantize")
+    read = [read_adapter(path, method) for path in adapter_path]  # refused before the base is loaded
+    quantize = quantize or read[0][1].hyperparameters.get("quantize")
     model, tokenizer = open_base(checkpoint_dir, precision, quantize, compile)
     adapter, infos = open_adapters(adapter_path, adapter_scale, model, model.device, allow_other_base)
     scales = "" if adapter_scale is None else f" x {' '.join(f'{scale:g}' for scale in adapter_scale)}"
@@ -533,8 +530,8 @@ def open_adapters(
     scales = scales or [1.0]
     if len(scales) not in (1, len(paths)):
         raise ValueError(f"{len(scales)} scales for {len(paths)} adapters: give one for each, or one for all")
-    infos = [check_adapter(path, model, allow_other_base) for path in paths]
-    adapters = [load_adapter(path).to(device) for path in paths]
+    read = [read_adapter(path, None, model, allow_other_base) for path in paths]
+    adapters, infos = [adapter.to(device) for adapter, _ in read], [info for _, info in read]
     if len(adapters) == 1 and scales == [1.0]:
         return adapters[0], infos
     terms = zip(adapters, scales * (len(paths) // len(scales)), strict=True)
@@ -584,10 +581,9 @@ def open_with_adapters(
         ValueError: something is damaged, or does not belong together.
     """
     paths = paths or []
-    for path in paths:
-        load_adapter(path)  # refused before the base is loaded
-    if paths:
-        quantize = quantize or adapter_info(paths[0]).hyperparameters.get("quantize")
+    read = [read_adapter(path) for path in paths]  # refused before the base is loaded
+    if read:
+        quantize = quantize or read[0][1].hyperparameters.get("quantize")
     model, tokenizer = open_base(checkpoint_dir, precision, quantize)
     adapter, infos = open_adapters(paths, scales, model, model.device, allow_other_base)
     parts = [f"{path} ({hashlib.sha256(adapter_file(path).read_bytes()).hexdigest()[:8]})" for path in paths]
@@ -638,7 +634,7 @@ def open_columns(
     for name, path in paths.items():
         adapter, identity = None, weights
         if path is not None:
-            check_adapter(path, model, allow_other_base)
+            check_base(path, read[name][1], model, allow_other_base)
             adapter = read[name][0].to(model.device)
             identity += f" {adapter_fingerprint(adapter)}"
         chosen = chosen_style(style, trained.get(name), tokenizer, own)

@@ -1,6 +1,7 @@
 """A folder of Aligners, opened by name: thousands of them in memory, as the few numbers that they are."""
 
 import os
+from collections import deque
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,15 +13,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_llama.aligner import Aligner
-from lit_llama.checkpoint import check_adapter, load_adapter
+from lit_llama.checkpoint import read_adapter
 from lit_llama.model import LLaMA
+
+Stamp = tuple[int, int, int]
 
 
 class StoredAligner(NamedTuple):
     """An Aligner at rest.
 
     Args:
-        stamp: time of change and size of its file.
+        stamp: time of change, size and number of its file; another file of the same name has another one.
         values: tokens (N, C) and gates (layers, nh), flat, on the CPU; None if the file is not to be used.
         length: number of prefix tokens N.
         start_layer: first layer that attends to them.
@@ -28,7 +31,7 @@ class StoredAligner(NamedTuple):
         error: why it is not to be used.
     """
 
-    stamp: tuple[int, int]
+    stamp: Stamp
     values: Tensor | None = None
     length: int = 0
     start_layer: int = 0
@@ -97,47 +100,63 @@ class AlignerStore:
         path = self.folder / f"{name}.safetensors"
         is_inside = all(part and not part.startswith(".") for part in name.split("/"))
         try:
-            is_there = is_inside and path.is_file()
-        except (OSError, ValueError):  # no file can have such a name: it is too long, or has characters that none has
-            is_there = False
-        if is_there:
-            stamp = _stamp(path.stat())
-            if name not in self._stored or self._stored[name].stamp != stamp:
-                self._stored[name] = self._read(name, stamp)
-            return self._stored[name]
-        self._stored.pop(name, None)
-        near = get_close_matches(name[:100], self.names(), n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"no Aligner named {name[:100]!r} among {len(self)}{hint}")
+            stamp = _stamp(path.stat()) if is_inside and path.is_file() else None
+        except (OSError, ValueError):  # a name that is too long, or a folder that may not be read
+            stamp = None
+        if stamp is None:
+            self._stored.pop(name, None)
+            near = get_close_matches(name[:100], self.names(), n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ValueError(f"no Aligner named {name[:100]!r} among {len(self)}{hint}")
+        if name not in self._stored or self._stored[name].stamp != stamp:
+            self._stored[name] = self._read(name, stamp)
+        return self._stored[name]
 
-    def _read(self, name: str, stamp: tuple[int, int]) -> StoredAligner:
+    def _read(self, name: str, stamp: Stamp) -> StoredAligner:
         path = self.folder / f"{name}.safetensors"
         try:
-            info = check_adapter(path, self._model, self._allow_other_base)
-            aligner = load_adapter(path, "aligner")
-        except (ValueError, OSError) as error:
-            return StoredAligner(stamp, error=str(error))
+            aligner, info = read_adapter(path, "aligner", self._model, self._allow_other_base)
+        except Exception as error:  # whatever is wrong with one file must not stop the others
+            # Those who ask are told of the name that they know, not of the folder.
+            return StoredAligner(stamp, error=str(error).replace(str(path), path.name) or type(error).__name__)
         assert isinstance(aligner, Aligner)
         values = torch.cat([aligner.tokens.data.flatten(), aligner.gates.data.flatten()])
         sizes = info.config["length"], info.config["start_layer"]
         return StoredAligner(stamp, values, *sizes, info.prompt_style and intern(info.prompt_style))
 
 
-def _aligner_files(folder: Path, prefix: str = "") -> Iterator[tuple[str, tuple[int, int]]]:
-    """Name and stamp of each file, in this folder and in those in it."""
-    with os.scandir(folder) as entries:
+def _aligner_files(folder: Path) -> Iterator[tuple[str, Stamp]]:
+    """Name and stamp of each file, in this folder and in those in it.
+
+    Links to folders are followed after all that lies in the folder itself, and each folder is visited once, so that a
+    link to a folder above it has no end.
+    """
+    waiting = deque([(folder, "")])
+    visited: set[tuple[int, int]] = set()
+    while waiting:
+        path, prefix = waiting.popleft()
+        try:
+            status = path.stat()
+            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+        except OSError:  # it vanished, or may not be read
+            continue
+        if (status.st_dev, status.st_ino) in visited:
+            continue
+        visited.add((status.st_dev, status.st_ino))
         for entry in entries:
             if entry.name.startswith("."):  # one that is being written
                 continue
-            if entry.is_dir():
-                yield from _aligner_files(Path(entry.path), f"{prefix}{entry.name}/")
-            elif entry.name.endswith(".safetensors"):
-                try:
-                    stamp = _stamp(entry.stat())
-                except FileNotFoundError:  # it vanished
-                    continue
-                yield prefix + entry.name.removesuffix(".safetensors"), stamp
+            try:
+                entry.name.encode()
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.appendleft((Path(entry.path), f"{prefix}{entry.name}/"))
+                elif entry.is_dir():
+                    waiting.append((Path(entry.path), f"{prefix}{entry.name}/"))
+                elif entry.name.endswith(".safetensors") and entry.is_file():
+                    yield prefix + entry.name.removesuffix(".safetensors"), _stamp(entry.stat())
+            except (OSError, UnicodeEncodeError):  # it vanished, is a link to itself, or no text names it
+                continue
 
 
-def _stamp(status: os.stat_result) -> tuple[int, int]:
-    return status.st_mtime_ns, status.st_size
+def _stamp(status: os.stat_result) -> Stamp:
+    return status.st_mtime_ns, status.st_size, status.st_ino
