@@ -3,8 +3,8 @@
     python scripts/prepare_alpaca.py --data_path alpaca_data.json --output_dir data/alpaca
     python scripts/prepare_alpaca.py
 
-Objects with "instruction", "output" and perhaps "input", as in https://github.com/tatsu-lab/stanford_alpaca. Without a
-file, the cleaned Alpaca of 51,760 examples is fetched.
+Objects with "instruction", "output" and perhaps "input", as in https://github.com/tatsu-lab/stanford_alpaca, or in
+another layout that howto/prepare_data.md lists. Without a file, the cleaned Alpaca of 51,760 examples is fetched.
 """
 
 from pathlib import Path

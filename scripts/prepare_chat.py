@@ -4,7 +4,8 @@
     python scripts/prepare_chat.py
 
 Objects with "messages" in OpenAI's layout (`role` and `content`) or "conversations" in ShareGPT's (`from` and
-`value`). Without a file, the conversations of ShareGPT are fetched.
+`value`), or in another layout that howto/prepare_data.md lists. Without a file, the conversations of ShareGPT are
+fetched.
 """
 
 from pathlib import Path

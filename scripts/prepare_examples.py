@@ -42,9 +42,9 @@ def main(
     tokenizer = Tokenizer(checkpoint_dir)
     items: list[tuple[str, Item]] = []
     for place, row in read_records(questions_path):
-        missing = {"split", "topic", "question", "answer", "follow_up"} - row.keys()
-        if missing:
-            raise ValueError(f"{place}: lacks {', '.join(sorted(missing))}")
+        columns = ("answer", "follow_up", "question", "split", "topic")
+        if missing := [name for name in columns if not isinstance(row.get(name), str)]:
+            raise ValueError(f"{place}: lacks a text under {', '.join(missing)}")
         if row["split"] in ("train", "validation"):
             conversation = [Message("user", row["question"]), Message("assistant", FORMS[form].render(row))]
             items.append((row["split"], [conversation]))

@@ -8,9 +8,9 @@ Objects with "chosen", "rejected" and
 - "prompt", "question" or "instruction" (perhaps with "input" and "system"), each a text, or
 - "conversations", ShareGPT's preference layout of `from` and `value`, or "prompt" as a list of messages, or
 - neither, where chosen and rejected are whole conversations that differ in the last turn; these may also stand beside
-  the prompt that they repeat.
+  the prompt that they repeat,
 
-Without a file, Intel's Orca pairs are fetched.
+or in another layout that howto/prepare_data.md lists. Without a file, Intel's Orca pairs are fetched.
 """
 
 import functools
