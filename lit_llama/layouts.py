@@ -209,7 +209,7 @@ def _turns(columns: Columns, value: Any) -> list[Message]:
             raise ValueError(f"expected a turn with 'role' and 'content', found {_short(one)}")
         if any(name in one for name in _SPEAKER):
             turns.append(_turn(columns, one))
-        elif one and all(name.lower() in _ROLE for name in one):  # {"human": ..., "assistant": ...}
+        elif one and all(str(name).lower() in _ROLE for name in one):  # {"human": ..., "assistant": ...}
             turns += [_message(name, text, True) for name, text in one.items()]
         else:
             raise ValueError(f"expected a turn with 'role' and 'content', found {_short(sorted(one))}")

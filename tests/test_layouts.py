@@ -1,6 +1,7 @@
 """Layouts of records: what becomes a turn, what is not scored, what cannot be learned, what is said of the rest."""
 
 import json
+import random
 
 import pytest
 
@@ -186,3 +187,41 @@ def test_what_is_not_used_is_named():
         "what the assistant says before the user's first turn is left away",
         "what follows the assistant's last turn is left away",
     }
+
+
+def spoiled(value, rng):
+    """The value with some of what is in it taken away or replaced by what does not belong there."""
+    odd = [None, "", 0, 4.5, True, NAN, [], {}, "x", [[]], [None], [["a", "b"]], {"role": "user"}, "[", 10**30, {1: 2}]
+    if rng.random() < 0.15:
+        return rng.choice(odd)
+    if isinstance(value, dict):
+        return {name: spoiled(one, rng) for name, one in value.items() if rng.random() > 0.05}
+    if isinstance(value, list):
+        return [spoiled(one, rng) for one in value] + rng.choices(odd, k=rng.random() < 0.1)
+    return value
+
+
+def test_spoiled_records_end_in_one_line():
+    """Whatever a record holds, it becomes turns of text, or an error of the kinds that are counted."""
+    rng = random.Random(0)
+    parts = {"role": "user", "content": [{"type": "text", "text": "q"}], "weight": 1}
+    sound = [
+        {"messages": [parts, OPENAI[1]], "system": "s", "history": [["a", "b"]]},
+        {"conversations": SHAREGPT, "chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}},
+        {"instruction": "q", "input": "i", "output": "a", "chosen": OPENAI, "rejected": OPENAI, "label": True},
+        {"input": {"messages": [parts]}, "preferred_output": [OPENAI[1]], "non_preferred_output": "b"},
+        {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+    ]
+    outcomes, messages = set(), []
+    for _ in range(2000):
+        row = spoiled(rng.choice(sound), rng)
+        for read in (read_conversation, lambda columns: read_preference(columns, "pairs")):
+            try:
+                turns = [turn for one in read(Columns(row if isinstance(row, dict) else {})) for turn in one]
+                assert all(isinstance(turn.content, str) and isinstance(turn.input, str) for turn in turns)
+                outcomes.add("read")
+            except (LeftOutError, ValueError) as error:
+                messages.append(str(error))
+                outcomes.add(type(error))
+    assert not any("\n" in message for message in messages)
+    assert outcomes == {"read", LeftOutError, ValueError}

@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import math
+import random
 
 import datasets
 import pandas
@@ -160,3 +161,29 @@ def test_csv_with_and_without_header(tmp_path):
     assert places == ["line 2", "line 3"]
     with pytest.raises(ValueError, match=r"with\.csv lacks the column input; it has question, choice0, answer"):
         list(read_csv(tmp_path / "with.csv", ["question", "input", "answer"]))
+
+
+def test_damaged_files_end_in_one_line(tmp_path):
+    """Bytes that were changed, lost or added cost records or end in a ValueError, never in another exception."""
+    rng = random.Random(0)
+    sound = [
+        json.dumps([{"a": 1, "b": "é"}, {"a": [1, {"c": None}]}]),
+        '{"a": 1}\n{"a": "x"}\n',
+        '{"version": 1, "data": [{"a": 1}, {"a": 2}]}',
+        'a,b\n1,"x\ny"\n2,3\n',
+    ]
+    odd = [b"{", b"[", b'"', b"}", b"]", b",", b"\n", b"NaN", b"\\u", b"\0", b"\xff", b":", b"\x1f\x8b", b"PAR1"]
+    messages = []
+    for _ in range(800):
+        content = rng.choice(sound).encode()
+        for _ in range(rng.randint(1, 3)):
+            at = rng.randrange(len(content) + 1)
+            content = content[:at] + rng.choice([b"", *odd]) + content[at + rng.randint(0, 4) :]
+        path = tmp_path / rng.choice(["a.json", "a.jsonl", "a.csv", "a"])
+        path.write_bytes(content)
+        try:
+            assert all(isinstance(row, dict) for row in values(path, lambda *_: None))
+        except ValueError as error:
+            messages.append(str(error))
+    assert not any("\n" in message for message in messages)
+    assert 80 < len(messages) < 720
