@@ -1,6 +1,7 @@
 """A folder of Aligners, opened by name: thousands of them in memory, as the few numbers that they are."""
 
 import os
+import re
 from collections import deque
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -42,6 +43,9 @@ class StoredAligner(NamedTuple):
 class AlignerStore:
     """The Aligners of a folder and of the folders in it, each named by its path without `.safetensors`.
 
+    That of a run, `demo/aligner.safetensors`, goes by the name of its folder, `demo`, as well. Earlier runs that a new
+    one has moved to `previous-N`, and the runs of a search for learning rates, are left out.
+
     They cost 4 bytes a number and some for the bookkeeping; keys and values are made only for rows that are generated.
     Files that cannot be used do not stop the others: asking for one says what is wrong with it.
 
@@ -67,12 +71,29 @@ class AlignerStore:
         return len(self.names())
 
     def names(self) -> list[str]:
-        """Of the Aligners that can be used, sorted."""
-        return sorted(name for name, stored in self._stored.items() if stored.values is not None)
+        """Of the Aligners that can be used, sorted; a run's has the name of its folder, unless a file has it."""
+        usable = [name for name, stored in self._stored.items() if stored.values is not None]
+        short = {name: name.removesuffix("/aligner") for name in usable}
+        return sorted(name if short[name] in self._stored else short[name] for name in usable)
+
+    def _file(self, name: str) -> str:
+        """Path of an Aligner's file in the folder, without `.safetensors`: its name, or `aligner` in a run's folder.
+
+        Raises:
+            ValueError: it is not to be used.
+        """
+        run = f"{name}/aligner"
+        exists = os.path.isfile  # which takes any name, however long or strange
+        if not exists(self.folder / f"{name}.safetensors") and exists(self.folder / f"{run}.safetensors"):
+            name = run
+        if _is_set_aside(self.folder, name):
+            raise ValueError(f"{name[:100]!r} is of an earlier run or of a search's, which are not Aligners to use")
+        return name
 
     def refresh(self) -> None:
         """Read files that are new or changed, and forget those that are gone."""
-        found = dict(_aligner_files(self.folder))
+        files = _aligner_files(self.folder)
+        found = {name: stamp for name, stamp in files if not _is_set_aside(self.folder, name)}
         for name in self._stored.keys() - found.keys():
             del self._stored[name]
         changed = [
@@ -97,6 +118,7 @@ class AlignerStore:
 
     def _current(self, name: str) -> StoredAligner:
         """What is stored under a name, read again if its file has changed."""
+        name = self._file(name)
         path = self.folder / f"{name}.safetensors"
         is_inside = all(part and not part.startswith(".") for part in name.split("/"))
         try:
@@ -123,6 +145,17 @@ class AlignerStore:
         values = torch.cat([aligner.tokens.data.flatten(), aligner.gates.data.flatten()])
         sizes = info.config["length"], info.config["start_layer"]
         return StoredAligner(stamp, values, *sizes, info.prompt_style and intern(info.prompt_style))
+
+
+def _is_set_aside(folder: Path, name: str) -> bool:
+    """Whether an Aligner is of an earlier run, which a new one has moved away, or of a search for learning rates."""
+    *folders, _ = name.split("/")
+    for i, part in enumerate(folders):
+        if re.fullmatch(r"previous-\d+", part):
+            return True
+        if part == "search" and os.path.isfile(folder.joinpath(*folders[: i + 1], "data", "dataset.json")):
+            return True
+    return False
 
 
 def _aligner_files(folder: Path) -> Iterator[tuple[str, Stamp]]:

@@ -72,6 +72,26 @@ def test_names_do_not_lead_out_of_the_folder(tmp_path, model):
             store.get(name)
 
 
+def test_runs_go_by_their_folders(tmp_path, model):
+    """Those that were moved away, and those of a search, are left out; a file of the folder's name comes first."""
+    files = {"demo/aligner": 1, "both": 2, "both/aligner": 3, "aligner": 4, "demo/previous-1/aligner": 5}
+    files |= {"cmp/search/lr-1/aligner": 6, "cmp/one/aligner": 7, "search/aligner": 8, "demo/best": 9}
+    for name, n in files.items():
+        save_adapter(tmp_path / f"{name}.safetensors", random_aligner(model.config, n), model)
+    (tmp_path / "cmp/search/data").mkdir()
+    (tmp_path / "cmp/search/data/dataset.json").write_text("{}")
+    store = AlignerStore(tmp_path, model)
+    assert store.names() == ["aligner", "both", "both/aligner", "cmp/one", "demo", "demo/best", "search"]
+    lengths = {"demo": 1, "demo/aligner": 1, "both": 2, "both/aligner": 3, "aligner": 4, "cmp/one": 7, "search": 8}
+    assert {name: store.get(name)[0].tokens.size(0) for name in lengths} == lengths
+    for name in ("demo/previous-1", "demo/previous-1/aligner", "cmp/search/lr-1"):
+        with pytest.raises(ValueError, match="of an earlier run or of a search's"):
+            store.get(name)
+    for name in ("../demo", "demo/", "demo//aligner", "x" * 3000, "\ud800", "demo\0"):
+        with pytest.raises(ValueError, match="no Aligner named"):
+            store.get(name)
+
+
 def test_folders_are_needed(tmp_path, model):
     with pytest.raises(FileNotFoundError, match="no such folder of Aligners"):
         AlignerStore(tmp_path / "nowhere", model)
