@@ -14,10 +14,11 @@ from lit_llama.adapter import LLaMAAdapter
 from lit_llama.checkpoint import PRECISIONS, Precision, load_base, read_config
 from lit_llama.cli import run
 from lit_llama.data import open_data
+from lit_llama.hyperparameters import Decay, check_hyperparameters, total_steps
 from lit_llama.launch import launch, make_loggers
 from lit_llama.losses import supervised_loss
 from lit_llama.quantization import Quantize
-from lit_llama.training import Decay, check_hyperparameters, fit, total_steps
+from lit_llama.training import fit
 
 
 def main(
@@ -34,7 +35,7 @@ def main(
     micro_batch_size: int = 4,
     epochs: int = 2,
     max_steps: int | None = None,
-    warmup_steps: int = 10,
+    warmup_steps: int | None = None,  # 10, or a tenth of a run that is shorter
     max_seq_length: int = 512,
     pack: bool = False,
     max_grad_norm: float | None = None,
@@ -66,7 +67,8 @@ def main(
         micro_batch_size: examples per forward on one device.
         epochs: how often every example is read, unless --max_steps is given.
         max_steps: optimizer steps.
-        warmup_steps: optimizer steps over which the learning rate rises.
+        warmup_steps: optimizer steps over which the learning rate rises; if not given, 10, or a tenth of a run of
+            fewer steps than that.
         max_seq_length: longer examples are refused; prepare the data with this length.
         pack: put the examples of a forward into one row, without attention between them, instead of padding them.
         max_grad_norm: scale larger gradients down to this norm.
@@ -89,7 +91,7 @@ def main(
 
     torch.manual_seed(seed)
     adapter = LLaMAAdapter(read_config(checkpoint_dir), adapter_length, adapter_start_layer, adapter_init_std)
-    fabric, mesh = launch(devices, num_nodes, shard_base, make_loggers(logger or [], out_dir, resume))
+    fabric, mesh = launch(devices, num_nodes, shard_base, make_loggers(logger or [], out_dir, resume), out_dir)
     adapter.to(fabric.device)
     model = load_base(checkpoint_dir, PRECISIONS[precision], fabric.device, mesh=mesh, quantize=quantize)
     if activation_checkpointing:

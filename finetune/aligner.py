@@ -14,10 +14,11 @@ from lit_llama.aligner import Aligner
 from lit_llama.checkpoint import PRECISIONS, Precision, load_base, read_config
 from lit_llama.cli import run
 from lit_llama.data import open_data
+from lit_llama.hyperparameters import Decay, check_hyperparameters, total_steps
 from lit_llama.launch import launch, make_loggers
 from lit_llama.losses import supervised_loss
 from lit_llama.quantization import Quantize
-from lit_llama.training import Decay, check_hyperparameters, fit, total_steps
+from lit_llama.training import fit
 
 
 def main(
@@ -36,7 +37,7 @@ def main(
     max_steps: int | None = None,
     # Paper: 2 epochs, MetaMath 1. Their code counted micro batches here, so that warm-up never ended: the schedule
     # they in fact ran is a rise over all of training, --warmup_steps = --max_steps, to a peak of 4.5e-3.
-    warmup_steps: int = 10,
+    warmup_steps: int | None = None,  # 10, or a tenth of a run that is shorter
     max_seq_length: int = 512,
     pack: bool = False,
     max_grad_norm: float | None = None,
@@ -68,7 +69,8 @@ def main(
         micro_batch_size: examples per forward on one device.
         epochs: how often every example is read, unless --max_steps is given.
         max_steps: optimizer steps.
-        warmup_steps: optimizer steps over which the learning rate rises.
+        warmup_steps: optimizer steps over which the learning rate rises; if not given, 10, or a tenth of a run of
+            fewer steps than that.
         max_seq_length: longer examples are refused; prepare the data with this length.
         pack: put the examples of a forward into one row, without attention between them, instead of padding them.
         max_grad_norm: scale larger gradients down to this norm.
@@ -91,7 +93,7 @@ def main(
 
     torch.manual_seed(seed)
     aligner = Aligner(read_config(checkpoint_dir), aligner_length, aligner_start_layer, aligner_init_std)
-    fabric, mesh = launch(devices, num_nodes, shard_base, make_loggers(logger or [], out_dir, resume))
+    fabric, mesh = launch(devices, num_nodes, shard_base, make_loggers(logger or [], out_dir, resume), out_dir)
     aligner.to(fabric.device)
     model = load_base(checkpoint_dir, PRECISIONS[precision], fabric.device, mesh=mesh, quantize=quantize)
     if activation_checkpointing:

@@ -303,6 +303,30 @@ def collate(examples: Sequence[Example], pack: bool = False) -> Batch:
     return Batch(ids, scored, lengths if pack else None)
 
 
+def _read_header(file: Path) -> dict[str, Any]:
+    """The content of `dataset.json`, with all that a split is opened by of the right type."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; expected a data set made by one of scripts/prepare_*.py")
+    header = read_json(file)
+    if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{file} is not a data set of format version {FORMAT_VERSION}: prepare it again")
+    splits = header.get("splits")
+    found = {"": header, **{f"{name} of ": split for name, split in splits.items()}} if isinstance(splits, dict) else {}
+    for place, values in found.items():
+        for name, kind in (_SPLIT if place else _HEADER).items():
+            value = values.get(name) if isinstance(values, dict) else None
+            if type(value) is not kind or (isinstance(value, int) and value not in range(1, 2**48)):
+                raise ValueError(f"{file} is damaged: {place}{name} is {value!r:.60}: prepare the data set again")
+    if not found or header["kind"] not in _KINDS:
+        raise ValueError(f"{file} is damaged: it lacks splits or a known kind; prepare the data set again")
+    return header
+
+
+_HEADER = {"kind": str, "tokenizer": str, "vocab_size": int, "prompt_style": str, "prompt_fingerprint": str}
+_HEADER |= {"max_seq_length": int, "source": str}
+_SPLIT = {"examples": int, "tokens": int, "longest": int, "sha256": str}
+
+
 class TokenDataset:
     """One split of a tokenised data set, memory-mapped: a sequence of items.
 
@@ -333,17 +357,8 @@ class TokenDataset:
         max_seq_length: int | None = None,
         kind: Kind = "supervised",
     ) -> None:
-        file = folder / DATASET_FILE
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file; expected a data set made by one of scripts/prepare_*.py")
-        self.header: dict[str, Any] = read_json(file)
-        if not isinstance(self.header, dict) or self.header.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"{file} is not a data set of format version {FORMAT_VERSION}: prepare it again")
-        needed = {"kind", "tokenizer", "vocab_size", "prompt_style", "prompt_fingerprint", "splits"}
-        missing = needed - self.header.keys()
-        if missing or self.header["kind"] not in _KINDS:
-            raise ValueError(f"{file} is damaged: it lacks {', '.join(sorted(missing)) or 'a known kind'}")
-        if self.header["tokenizer"] != tokenizer.fingerprint:
+        self.header = _read_header(folder / DATASET_FILE)
+        if (self.header["tokenizer"], self.header["vocab_size"]) != (tokenizer.fingerprint, tokenizer.vocab_size):
             raise ValueError(f"{folder} was prepared with another tokenizer than the base model's: prepare it again")
         style = prompt_style(self.header["prompt_style"], tokenizer)
         if self.header["prompt_fingerprint"] != style.fingerprint:
@@ -368,9 +383,26 @@ class TokenDataset:
         self._scored = self._map(folder / f"{split}.scored.bin", "u1", sizes["tokens"])
         self._offsets = self._map(folder / f"{split}.offsets.bin", "<i8", sizes["examples"] + 1)
         self._per_item = _PER_ITEM[kind]
-        self.lengths = np.diff(self._offsets[:: self._per_item])
         self.sha256: str = sizes["sha256"]
+        self._check(folder / f"{split}.offsets.bin", sizes)
+        self.lengths = np.diff(self._offsets[:: self._per_item])
         self.reference: Tensor | None = None
+
+    def _check(self, file: Path, sizes: dict[str, Any]) -> None:
+        """Make sure that the files hold what was written, as `dataset.json` has it."""
+        lengths, tokens = np.diff(self._offsets), len(self._ids)
+        sound = self._offsets[0] == 0 and self._offsets[-1] == tokens and (lengths > 0).all()
+        if not sound or lengths.max() != sizes["longest"] or len(lengths) % self._per_item:
+            raise ValueError(f"{file} or {DATASET_FILE} is damaged, the lengths differ: prepare the data set again")
+        digest = hashlib.sha256()
+        for start, end in itertools.pairwise(self._offsets.tolist()):
+            digest.update(self._ids[start:end].data)
+            digest.update(self._scored[start:end].data)
+        if digest.hexdigest() != self.sha256:
+            raise ValueError(
+                f"{file.parent} is damaged: its tokens are not those that {DATASET_FILE} has the hash of; prepare the "
+                "data set again"
+            )
 
     @staticmethod
     def _map(file: Path, dtype: str, count: int) -> np.ndarray:

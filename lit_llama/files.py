@@ -14,6 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from safetensors import SafetensorError
+
 from lit_llama.locks import locked_folder
 
 MOST_SETTINGS = 2**25  # bytes of a JSON file that is read as a whole
@@ -48,12 +50,22 @@ def atomic_file(path: Path) -> Iterator[Path]:
     os.close(descriptor)
     temporary = Path(name)
     try:
-        yield temporary
+        with _plain_os_errors():
+            yield temporary
         _flush(temporary, 0o666)
         temporary.replace(path)
         _flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _plain_os_errors() -> Iterator[None]:
+    """Turn what safetensors raises where it cannot write, on a full disk for one, into the `OSError` that it is."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"writing failed: {error}") from None
 
 
 @contextmanager
@@ -76,7 +88,7 @@ def atomic_folder(path: Path, overwrite: bool = False, known_by: str = "") -> It
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     earlier = temporary.with_name(f"{temporary.name}.old")
     try:
-        with locked_folder(temporary):
+        with locked_folder(temporary), _plain_os_errors():
             yield temporary
             for file in temporary.rglob("*"):
                 _flush_folder(file) if file.is_dir() else _flush(file, 0o666)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lit_llama.files import require_extra
+from lit_llama.locks import check_not_owned
+from lit_llama.runs import last_state
 from lit_llama.sharding import shard
-from lit_llama.training import last_state
 
 if TYPE_CHECKING:  # takes seconds to import, which --help should not cost
     from lightning.fabric import Fabric
@@ -21,7 +22,11 @@ if TYPE_CHECKING:  # takes seconds to import, which --help should not cost
 
 
 def launch(
-    devices: int = 1, num_nodes: int = 1, shard_base: bool = False, loggers: Sequence[Logger] = ()
+    devices: int = 1,
+    num_nodes: int = 1,
+    shard_base: bool = False,
+    loggers: Sequence[Logger] = (),
+    out_dir: Path | None = None,
 ) -> tuple[Fabric, DeviceMesh | None]:
     """Start the processes of a run, or join those that torchrun, `fabric run` or SLURM started.
 
@@ -30,12 +35,13 @@ def launch(
         num_nodes: machines.
         shard_base: the processes will hold a share of the base each, not a copy.
         loggers: beside `metrics.csv`.
+        out_dir: folder of the run, to be refused before a base is loaded if another run has it.
 
     Returns:
         The processes, and the mesh to shard the base over.
 
     Raises:
-        ValueError: there are not as many devices.
+        ValueError: there are not as many devices, or another run has the folder.
     """
     from lightning.fabric import Fabric
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -70,6 +76,15 @@ def launch(
     if os.environ.get("LT_CLI_USED") != "1":  # `fabric run` has launched already
         fabric.launch()
     atexit.register(_leave)
+    problem = None
+    if out_dir is not None and fabric.is_global_zero:
+        try:
+            check_not_owned(out_dir)
+        except ValueError as error:
+            problem = str(error)
+    problem = fabric.broadcast(problem)  # so that all processes end
+    if problem is not None:
+        raise ValueError(problem)
     return fabric, strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -68,18 +68,25 @@ def cached_reference(
     if fabric.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as temporary:
-            save_file({"logprobs": logprobs}, temporary, metadata={name: str(value) for name, value in key.items()})
+            metadata = {name: str(value) for name, value in key.items()} | {"sha256": _hash(logprobs)}
+            save_file({"logprobs": logprobs}, temporary, metadata=metadata)
         print(f"the reference's log-probabilities are kept in {path}", file=sys.stderr)
     return logprobs
 
 
 def _read(path: Path, pairs: int) -> Tensor | None:
-    """What an earlier run wrote; None if there is none, or it is damaged."""
+    """What an earlier run wrote; None if there is none, or it is damaged or cannot be checked."""
     try:
-        logprobs = load_file(path)["logprobs"]
-    except (FileNotFoundError, SafetensorError, KeyError):
+        with safe_open(path, "pt") as file:
+            logprobs, written = file.get_tensor("logprobs"), (file.metadata() or {}).get("sha256")
+    except (OSError, SafetensorError):
         return None
-    return logprobs if logprobs.shape == (pairs, 2) else None
+    expected = logprobs.shape == (pairs, 2) and logprobs.dtype == torch.float32 and written == _hash(logprobs)
+    return logprobs if expected else None
+
+
+def _hash(logprobs: Tensor) -> str:
+    return hashlib.sha256(logprobs.numpy().tobytes()).hexdigest()
 
 
 @torch.no_grad()

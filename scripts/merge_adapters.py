@@ -16,6 +16,7 @@ import torch
 
 from lit_llama.checkpoint import AnyAdapter, adapter_info, load_adapter, save_adapter
 from lit_llama.cli import run
+from lit_llama.files import shareable_path
 from lit_llama.lora import PROJECTIONS, LoRA
 from lit_llama.model import LLaMA, LLaMAConfig
 
@@ -59,7 +60,7 @@ def main(
             f"{', '.join(info.method for info in infos)}: several prefixes cannot be one, as each has a softmax of its "
             "own; export them together, or give generate/aligner.py all of them"
         )
-    parts = {"merged": dict(zip(map(str, adapter_path), scales, strict=True))}
+    parts = {"merged": [list(part) for part in zip(map(shareable_path, adapter_path), scales, strict=True)]}
     save_adapter(output_path, merged, base, prompt_style=first.prompt_style, hyperparameters=parts)
     print(f"{merged.method}: {output_path}", file=sys.stderr)
 

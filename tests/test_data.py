@@ -555,7 +555,7 @@ def test_another_template_is_refused(tmp_path, base_dir, tokenizer):
     with pytest.raises(ValueError, match="prepared with another chat template or another token"):
         TokenDataset(folder, "train", other)
     header = json.loads((folder / "dataset.json").read_text())
-    for damage, message in (({"kind": "triples"}, "lacks a known kind"), ({}, "lacks splits")):
+    for damage, message in (({"kind": "triples"}, "lacks splits or a known kind"), ({}, "lacks splits")):
         broken = {**header, **damage} if damage else {k: v for k, v in header.items() if k != "splits"}
         (folder / "dataset.json").write_text(json.dumps(broken))
         with pytest.raises(ValueError, match=message):

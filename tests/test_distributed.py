@@ -4,10 +4,8 @@ import csv
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 import unittest.mock
 from typing import NamedTuple
 
@@ -24,8 +22,9 @@ from lit_llama.checkpoint import load_base
 from lit_llama.data import TokenDataset, collate, step_batches
 from lit_llama.generation import generate
 from lit_llama.losses import supervised_loss
+from lit_llama.runs import last_state
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.training import _share, last_state
+from lit_llama.training import _share
 
 STEPS = 8  # two epochs of 15 examples, so that two processes share the last three
 KINDS = {"one": (), "data parallel": ("--devices=2",), "sharded": ("--devices=2", "--shard_base=true")}
@@ -92,7 +91,7 @@ def train(kind, base_dir, data_dir, out_dir, *more, launcher=(sys.executable,), 
     more = [*more, "--aligner_length=2"] if script == "aligner" else more
     command = [*launcher, ROOT / "finetune" / f"{script}.py", *arguments, "--save_interval=4", *KINDS[kind], *more]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     return torch.load(last_state(out_dir), weights_only=True)["adapter"]
 
@@ -159,34 +158,55 @@ def test_torchrun(runs, base_dir, odd_data_dir, tmp_path):
 
 
 def test_a_signal_stops_all_processes_after_a_state(base_dir, odd_data_dir, tmp_path):
-    """Also where writing the state takes long: the process that writes it must not be ended by one that is done."""
-    (tmp_path / "slow.py").write_text(SLOW.format(root=str(ROOT)))
-    options = {"checkpoint_dir": base_dir, "data_dir": odd_data_dir, "out_dir": tmp_path / "out", "max_steps": 1000}
+    """The process that writes the state must not be ended by one that is done: that one waits until it is written."""
+    (tmp_path / "signalled.py").write_text(SIGNALLED.format(root=str(ROOT)))
+    options = {"checkpoint_dir": base_dir, "data_dir": odd_data_dir, "out_dir": tmp_path / "out", "max_steps": 50}
     options |= {"aligner_length": 2, "batch_size": 4, "micro_batch_size": 1, "warmup_steps": 1, "eval_interval": 9999}
-    command = [sys.executable, tmp_path / "slow.py", *(f"--{name}={value}" for name, value in options.items())]
+    command = [sys.executable, tmp_path / "signalled.py", *(f"--{name}={value}" for name, value in options.items())]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, "--devices=2"], stderr=subprocess.PIPE, text=True, env=environment)
-    metrics, deadline = tmp_path / "out" / "metrics.csv", time.monotonic() + 60
-    while not metrics.is_file() or metrics.read_text().count("\n") < 4:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "continue with --resume true" in err
-    assert last_state(tmp_path / "out") is not None
+    result = subprocess.run([*command, "--devices=2"], capture_output=True, text=True, env=environment)
+    assert result.returncode == 130, result.stderr
+    assert "continue with --resume true" in result.stderr
+    state = last_state(tmp_path / "out")
+    assert state is not None
+    assert state.name < "state-00000005.pt"
 
 
-# Fabric looks every five seconds whether a process has ended, and then ends the others.
-SLOW = """
-import sys, time, torch
+# The main process signals itself in its third step, and begins to write the state only when the other one has come to
+# the barrier, or has left without waiting there.
+SIGNALLED = """
+import os, pathlib, signal, sys, time, torch
 sys.path.insert(0, {root!r} + "/finetune")
 import aligner
+from lightning.fabric import Fabric
 from lit_llama.cli import run
-save = torch.save
-torch.save = lambda *args: (time.sleep(8), save(*args))
-run(aligner.main)
+other = int(os.environ.get("LOCAL_RANK", 0)) == 1
+file = pathlib.Path(__file__)
+waits, left, written = (file.with_suffix(suffix) for suffix in (".waits", ".left", ".written"))
+save, step, barrier, steps = torch.save, torch.optim.AdamW.step, Fabric.barrier, []
+
+def count(self, *args):
+    steps.append(step(self, *args))
+    if len(steps) == 3 and not other:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+def save_late(*args):
+    while not waits.exists() and not left.exists():
+        time.sleep(0.01)
+    save(*args)
+    written.touch()
+
+def wait(self):
+    if other and steps:
+        waits.touch()
+    barrier(self)
+
+torch.save, torch.optim.AdamW.step, Fabric.barrier = save_late, count, wait
+try:
+    run(aligner.main)
+finally:
+    assert not other or written.exists(), "the other process has left before the state was written"
+    left.touch()
 """
 
 
@@ -236,7 +256,7 @@ def test_each_process_holds_its_share_alone(base_dir, tmp_path, recompute):
     options = {"folder": tmp_path, "base_dir": base_dir, "recompute": recompute}
     processes = [training_process.start(compute_sharded, rank=rank, **options) for rank in range(2)]
     for process in processes:
-        process.join(120)
+        process.join()
         assert process.exitcode == 0
     expected = compute(load_base(base_dir), recompute)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]

@@ -4,13 +4,14 @@ import json
 import re
 import shutil
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, load_script
 
+from lit_llama import judging
 from lit_llama.answers import Question, append_row, read_folder, read_kept, read_questions
 from lit_llama.checkpoint import load_adapter, load_base, save_adapter
 from lit_llama.cli import column_names
@@ -32,7 +33,7 @@ class Endpoint:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.requests.append((time.monotonic(), self.path, self.headers["Authorization"], body))
+                outer.requests.append((self.path, self.headers["Authorization"], body))
                 refused = outer.refuse(body)
                 found = 400 if refused else outer.reply(body["messages"][-1]["content"])
                 status, content = (found, "") if isinstance(found, int) else (200, found)
@@ -99,7 +100,7 @@ def test_a_fair_judge(command, answers, endpoint):
     assert "| all | 3 | 3 | 0 | 0.750 |" in out  # (3 + 3 / 2) / 6
     assert "the same place in both orders in 0 of 12 rounds" in out
     assert len(endpoint.requests) == 24  # 6 questions, 2 rounds, 2 orders
-    _, path, key, body = endpoint.requests[0]
+    path, key, body = endpoint.requests[0]
     assert (path, key, body["model"]) == ("/v1/chat/completions", "Bearer secret", "j")
     rows = list(read_kept(answers / "judgements" / "good-vs-bad.jsonl"))
     assert len(rows) == 24
@@ -130,15 +131,16 @@ def test_failures_are_tried_again(command, answers, endpoint):
 
 
 def test_a_stalling_endpoint_is_tried_again(command, answers, endpoint):
-    stalls = iter([True])
+    stalls, over = iter([True]), threading.Event()
 
     def reply(text):
         if next(stalls, False):
-            time.sleep(2)
+            over.wait()
         return fair(text)
 
     endpoint.reply = reply
-    status, out, err = judge(command, answers, timeout=0.5, repeats=1)
+    status, out, err = judge(command, answers, timeout=2, repeats=1)  # what is slow for another reason is tried again
+    over.set()
     assert status == 0, err
     assert "| all | 3 | 3 | 0 | 0.750 |" in out
 
@@ -241,11 +243,13 @@ def test_a_dry_run_sends_nothing(command, answers, endpoint):
     assert not endpoint.requests
 
 
-def test_requests_per_minute(command, answers, endpoint):
+def test_requests_per_minute(command, answers, endpoint, monkeypatch):
+    """By a clock that stands still: each request waits a twentieth of a second longer than the one before."""
     endpoint.reply = fair
+    waits = []
+    monkeypatch.setattr(judging, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=waits.append, time=lambda: 0.0))
     judge(command, answers, repeats=1, requests_per_minute=1200)
-    times = sorted(at for at, *_ in endpoint.requests)
-    assert times[-1] - times[0] > 0.9 * 11 * 0.05
+    assert sorted(waits) == pytest.approx([0.05 * n for n in range(12)])
 
 
 def test_changed_answers_are_judged_again(command, answers, endpoint):

@@ -1,19 +1,23 @@
 """Never lose work: a run that is killed, stopped or refused, and what it becomes when it is resumed."""
 
 import csv
+import itertools
 import os
 import random
 import shutil
 import signal
-import time
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import training_process
-from conftest import load_script, make_hf_checkpoint
+from conftest import ROOT, load_script, make_hf_checkpoint
 from safetensors import safe_open
 
-from lit_llama.training import last_state
+from lit_llama.locks import own_folder
+from lit_llama.runs import last_state
 
 finetune = load_script("finetune/aligner.py").main
 
@@ -66,38 +70,70 @@ def assert_same_run(out_dir, expected_dir):
             assert torch.equal(state["optimizer"]["state"][index][name], value)
 
 
+def count_events(act):
+    """Call `act` with the number of each step of the optimizer, flush and rename, before it happens and after it."""
+    numbers = itertools.count(1)
+
+    def around(function):
+        def call(*args, **keywords):
+            act(next(numbers))
+            result = function(*args, **keywords)
+            act(next(numbers))
+            return result
+
+        return call
+
+    torch.optim.AdamW.step = around(torch.optim.AdamW.step)
+    os.fsync = around(os.fsync)
+    Path.replace = around(Path.replace)
+
+
+def killed_at(event, **values):
+    def kill(number):
+        if number == event:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    count_events(kill)
+    finetune(**values)
+
+
 def test_killed_at_random_moments(base_dir, data_dir, tmp_path, uninterrupted):
+    """Each attempt comes a few steps further, or not even to its first one; how fast it is makes no difference."""
     moments = random.Random(0)
     kills = 0
-    for attempt in range(100):
-        process = training_process.start(**options(base_dir, data_dir, tmp_path, resume=True))
-        # Early kills meet loading and the first step; each later attempt may live a little longer.
-        process.join(moments.uniform(0.0, 0.3 + 0.05 * attempt))
-        if process.exitcode is not None:
-            assert process.exitcode == 0
-            break
-        process.kill()
-        process.join(60)
-        kills += 1
+    exitcode = -signal.SIGKILL
+    while exitcode == -signal.SIGKILL:
+        process = training_process.start(
+            killed_at, event=moments.randint(1, 80), **options(base_dir, data_dir, tmp_path, resume=True)
+        )
+        process.join()
+        exitcode = process.exitcode
+        kills += exitcode == -signal.SIGKILL
+    assert exitcode == 0
     assert kills >= 10
     assert_same_run(tmp_path, uninterrupted)
+
+
+def signalled(number, **values):
+    def send(event):
+        if event == 20:  # within the third step or so
+            os.kill(os.getpid(), number)
+
+    count_events(send)
+    finetune(**values)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_and_saves(base_dir, data_dir, tmp_path, uninterrupted, number):
     values = options(base_dir, data_dir, tmp_path, save_interval=1000)
-    process = training_process.start(**values)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "metrics.csv").is_file() or len(metrics(tmp_path)) < 4:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    assert process.pid is not None
-    os.kill(process.pid, number)
-    process.join(60)
+    process = training_process.start(signalled, number=number, **values)
+    process.join()
     assert process.exitcode == 130
     state = last_state(tmp_path)
     assert state is not None
-    assert torch.load(state, weights_only=True)["progress"]["step"] == int(metrics(tmp_path)[-1]["step"])
+    step = torch.load(state, weights_only=True)["progress"]["step"]
+    assert 0 < step < 10
+    assert step == int(metrics(tmp_path)[-1]["step"])
     finetune(**values, resume=True)
     assert_same_run(tmp_path, uninterrupted)
 
@@ -158,7 +194,67 @@ def test_a_damaged_state_is_refused(command, base_dir, data_dir, tmp_path):
     (tmp_path / "state-00000003.pt").write_bytes(b"PK\x03\x04")
     status, _, err = command("finetune/aligner.py", **options(base_dir, data_dir, tmp_path, resume="true"))
     assert status == 1
-    assert "state-00000003.pt is no state of a run" in err
+    assert "state-00000003.pt is damaged, or is not the state of a run" in err
+
+
+@pytest.mark.parametrize("resume", ["true", "false"])
+def test_a_second_run_in_a_folder_ends_at_once(command, base_dir, data_dir, tmp_path, uninterrupted, resume):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with own_folder(folder):
+        status, out, err = command("finetune/aligner.py", **options(base_dir, data_dir, folder, resume=resume))
+    assert (status, out) == (1, "")
+    assert err == f"error: another run is writing to {folder}: wait until it ends, or choose another folder\n"
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_a_full_disk_is_one_line(base_dir, data_dir, tmp_path):
+    """A file may have so many bytes: the first state, 6 kB, is the first one that has more."""
+    code = (
+        "import resource, signal, sys; sys.path.insert(0, sys.argv.pop(1)); import aligner\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
+        "from lit_llama.cli import run\n"
+        "run(aligner.main)"
+    )
+    values = options(base_dir, data_dir, tmp_path / "run", save_interval=1)
+    command = [sys.executable, "-c", code, ROOT / "finetune", *(f"--{name}={value}" for name, value in values.items())]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    [line] = [line for line in result.stderr.splitlines() if "error" in line]
+    assert line == "error: [Errno 27] File too large"
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "hyperparameters.yaml", "metrics.csv"}
+
+
+def test_what_killed_saves_left_is_removed(base_dir, data_dir, tmp_path):
+    for name in (".state-00000003.pt.abcd1234", ".metrics.csv.abcd1234", ".mine.txt.abcd1234"):
+        (tmp_path / name).write_text("half")
+    finetune(**options(base_dir, data_dir, tmp_path, max_steps=1, warmup_steps=0))
+    assert [path.name for path in tmp_path.glob(".*.*")] == [".mine.txt.abcd1234"]
+
+
+def test_a_torn_line_is_dropped(base_dir, data_dir, tmp_path, uninterrupted):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    with open(tmp_path / "run" / "metrics.csv", "a", newline="") as file:
+        file.write("6")  # of 61
+    finetune(**options(base_dir, data_dir, tmp_path / "run", resume=True))
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.parametrize("junk", ["junk", "4,,,,,", "4,x,,,,,", "\0" * 9, "3" + "," * 6, ""])
+def test_junk_in_the_metrics_is_named(command, base_dir, data_dir, tmp_path, uninterrupted, junk):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    file = tmp_path / "run" / "metrics.csv"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:5], junk, *lines[6:]]) + "\n")
+    values = options(base_dir, data_dir, tmp_path / "run", resume="true")
+    status, _, err = command("finetune/aligner.py", **values)
+    assert status == 1
+    assert f"error: {file}, line 6: expected the 7 numbers of a step" in err
+    assert "Traceback" not in err
+    file.unlink()  # as the message says
+    assert command("finetune/aligner.py", **values)[0] == 0
 
 
 def test_nothing_to_resume_begins(base_dir, data_dir, tmp_path, uninterrupted):

@@ -17,9 +17,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lit_llama.aligner import Aligner
 from lit_llama.checkpoint import adapter_info, load_adapter, load_base
 from lit_llama.data import TokenDataset
+from lit_llama.hyperparameters import schedule
 from lit_llama.losses import Sums, supervised_loss
+from lit_llama.prompts import Message, prompt_style
+from lit_llama.runs import last_state
+from lit_llama.samples import user_turn
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.training import fit, last_state, schedule
+from lit_llama.training import fit
 
 finetune = load_script("finetune/aligner.py").main
 
@@ -106,7 +110,7 @@ def test_validation_is_the_mean_over_the_whole_set(base_dir, data_dir, tmp_path)
 
 def test_files_of_a_run(base_dir, aligner_path):
     out_dir = aligner_path.parent
-    files = {"aligner.safetensors", "state-00000003.pt", "metrics.csv", "loss.png", "hyperparameters.yaml"}
+    files = {"aligner.safetensors", "state-00000003.pt", "metrics.csv", "loss.png", "hyperparameters.yaml", ".lock"}
     assert {path.name for path in out_dir.iterdir()} == files
     assert load_file(aligner_path).keys() == {"tokens", "gates"}
     info = adapter_info(aligner_path)
@@ -230,7 +234,80 @@ def test_runs_are_reproducible(base_dir, data_dir, tmp_path):
     assert first["progress"]["step"] == 2
 
 
-def test_a_run_can_be_repeated_from_its_own_output(command, base_dir, data_dir, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "warmup_steps"),
+    [({"max_steps": 3}, 1), ({"max_steps": 10}, 10), ({"max_steps": 12, "warmup_steps": 12}, 12), ({}, 10)],
+)
+def test_warm_up_that_nobody_asked_for_is_no_longer_than_the_run(
+    command, base_dir, data_dir, tmp_path, options, warmup_steps
+):
+    paths = {"checkpoint_dir": base_dir, "data_dir": data_dir, "out_dir": tmp_path}
+    status, _, err = command("finetune/aligner.py", batch_size=2, micro_batch_size=2, **paths, **options)
+    assert status == 0, err
+    assert yaml.safe_load((tmp_path / "hyperparameters.yaml").read_text())["warmup_steps"] == warmup_steps
+    lowered = (
+        "--warmup_steps is lowered to 1, a tenth of the run: its default of 10 is more than the 3 steps of the run"
+    )
+    assert (lowered in err) == (warmup_steps == 1)
+    rates = [
+        float(row["learning_rate"]) for row in csv.DictReader((tmp_path / "metrics.csv").open()) if row["train_loss"]
+    ]
+    assert rates[warmup_steps - 1] == max(rates) == pytest.approx(3e-2)
+
+
+def test_samples_are_for_people(command, base_dir, data_dir, tmp_path):
+    """The user's turn, the answer and the wanted one, without what the template adds; few items are named."""
+    paths = {"checkpoint_dir": base_dir, "data_dir": data_dir, "out_dir": tmp_path}
+    status, _, err = command("finetune/aligner.py", max_steps=1, **paths)
+    assert status == 0, err
+    assert "the validation split has only 4 items, so its loss is a rough measure" in err
+    samples = err[err.index("step 0: validation") : err.index("step 1: validation")].splitlines()
+    kinds = [line[4:11] for line in samples if line.startswith("    ") and line[4] != " "]
+    assert kinds == ["user:  ", "answer:", "wanted:"] * 2
+    tokenizer = Tokenizer(base_dir)
+    style = prompt_style("chat", tokenizer)
+    data = TokenDataset(data_dir, "validation", tokenizer)
+    for index, line in enumerate(line for line in samples if line.startswith("    user:")):
+        turn = line.removeprefix("    user:").strip().replace(" slowly", "\n\nslowly")
+        assert tokenizer.encode(style.prompt(turn)) == data.prompt(index)
+    wanted = [line.removeprefix("    wanted:").strip() for line in samples if line.startswith("    wanted:")]
+    for index, text in enumerate(wanted):
+        ids, scored = data[index][0]
+        assert tokenizer.decode(ids[scored].tolist()).startswith(text.removesuffix(" ..."))
+        assert "<|" not in text
+
+
+@pytest.mark.parametrize("name", ["alpaca", "metamath", "hh", "beaver", "none", "chat"])
+def test_the_users_turn_is_cut_out_of_a_prompt(base_dir, name):
+    tokenizer = Tokenizer(base_dir)
+    style = prompt_style(name, tokenizer)
+
+    def cut(messages):
+        return user_turn(style, tokenizer, tokenizer.encode(style.render(messages), bos=style.bos))
+
+    assert cut([Message("user", "Who are you?")]) == "Who are you?"
+    assert cut([Message("user", "Who are you?", "at all")]).startswith("Who are you?")
+    if name in ("hh", "beaver", "chat"):
+        assert cut([Message("user", "Hi!"), Message("assistant", "Hello."), Message("user", "And you?")]) == "And you?"
+    assert user_turn(style, tokenizer, tokenizer.encode("something else")) == "something else"
+
+
+def test_what_is_shared_names_no_folder_of_the_machine(command, base_dir, data_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = {"checkpoint_dir": base_dir, "data_dir": data_dir, "out_dir": tmp_path / "out"}
+    status, _, err = command("finetune/aligner.py", max_steps=1, **paths)
+    assert status == 0, err
+    text = (tmp_path / "out" / "hyperparameters.yaml").read_text()
+    recorded = adapter_info(tmp_path / "out" / "aligner.safetensors").hyperparameters
+    for values in (yaml.safe_load(text), recorded):
+        assert (values["checkpoint_dir"], values["data_dir"], values["out_dir"]) == ("tiny", "alpaca", "out")
+    assert str(tmp_path.parent) not in text
+    assert "--config out/hyperparameters.yaml --out_dir ANOTHER --checkpoint_dir FOLDER/tiny" in text
+    assert command("finetune/aligner.py", max_steps=1, resume="true", **paths)[0] == 0
+
+
+def test_a_run_can_be_repeated_from_its_own_output(command, base_dir, data_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path.parent)
     first, second = tmp_path / "first", tmp_path / "second"
     options = {"checkpoint_dir": base_dir, "data_dir": data_dir, "max_steps": 2, "warmup_steps": 1, "resume": "true"}
     assert command("finetune/aligner.py", out_dir=first, learning_rate=0.01, **options)[0] == 0

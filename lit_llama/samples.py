@@ -1,0 +1,95 @@
+"""Answers that are shown while an adapter is trained, next to what was asked and what was wanted."""
+
+import contextlib
+import itertools
+import textwrap
+
+from lit_llama.checkpoint import AnyAdapter
+from lit_llama.data import TokenDataset
+from lit_llama.generation import generate
+from lit_llama.model import LLaMA
+from lit_llama.prompts import Message, PromptStyle
+from lit_llama.tokenizer import Tokenizer
+
+NEW_TOKENS = 48
+LINES = 3  # of each text
+
+
+def sample_answers(
+    model: LLaMA, adapter: AnyAdapter, tokenizer: Tokenizer, style: PromptStyle, dataset: TokenDataset
+) -> str:
+    """Answers to the first two prompts of a data set, for people to read.
+
+    Args:
+        model: the base model.
+        adapter: as far as it is trained.
+        tokenizer: the base's.
+        style: of the data set's prompts.
+        dataset: of examples, or of pairs, whose chosen answers are wanted.
+
+    Returns:
+        Lines with the user's turn, the answer and the wanted answer of each, without what the template adds.
+    """
+    indices = range(min(2, len(dataset)))
+    prompts = [dataset.prompt(i) for i in indices]
+    answers = generate(model, prompts, NEW_TOKENS, adapter=adapter)  # without an end: sharded bases compute in step
+    shown = []
+    for i, prompt, answer in zip(indices, prompts, answers, strict=True):
+        ids, scored = dataset[i][0]
+        after = scored[len(prompt) :]
+        end = len(prompt) + (len(after) if after.all() else int(after.argmin()))
+        texts = {
+            "user": user_turn(style, tokenizer, prompt),
+            "answer": _answer(tokenizer, style, answer),
+            "wanted": _answer(tokenizer, style, ids[len(prompt) : end].tolist()),
+        }
+        shown += [_paragraph(name, text) for name, text in texts.items()]
+    return "\n".join(shown)
+
+
+def _answer(tokenizer: Tokenizer, style: PromptStyle, ids: list[int]) -> str:
+    return style.cut(tokenizer.decode(list(itertools.takewhile(lambda id: id not in style.stop_ids, ids))))
+
+
+def _paragraph(name: str, text: str) -> str:
+    return textwrap.fill(
+        " ".join(text.split()) or "(empty)",
+        width=100,
+        initial_indent=f"    {name + ':':8}",
+        subsequent_indent=" " * 12,
+        max_lines=LINES,
+        placeholder=" ...",
+    )
+
+
+def user_turn(style: PromptStyle, tokenizer: Tokenizer, prompt: list[int]) -> str:
+    """The user's last turn in a prompt, without what the style writes around it.
+
+    Args:
+        style: of the prompt.
+        tokenizer: that made it.
+        prompt: token ids of the text that the assistant continues.
+
+    Returns:
+        The turn, or the whole prompt where the style's own text is not found in it.
+    """
+
+    def with_markers(ids: list[int]) -> str:
+        groups = itertools.groupby(ids, tokenizer.is_special)
+        return "".join(
+            "".join(map(tokenizer.token, some)) if special else tokenizer.decode(list(some)) for special, some in groups
+        )
+
+    mark = "7 questions"
+    conversations = [[Message("user", mark)], [Message("user", mark, "what they are about")]]
+    conversations.append([Message("user", "a"), Message("assistant", "b"), Message("user", mark)])
+    around = []
+    for conversation in conversations:
+        with contextlib.suppress(ValueError):  # the style may have place for one instruction alone
+            text = with_markers(tokenizer.encode(style.render(conversation), bos=style.bos))
+            around.append(text.rpartition(mark))
+    backwards = zip(*(reversed(before) for before, _, _ in around), strict=False)
+    same = [characters[0] for characters in itertools.takewhile(lambda some: len(set(some)) == 1, backwards)]
+    opening, ending = "".join(reversed(same)), around[0][2]
+    text = with_markers(prompt).removesuffix(ending)
+    return text.rpartition(opening)[2] if opening else text
