@@ -426,7 +426,8 @@ def _check_shape(name: str, found: torch.Size, expected: torch.Size, where: str)
 
 def _refuse_names(path: Path | str, missing: set[str], unknown: set[str]) -> NoReturn:
     def some(names: set[str]) -> str:
-        return f"{', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''} ({len(names)} in all)"
+        first = [name if name.isprintable() else ascii(name) for name in sorted(names)[:3]]
+        return f"{', '.join(first)}{', ...' if len(names) > 3 else ''} ({len(names)} in all)"
 
     parts = [f"{word} {some(names)}" for word, names in (("lacks", missing), ("has unknown", unknown)) if names]
     raise ValueError(f"{path}: the weights are not those of the configured model: it {' and '.join(parts)}")

@@ -50,7 +50,8 @@ def open_gguf(path: Path) -> tuple[Any, dict[str, Any]]:
         reader = gguf.GGUFReader(path)
         return reader, {name: field.contents() for name, field in reader.fields.items()}
     except Exception as error:  # on junk the library raises errors of any kind
-        raise ValueError(f"{path} is not a complete GGUF file ({error})") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is not a complete GGUF file ({reason})") from None
 
 
 _BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of a value, by its type
@@ -88,7 +89,7 @@ def _check_lengths(path: Path) -> None:
         at = 8
         tensors, fields = number("Q"), number("Q")
         for _ in range(fields):
-            name = skip(number("Q"), "the name of a field").decode(errors="replace")
+            name = reprlib.repr(skip(number("Q"), "the name of a field").decode(errors="replace"))
             kind, length = number("I"), 1
             if kind == _ARRAY:
                 kind, length = number("I"), number("Q")
@@ -101,7 +102,7 @@ def _check_lengths(path: Path) -> None:
             else:
                 skip(length * _BYTES[kind], name)
         for _ in range(tensors):
-            name = skip(number("Q"), "the name of a tensor").decode(errors="replace")
+            name = reprlib.repr(skip(number("Q"), "the name of a tensor").decode(errors="replace"))
             dimensions = number("I")
             if dimensions > _MOST_DIMENSIONS:
                 raise ValueError(f"{name} has {dimensions} dimensions")
