@@ -157,7 +157,11 @@ def test_an_epoch_reads_each_example_once(tokenizer, tmp_path):
 def test_bad_files(command, tmp_path, base_dir, name, content, message):
     (tmp_path / name).write_bytes(content)
     status, out, err = command(
-        "scripts/prepare_alpaca.py", data_path=tmp_path / name, checkpoint_dir=base_dir, output_dir=tmp_path / "data"
+        "scripts/prepare_alpaca.py",
+        data_path=tmp_path / name,
+        checkpoint_dir=base_dir,
+        output_dir=tmp_path / "data",
+        prompt_style="chat",
     )
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert f"{name}" in err
@@ -428,7 +432,12 @@ def test_what_is_left_out_is_counted(command, tmp_path, base_dir, script, row, m
 )
 def test_malformed_records_are_refused(command, tmp_path, base_dir, script, row, message):
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
-    paths = {"data_path": tmp_path / "a.jsonl", "checkpoint_dir": base_dir, "output_dir": tmp_path / "data"}
+    paths = {
+        "data_path": tmp_path / "a.jsonl",
+        "checkpoint_dir": base_dir,
+        "output_dir": tmp_path / "data",
+        "prompt_style": "chat",
+    }
     status, out, err = command(f"scripts/prepare_{script}.py", **paths)
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert message in err
@@ -576,7 +585,7 @@ def test_another_template_is_refused(tmp_path, base_dir, tokenizer):
 def test_bad_options_of_preparation(command, tmp_path, base_dir, options, message):
     (tmp_path / "a.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 4)
     paths = {"data_path": tmp_path / "a.jsonl", "checkpoint_dir": base_dir, "output_dir": tmp_path / "data"}
-    status, out, err = command("scripts/prepare_alpaca.py", **(paths | options))
+    status, out, err = command("scripts/prepare_alpaca.py", **({"prompt_style": "chat"} | paths | options))
     assert (status != 0, out, err.count("\n")) == (True, "", 1)
     assert message in err
     assert not (tmp_path / "data").exists()
@@ -604,7 +613,9 @@ def test_dataset_out_of_reach_is_said_plainly(command, monkeypatch, tmp_path, ba
         raise ConnectionError("name resolution failed")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
-    status, _, err = command("scripts/prepare_dolly.py", checkpoint_dir=base_dir, output_dir=tmp_path / "data")
+    status, _, err = command(
+        "scripts/prepare_dolly.py", prompt_style="chat", checkpoint_dir=base_dir, output_dir=tmp_path / "data"
+    )
     assert (status, err.count("\n")) == (1, 1)
     assert "databricks-dolly-15k cannot be fetched from the Hugging Face hub (name resolution failed)" in err
     assert "give a local copy of databricks-dolly-15k.jsonl as --data_path" in err
@@ -615,7 +626,12 @@ def test_broken_gzip_and_empty_folder(command, tmp_path, base_dir):
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "empty").mkdir()
     for path, message in (("cut.jsonl.gz", "is not a complete gzip file"), ("empty", "holds no .json, .jsonl")):
-        paths = {"data_path": tmp_path / path, "checkpoint_dir": base_dir, "output_dir": tmp_path / "data"}
+        paths = {
+            "data_path": tmp_path / path,
+            "checkpoint_dir": base_dir,
+            "output_dir": tmp_path / "data",
+            "prompt_style": "chat",
+        }
         status, _, err = command("scripts/prepare_alpaca.py", **paths)
         assert (status, err.count("\n")) == (1, 1)
         assert message in err
