@@ -93,6 +93,11 @@ def write_tokenizer(fields: dict[str, Any], folder: Path, place: object) -> None
         raise ValueError(f"{place}: the vocabulary is damaged ({error})") from None
     if "tokenizer.chat_template" in fields:
         settings["chat_template"] = take(fields, "tokenizer.chat_template", str, place)
+    front = "tokenizer.chat_template."  # of templates with a name
+    named = {key.removeprefix(front): take(fields, key, str, place) for key in fields if key.startswith(front)}
+    if named:
+        named |= {"default": settings["chat_template"]} if "chat_template" in settings else {}
+        settings["chat_template"] = [{"name": name, "template": source} for name, source in named.items()]
     write_json(folder / "tokenizer_config.json", settings)
 
 

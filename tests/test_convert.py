@@ -308,7 +308,8 @@ def bpe_fields(hf_folder, pre="gpt-2"):
         writer.add_token_merges([" ".join(merge) for merge in content["model"]["merges"]])
         writer.add_bos_token_id(dict(vocabulary)["<|endoftext|>"])
         writer.add_eos_token_id(dict(vocabulary)["<|end|>"])
-        writer.add_chat_template("{{ messages[0]['content'] }}")
+        templates = {"default": "{{ messages[0]['content'] }}", "rag": "of documents"}
+        writer.add_chat_template([{"name": name, "template": source} for name, source in templates.items()])
 
     return write
 
@@ -332,7 +333,7 @@ def test_gguf_logits_and_tokenizer(tmp_path, hf_checkpoint):
     assert tokenizer.eos_id == expected.convert_tokens_to_ids("<|end|>")
     assert not tokenizer.adds_bos
     assert_exported_ids(tmp_path / "lit", tmp_path / "export")
-    assert tokenizer.chat_template == "{{ messages[0]['content'] }}"
+    assert tokenizer.chat_templates == {"default": "{{ messages[0]['content'] }}", "rag": "of documents"}
 
 
 def test_gguf_untied_with_the_older_key_of_linear_scaling(tmp_path):
