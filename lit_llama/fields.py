@@ -74,7 +74,7 @@ def check_value(value: Any, name: str, kind: type, least: float | None = None, m
         fits = (
             abs(value) <= sys.float_info.max and (least is None or value >= least) and (most is None or value <= most)
         )
-    if fits and kind is str:
+    if fits and isinstance(value, str):
         fits = not any("\ud800" <= character <= "\udfff" for character in value)  # which no file can hold again
     if not fits:
         raise ValueError(f"{name} is {reprlib.repr(value)}, expected {_expected(kind, least, most)}")
