@@ -16,10 +16,10 @@ from lit_llama.files import atomic_file, write_json
 from lit_llama.forms import FORMS
 from lit_llama.generation import respond
 from lit_llama.inference import WeightOnly
-from lit_llama.model import Adapter
 from lit_llama.prompts import prompt_style
 from lit_llama.quantization import Quantize
 from lit_llama.records import read_records
+from lit_llama.seam import Adapter
 
 
 def main(

@@ -28,8 +28,9 @@ from lit_llama.data import Example, TokenDataset, collate
 from lit_llama.files import read_text
 from lit_llama.inference import WeightOnly
 from lit_llama.losses import response_logprobs
-from lit_llama.model import Adapter, LLaMA
+from lit_llama.model import LLaMA
 from lit_llama.quantization import Quantize
+from lit_llama.seam import Adapter
 from lit_llama.statistics import in_words, percentiles
 
 

@@ -25,9 +25,10 @@ from lit_llama.forms import refuses
 from lit_llama.generation import respond
 from lit_llama.inference import WeightOnly
 from lit_llama.losses import response_logprobs
-from lit_llama.model import Adapter, LLaMA
+from lit_llama.model import LLaMA
 from lit_llama.prompts import Message, PromptStyle
 from lit_llama.quantization import Quantize
+from lit_llama.seam import Adapter
 from lit_llama.tokenizer import Tokenizer
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from lit_llama.checkpoint import Precision
 from lit_llama.cli import open_with_adapters, run
-from lit_llama.combine import Sum
+from lit_llama.combine import WeightedSum
 from lit_llama.data import open_data
 from lit_llama.files import atomic_file, require_extra, write_json
 from lit_llama.forms import FORMS
@@ -84,7 +84,7 @@ def main(
     rows: list[dict[str, float]] = []
     answers: dict[str, list[str]] = {}
     for s in tqdm(scale, desc="scales", leave=False):
-        adapter = Sum((whole, s))
+        adapter = WeightedSum((whole, s))
         row = {"scale": s}
         if validation is not None:
             with torch.no_grad():

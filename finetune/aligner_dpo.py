@@ -26,11 +26,11 @@ from lit_llama.checkpoint import (
 )
 from lit_llama.cli import run
 from lit_llama.data import Batch, open_data
+from lit_llama.dpo_reference import cached_reference
 from lit_llama.hyperparameters import Decay, check_hyperparameters, total_steps
 from lit_llama.launch import launch, make_loggers
-from lit_llama.losses import PREFERENCE_METRICS, PreferenceLoss, Sums, preference_loss, response_logprobs
+from lit_llama.losses import PREFERENCE_METRICS, LossSums, PreferenceLoss, preference_loss, response_logprobs
 from lit_llama.quantization import Quantize
-from lit_llama.reference import cached_reference
 from lit_llama.training import fit
 
 
@@ -142,7 +142,7 @@ def main(
             )
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=weight_decay)
 
-    def measure(batch: Batch) -> Sums:
+    def measure(batch: Batch) -> LossSums:
         reference_logprobs = batch.reference
         if reference_logprobs is None:
             with torch.no_grad():

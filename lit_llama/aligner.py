@@ -11,7 +11,8 @@ attention itself is `lit_llama.model.CausalSelfAttention.prefix_contribution`; t
 import torch
 import torch.nn as nn
 
-from lit_llama.model import LayerAdapter, LayerPrefix, LLaMAConfig
+from lit_llama.config import LLaMAConfig
+from lit_llama.seam import LayerAdapter, LayerPrefix
 
 
 class Aligner(nn.Module):
@@ -33,6 +34,7 @@ class Aligner(nn.Module):
     """
 
     method = "aligner"
+    base_sizes = ("n_layer", "n_head", "n_embd")
 
     def __init__(self, config: LLaMAConfig, length: int = 1, start_layer: int = 2, init_std: float = 0.1) -> None:
         super().__init__()
@@ -41,13 +43,8 @@ class Aligner(nn.Module):
         if not 0 <= start_layer < config.n_layer:
             raise ValueError(f"start layer {start_layer} is not one of the base's layers 0 to {config.n_layer - 1}")
         self.start_layer = start_layer
-        self.sizes = {
-            "n_layer": config.n_layer,
-            "n_head": config.n_head,
-            "n_embd": config.n_embd,
-            "length": length,
-            "start_layer": start_layer,
-        }
+        sizes = {name: getattr(config, name) for name in self.base_sizes}
+        self.sizes = sizes | {"length": length, "start_layer": start_layer}
         self.tokens = nn.Parameter(init_std * torch.randn(length, config.n_embd, dtype=torch.float32))
         self.gates = nn.Parameter(torch.zeros(config.n_layer - start_layer, config.n_head, dtype=torch.float32))
 
@@ -57,3 +54,8 @@ class Aligner(nn.Module):
             return LayerAdapter()
         prefix = LayerPrefix(self.tokens[None], self.gates[None, index - self.start_layer])
         return LayerAdapter((prefix,))
+
+    @torch.no_grad()
+    def scale_(self, scale: float) -> None:
+        """Multiply what is added by a number: 0 is the base model, 1 leaves the adapter as it is."""
+        self.gates.mul_(scale)

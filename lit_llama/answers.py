@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from lit_llama.files import atomic_file, check_file, read_text
 from lit_llama.generation import Request, complete
-from lit_llama.model import Adapter, LLaMA
+from lit_llama.model import LLaMA
 from lit_llama.prompts import Message, PromptStyle
 from lit_llama.records import PACKED_SUFFIXES, TEXT_SUFFIXES, read_records
+from lit_llama.seam import Adapter
 from lit_llama.tokenizer import Tokenizer
 
 QUESTIONS = "question.jsonl"

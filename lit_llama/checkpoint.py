@@ -7,6 +7,7 @@ An adapter is one safetensors file whose metadata say what it is. The Aligner au
 """
 
 import hashlib
+import inspect
 import io
 import json
 import re
@@ -16,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,13 +25,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_llama.adapter import LLaMAAdapter
 from lit_llama.aligner import Aligner
+from lit_llama.bias import Bias
+from lit_llama.config import PRESETS, LLaMAConfig
 from lit_llama.fields import check_list, check_object, check_value, naming, take
 from lit_llama.files import atomic_file, check_file, parse_json, read_json, write_json
 from lit_llama.hf import pairs_from_halves
+from lit_llama.llama_adapter import LLaMAAdapter
 from lit_llama.lora import LoRA
-from lit_llama.model import PRESETS, LLaMA, LLaMAConfig
+from lit_llama.model import LLaMA
 from lit_llama.quantization import Quantize, is_quantized, quantize_layers, quantize_weight
 from lit_llama.safetensors_file import Header, finite, read_tensors
 from lit_llama.sharding import local_rows, shard
@@ -449,12 +452,10 @@ def _infer_config(path: Path, tensors: TensorFiles) -> LLaMAConfig:
 
 
 FORMAT_VERSION = 1
-Method = Literal["aligner", "adapter", "lora"]
-AnyAdapter = Aligner | LLaMAAdapter | LoRA
-METHODS: dict[str, type[AnyAdapter]] = {"aligner": Aligner, "adapter": LLaMAAdapter, "lora": LoRA}
-_PREFIX = ("n_layer", "n_head", "n_embd", "length", "start_layer")
-_UPDATES = ("n_layer", "n_head", "n_embd", "n_kv_head", "head_size", "intermediate_size")
-CONFIGS = {"aligner": _PREFIX, "adapter": _PREFIX, "lora": (*_UPDATES, "r", "alpha", "dropout", "targets")}
+Method = Literal["aligner", "llama_adapter", "lora", "bias"]
+AnyAdapter = Aligner | LLaMAAdapter | LoRA | Bias
+METHODS: dict[str, type[AnyAdapter]] = {"aligner": Aligner, "llama_adapter": LLaMAAdapter, "lora": LoRA, "bias": Bias}
+FORMER_METHODS = {"adapter": "llama_adapter"}  # names in older files
 # Limits of what a file may claim before its claims are compared with its tensors. No model comes near them.
 MOST_SIZE = 2**24
 MOST_LAYERS = 1024
@@ -528,7 +529,7 @@ def adapter_file(path: Path | str) -> Path:
     if not path.is_dir():
         check_file(path)
         return path
-    names = [f"{method}.safetensors" for method in METHODS]
+    names = [f"{method}.safetensors" for method in (*METHODS, *FORMER_METHODS)]
     found = [name for name in names if (path / name).is_file()]
     if len(found) != 1:
         raise FileNotFoundError(
@@ -598,24 +599,35 @@ def read_adapter(
 def _without_values(path: Path, info: AdapterInfo, shapes: Mapping[str, Sequence[int]]) -> AnyAdapter:
     """The adapter that a file's metadata tell of, without memory for its values, if its tensors have these shapes."""
     place = f"{path}, config"
-    names = set(CONFIGS[info.method])
+    method = METHODS[info.method]
+    kinds = dict.fromkeys(method.base_sizes, int) | {
+        name: parameter.annotation
+        for name, parameter in inspect.signature(method).parameters.items()
+        if name not in ("config", "init_std")  # of the start alone
+    }
+    names = set(kinds)
     if info.config.keys() != names:
         lacking, unknown = names - info.config.keys(), info.config.keys() - names
         raise ValueError(
             f"{place}: not that of method {info.method!r}: it lacks {sorted(lacking)} and has unknown "
             f"{reprlib.repr(sorted(unknown))}"
         )
-    for name in set(info.config) - {"targets"}:
-        kind = float if name in ("alpha", "dropout") else int
-        take(info.config, name, kind, place, least=int(kind is int and name != "start_layer"), most=MOST_SIZE)
-    check_list(info.config.get("targets", []), "targets", str, place)
+    for name, kind in kinds.items():
+        if kind in (int, float):
+            take(info.config, name, kind, place, least=int(kind is int and name != "start_layer"), most=MOST_SIZE)
+        elif get_origin(kind) is Literal:
+            if info.config[name] not in get_args(kind):
+                found = reprlib.repr(info.config[name])
+                raise ValueError(f"{place}: {name} is {found}, expected one of {', '.join(get_args(kind))}")
+        else:
+            check_list(info.config[name], name, str, place)
     if info.config["n_layer"] > MOST_LAYERS:
         raise ValueError(f"{place}: n_layer is {info.config['n_layer']}, expected {MOST_LAYERS} at most")
     base = {name: value for name, value in info.config.items() if name in LLaMAConfig.__dataclass_fields__}
     own = {name: value for name, value in info.config.items() if name not in base}
     try:
         with torch.device("meta"):
-            adapter = METHODS[info.method](LLaMAConfig(**base), **own)
+            adapter = method(LLaMAConfig(**base), **own)
     except (ValueError, RuntimeError) as error:  # torch knows no tensors of 2**63 bytes
         raise ValueError(f"{place}: {error}") from None
     expected = adapter.state_dict()
@@ -627,8 +639,9 @@ def _without_values(path: Path, info: AdapterInfo, shapes: Mapping[str, Sequence
 
 
 def adapter_fingerprint(adapter: AnyAdapter) -> str:
-    """Hash of what an adapter computes: its method, sizes and values."""
-    digest = hashlib.sha256(json.dumps([adapter.method, adapter.sizes]).encode())
+    """Hash of what an adapter computes: its method, under the name that it first had, its sizes and values."""
+    first = {name: former for former, name in FORMER_METHODS.items()}.get(adapter.method, adapter.method)
+    digest = hashlib.sha256(json.dumps([first, adapter.sizes]).encode())
     for name, tensor in sorted(adapter.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -659,10 +672,11 @@ def _parse_info(path: Path, metadata: Mapping[str, str]) -> AdapterInfo:
     for name, kind in (("step", int), ("seconds", float)):
         values[name] = take(values, name, kind, path, None, least=0)
     values["validation_loss"] = take(values, "validation_loss", float, path, None)
-    for name in ("method", "config"):
-        take(values, name, str if name == "method" else dict, path)
+    take(values, "config", dict, path)
+    method = take(values, "method", str, path)
+    values["method"] = FORMER_METHODS.get(method, method)
     if values["method"] not in METHODS:
-        raise ValueError(f"{path}: method is {values['method'][:100]!r}, expected one of {', '.join(METHODS)}")
+        raise ValueError(f"{path}: method is {method[:100]!r}, expected one of {', '.join(METHODS)}")
     values["hyperparameters"] = take(values, "hyperparameters", dict, path, {})
     bits, known = take(values["hyperparameters"], "quantize", str, f"{path}, hyperparameters", None), get_args(Quantize)
     if bits not in (None, *known):

@@ -40,13 +40,14 @@ from lit_llama.checkpoint import (
     read_config,
     verify_base,
 )
-from lit_llama.combine import Sum
+from lit_llama.combine import WeightedSum
 from lit_llama.files import atomic_file
 from lit_llama.generation import GREEDY_BELOW, Request, TextStream, check_prompts, check_sampling, complete, stream
 from lit_llama.inference import WeightOnly, compile_decoding, lay_out, quantize_weights
-from lit_llama.model import Adapter, LLaMA
+from lit_llama.model import LLaMA
 from lit_llama.prompts import PromptStyle, chosen_style
 from lit_llama.quantization import Quantize
+from lit_llama.seam import Adapter
 from lit_llama.store import AlignerStore
 from lit_llama.tokenizer import Tokenizer
 
@@ -535,7 +536,7 @@ def open_adapters(
     if len(adapters) == 1 and scales == [1.0]:
         return adapters[0], infos
     terms = zip(adapters, scales * (len(paths) // len(scales)), strict=True)
-    return Sum(*terms) if adapters else None, infos
+    return WeightedSum(*terms) if adapters else None, infos
 
 
 class Opened(NamedTuple):

@@ -342,7 +342,7 @@ class TokenDataset:
         lengths: tokens in each item.
         sha256: of the split's content.
         reference: log-probabilities of the examples under a reference (items, 2), for batches to carry; see
-            `lit_llama.reference`.
+            `lit_llama.dpo_reference`.
 
     Raises:
         FileNotFoundError: there is no such data set or split.

@@ -4,17 +4,26 @@ With one token, the softmax over the prefix is 1 whatever the query, so all that
 
     b_l = W_o concat_h(gate_h v_h),   v = P W_v
 
-the same for every input: a bias of the output projection, exactly. A LoRA is a change of the weights. Several of them
-add up. A longer prefix is neither, and stays one: its keys and values, worked out for each layer.
+the same for every input: a bias of the output projection, exactly. An update of a projection y = W x + b that is affine
+in its input and output, u(x, y) = c + M x + S y, makes it
+
+    W' = (I + S) W + M,   b' = (I + S) b + c
+
+Several of them add up. A longer prefix is neither, and stays one: its keys and values, worked out for each layer.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lit_llama.model import CausalSelfAttention, ExpandedPrefix, LayerAdapter, LLaMAConfig
+from lit_llama.config import LLaMAConfig
+from lit_llama.model import CausalSelfAttention, LLaMA
+from lit_llama.quantization import is_quantized
+from lit_llama.seam import NO_UPDATES, PROJECTIONS, Adapter, ExpandedPrefix, LayerAdapter, Update
+
+MODULES = {"o": "attn.c_proj", "gate": "mlp.c_fc1", "up": "mlp.c_fc2", "down": "mlp.c_proj"}  # q, k, v: attn.c_attn
 
 
 def projections(config: LLaMAConfig, tensors: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
@@ -26,52 +35,143 @@ def projections(config: LLaMAConfig, tensors: Mapping[str, Tensor], index: int) 
         index: of the layer.
 
     Returns:
-        "q", "k", "v", "o", "gate", "up" and "down", (out, in) each.
+        By the names in `lit_llama.seam.PROJECTIONS`, (out, in) each, in the memory of `tensors`.
     """
     layer = f"transformer.h.{index}"
-    heads = (config.n_head, config.n_kv_head, config.n_kv_head)
-    qkv = tensors[f"{layer}.attn.c_attn.weight"].split([n * config.head_size for n in heads])
-    others = {"o": "attn.c_proj", "gate": "mlp.c_fc1", "up": "mlp.c_fc2", "down": "mlp.c_proj"}
-    return dict(zip("qkv", qkv, strict=True)) | {
-        name: tensors[f"{layer}.{module}.weight"] for name, module in others.items()
-    }
+    qkv = tensors[f"{layer}.attn.c_attn.weight"].split(config.qkv_rows)
+    others = {name: tensors[f"{layer}.{module}.weight"] for name, module in MODULES.items()}
+    return dict(zip("qkv", qkv, strict=True)) | others
 
 
 class FoldedLayer(NamedTuple):
     """One layer with an adapter in it.
 
     Args:
-        weights: of the projections by name, "q", "k", "v", "o", "gate", "up", "down", (out, in) each.
-        bias: of the output projection, (C) float32; None if there is no prefix of one token.
-        prefixes: the others, with keys and values (1, nh, N, hs) float32, the values times the gates.
+        weights: of the projections by name, (out, in) each.
+        biases: of those that have one, by name, (out) float32.
+        prefixes: the longer ones, with keys and values (1, nh, N, hs) float32, the values times the gates.
     """
 
     weights: dict[str, Tensor]
-    bias: Tensor | None
+    biases: dict[str, Tensor]
     prefixes: list[ExpandedPrefix]
 
 
 @torch.no_grad()
 def fold(config: LLaMAConfig, weights: Mapping[str, Tensor], added: LayerAdapter) -> FoldedLayer:
-    """Put what an adapter adds to a layer into its weights, as far as possible.
+    """Put what an adapter adds to a layer into its weights and biases, as far as possible.
 
     Args:
         config: the base model's.
         weights: of the layer's projections by name, (out, in) each.
-        added: what the adapter adds.
+        added: what the adapter adds, in evaluation mode.
+
+    Raises:
+        ValueError: an update is not affine.
     """
     with torch.device("meta"):
         attention = CausalSelfAttention(config)
     stacked = torch.cat([weights[name].float() for name in "qkv"])
     attention.load_state_dict({"c_attn.weight": stacked, "c_proj.weight": weights["o"].float()}, assign=True)
-    expanded = [attention.expand(prefix, torch.float32) for prefix in added.prefixes]
     # What comes out of the prefix goes through the output projection with its update; tokens go in without.
-    updated = {
-        name: (weight.float() + added.updates[name](torch.eye(weight.size(1))).T).to(weight.dtype)
-        if name in added.updates
-        else weight
-        for name, weight in weights.items()
-    }
+    expanded = attention.expand(added._replace(updates=NO_UPDATES), torch.float32).prefixes
+    folded, biases = dict(weights), {}
+    for name, updates in added.updates.items():
+        weight = weights[name].float()
+        change, bias = torch.zeros_like(weight), weight.new_zeros(weight.size(0))
+        for update in updates:
+            c, m, s = affine_parts(update, weight.size(1), weight.size(0), name)
+            change += m if s is None else m + s @ weight
+            bias += c
+        folded[name] = (weight + change).to(weights[name].dtype)
+        if bias.any():
+            biases[name] = bias
     one_token = [prefix.v.flatten() for prefix in expanded if prefix.v.size(2) == 1]  # (nh * hs) each
-    bias = updated["o"].float() @ torch.stack(one_token).sum(0) if one_token else None
-    return FoldedLayer(updated, bias, [prefix for prefix in expanded if prefix.v.size(2) > 1])
+    if one_token:
+        biases["o"] = biases.get("o", 0) + folded["o"].float() @ torch.stack(one_token).sum(0)
+    return FoldedLayer(folded, biases, [prefix for prefix in expanded if prefix.v.size(2) > 1])
+
+
+@torch.no_grad()
+def biased(config: LLaMAConfig, added: LayerAdapter) -> set[str]:
+    """The projections that have a bias once an adapter's layer is folded, without folding it."""
+    names = {"o"} if any(prefix.tokens.size(1) == 1 for prefix in added.prefixes) else set()
+    for name, updates in added.updates.items():
+        zero_in, zero_out = (torch.zeros(1, 1, size) for size in config.width(name))
+        if any(update(zero_in, zero_out).any() for update in updates):
+            names.add(name)
+    return names
+
+
+def affine_parts(update: Update, size_in: int, size_out: int, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The parts of an update u(x, y) = c + M x + S y, found by asking it for zero, the unit inputs and unit outputs.
+
+    Args:
+        update: with tensors for one row, in evaluation mode.
+        size_in: inputs of the projection.
+        size_out: its outputs.
+        name: of the projection, for the message.
+
+    Returns:
+        c (out), M (out, in), and S (out, out) or None where the output plays no part; float32.
+
+    Raises:
+        ValueError: the update is something else: it does not give these sums at random inputs.
+    """
+
+    def ask(x: Tensor, y: Tensor) -> Tensor:
+        return update(x[None], y[None]).expand(1, *y.shape)[0].float()
+
+    c = ask(torch.zeros(1, size_in), torch.zeros(1, size_out))[0]
+    m = (ask(torch.eye(size_in), torch.zeros(size_in, size_out)) - c).T
+    s = (ask(torch.zeros(size_out, size_in), torch.eye(size_out)) - c).T
+    s = s if s.any() else None
+    random = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(4, size, generator=random) for size in (size_in, size_out))
+    expected = c + x @ m.T + (0 if s is None else y @ s.T)
+    found = ask(x, y)
+    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
+        raise ValueError(
+            f"{type(update).__name__}, an update of the projection {name!r}, is not affine in its input and output, so "
+            "it cannot be folded into a weight and a bias"
+        )
+    return c, m, s
+
+
+@torch.no_grad()
+def merge(model: LLaMA, adapter: Adapter) -> None:
+    """Put an adapter into the weights of a base model, in place, so that the model alone computes what both did.
+
+    Merging `WeightedSum((adapter, -1))` takes a merged LoRA or Bias out again; what is left of it are the rounding
+    errors of the weights' dtype.
+
+    Raises:
+        ValueError: the weights are quantised, or sharded over processes; or the adapter has a prefix of several tokens,
+            which no weight stands for.
+    """
+    from torch.distributed.tensor import DTensor  # slow to import
+
+    layers = [adapter.layer(i) for i in range(model.config.n_layer)]
+    if any(prefix.tokens.size(1) > 1 for layer in layers for prefix in layer.prefixes):
+        raise ValueError("a prefix of several tokens cannot be merged into weights: its attention depends on the query")
+    tensors = {name: parameter.data for name, parameter in model.named_parameters()}
+    block: Any
+    for i, (block, added) in enumerate(zip(model.transformer.h, layers, strict=True)):
+        for linear in (block.attn.c_attn, *(block.get_submodule(module) for module in MODULES.values())):
+            if is_quantized(linear) or isinstance(linear.weight, DTensor):
+                raise ValueError("an adapter can be merged only into whole weights, not quantised or sharded ones")
+        weights = projections(model.config, tensors, i)
+        folded = fold(model.config, weights, added)
+        for name in PROJECTIONS:
+            weights[name].copy_(folded.weights[name])
+        qkv = [folded.biases.get(name, torch.zeros(weights[name].size(0))) for name in "qkv"]
+        if any(name in folded.biases for name in "qkv"):
+            _add_bias(block.attn.c_attn, torch.cat(qkv))
+        for name, module in MODULES.items():
+            if name in folded.biases:
+                _add_bias(block.get_submodule(module), folded.biases[name])
+
+
+def _add_bias(linear: torch.nn.Linear, bias: Tensor) -> None:
+    bias = bias.to(linear.weight) if linear.bias is None else linear.bias + bias.to(linear.weight)
+    linear.bias = torch.nn.Parameter(bias, requires_grad=False)

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lit_llama.cache import KVCache
 from lit_llama.combine import PerRow
-from lit_llama.model import Adapter, KVCache, LLaMA
+from lit_llama.model import LLaMA
 from lit_llama.prompts import PromptStyle
+from lit_llama.seam import Adapter
 from lit_llama.tokenizer import Tokenizer
 
 GREEDY_BELOW = 1e-5  # temperatures below this divide differences of logits by so little that nothing is left to chance

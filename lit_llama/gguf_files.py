@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from lit_llama.config import MOST_TOKENS, LLaMAConfig, RopeScaling
 from lit_llama.fields import naming, take
 from lit_llama.files import check_file, require_extra
 from lit_llama.hf import within_window
-from lit_llama.model import MOST_TOKENS, LLaMAConfig, RopeScaling, rope_frequencies
+from lit_llama.model import rope_frequencies
 
 LAYER = "transformer.h.{}."
 NAMES = {

@@ -34,11 +34,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from lit_llama.cache import KVCache
 from lit_llama.chat_template import render_chat
 from lit_llama.files import atomic_file
 from lit_llama.generation import Request, complete
-from lit_llama.model import Adapter, KVCache, LLaMA
+from lit_llama.model import LLaMA
 from lit_llama.records import read_csv, read_records
+from lit_llama.seam import Adapter
 from lit_llama.tokenizer import Tokenizer
 
 SHARED = 32  # tokens: inputs that begin with as many equal ones are batched together, their common start is read once

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_llama.config import MOST_TOKENS, LLaMAConfig, RopeScaling
 from lit_llama.fields import check_object, naming, take
-from lit_llama.model import MOST_TOKENS, LLaMAConfig, RopeScaling
 
 LAYER = "transformer.h.{}."
 PROJECTIONS = {name: f"self_attn.{name}_proj" for name in "qkvo"} | {

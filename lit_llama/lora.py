@@ -4,53 +4,57 @@ For each chosen projection W,
 
     y = W x + (alpha / r) B A dropout(x),   A (r, in), B (out, r)
 
-with B zero at the start. The updates are handed to the model with the forward pass, as prefixes are, and not built into
-its layers: one frozen base, quantised or sharded too, serves any number of them. `merge` makes them part of the weights
-for good.
+with B zero at the start.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_llama.model import LayerAdapter, LLaMA, LLaMAConfig
-from lit_llama.quantization import is_quantized
-
-PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+from lit_llama.config import LLaMAConfig
+from lit_llama.seam import PROJECTIONS, LayerAdapter
 
 
-class LowRank(nn.Module):
-    """The update of one projection, `r * (in + out)` parameters, always float32.
+class LowRank(NamedTuple):
+    """B A x.
 
     Args:
-        size_in: width of the projection's input.
-        size_out: width of its output.
-        r: rank.
-        alpha: the update is multiplied by alpha / r.
-        dropout: share of the input that is zeroed in training.
+        a: (1 or B, r, in).
+        b: (1 or B, out, r), times alpha / r.
+        dropout: share of the input that is zeroed.
     """
 
-    def __init__(self, size_in: int, size_out: int, r: int, alpha: float, dropout: float) -> None:
+    a: Tensor
+    b: Tensor
+    dropout: float = 0.0
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        x = F.dropout(x, self.dropout) if self.dropout else x
+        return _times(_times(x, self.a), self.b)  # (B, T, out)
+
+    def scaled(self, scale: float) -> "LowRank":
+        return self._replace(b=scale * self.b)
+
+
+def _times(x: Tensor, weight: Tensor) -> Tensor:
+    """(B, T, in) times (1 or B, out, in), each row with its own weight or all with the same."""
+    weight = weight.to(x.dtype)
+    return F.linear(x, weight[0]) if weight.size(0) == 1 else x @ weight.mT
+
+
+class Factors(nn.Module):
+    """A and B of one projection, `r * (in + out)` parameters, always float32."""
+
+    def __init__(self, size_in: int, size_out: int, r: int) -> None:
         super().__init__()
         self.a = nn.Parameter(torch.empty(r, size_in, dtype=torch.float32))
         self.b = nn.Parameter(torch.zeros(size_out, r, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
-        self.scale = alpha / r
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """What is added to the projection of (..., in), (..., out)."""
-        low = F.linear(self.dropout(x), self.a.to(x.dtype))  # (..., r)
-        return F.linear(low * self.scale, self.b.to(x.dtype))
-
-    def weight(self) -> Tensor:
-        """What is added to the projection's weight, (out, in)."""
-        return self.scale * self.b @ self.a
 
 
 class LoRA(nn.Module):
@@ -71,6 +75,7 @@ class LoRA(nn.Module):
     """
 
     method = "lora"
+    base_sizes = ("n_layer", "n_head", "n_embd", "n_kv_head", "head_size", "intermediate_size")
 
     def __init__(
         self,
@@ -88,71 +93,46 @@ class LoRA(nn.Module):
         if not targets or not set(targets) <= set(PROJECTIONS):
             raise ValueError(f"a LoRA updates some of {', '.join(PROJECTIONS)}, got {', '.join(targets) or 'none'}")
         targets = [name for name in PROJECTIONS if name in targets]  # each once, in the order of the computation
-        self.sizes = {
-            "n_layer": config.n_layer,
-            "n_head": config.n_head,
-            "n_embd": config.n_embd,
-            "n_kv_head": config.n_kv_head,
-            "head_size": config.head_size,
-            "intermediate_size": config.intermediate_size,
-            "r": r,
-            "alpha": alpha,
-            "dropout": dropout,
-            "targets": targets,
-        }
-        query, key = config.n_head * config.head_size, config.n_kv_head * config.head_size
-        widths = {
-            "q": (config.n_embd, query),
-            "k": (config.n_embd, key),
-            "v": (config.n_embd, key),
-            "o": (query, config.n_embd),
-            "gate": (config.n_embd, config.intermediate_size),
-            "up": (config.n_embd, config.intermediate_size),
-            "down": (config.intermediate_size, config.n_embd),
-        }
+        self.sizes: dict[str, Any] = {name: getattr(config, name) for name in self.base_sizes}
+        self.sizes |= {"r": r, "alpha": alpha, "dropout": dropout, "targets": targets}
+        self.factor = alpha / r
+        self.dropout = dropout
         self.layers = nn.ModuleList(
-            nn.ModuleDict({name: LowRank(*widths[name], r, alpha, dropout) for name in targets})
-            for _ in range(config.n_layer)
+            nn.ModuleDict({name: Factors(*config.width(name), r) for name in targets}) for _ in range(config.n_layer)
         )
 
     def layer(self, index: int) -> LayerAdapter:
         """The layer's updates."""
-        return LayerAdapter(updates=self.layers[index])  # type: ignore[arg-type] (a ModuleDict is a mapping in all but type)
+        dropout = self.dropout if self.training else 0.0
+        return LayerAdapter(
+            updates={
+                name: (LowRank(one.a[None], self.factor * one.b[None], dropout),)
+                for name, one in self.factors(index).items()
+            }
+        )
 
+    def factors(self, index: int) -> Mapping[str, Factors]:
+        """A and B of a layer's projections, by name."""
+        return self.layers[index]  # type: ignore[return-value] (a ModuleDict is a mapping in all but type)
 
-def merge(model: LLaMA, lora: LoRA) -> None:
-    """Add a LoRA to the weights of a base model, in place, so that the model alone computes what both did.
+    @torch.no_grad()
+    def scale_(self, scale: float) -> None:
+        """Multiply what is added by a number."""
+        for name, parameter in self.named_parameters():
+            if name.endswith(".b"):
+                parameter.mul_(scale)
 
-    Raises:
-        ValueError: the weights are quantised, or sharded over processes.
-    """
-    _add_to_weights(model, lora, 1.0)
-
-
-def unmerge(model: LLaMA, lora: LoRA) -> None:
-    """Take a merged LoRA out again; what is left of it are the rounding errors of the weights' dtype.
-
-    Raises:
-        ValueError: the weights are quantised, or sharded over processes.
-    """
-    _add_to_weights(model, lora, -1.0)
-
-
-@torch.no_grad()
-def _add_to_weights(model: LLaMA, lora: LoRA, sign: float) -> None:
-    from torch.distributed.tensor import DTensor  # slow to import
-
-    block: Any
-    updates: Any
-    for block, updates in zip(model.transformer.h, lora.layers, strict=True):
-        attention, mlp = block.attn, block.mlp
-        for linear in (attention.c_attn, attention.c_proj, mlp.c_fc1, mlp.c_fc2, mlp.c_proj):
-            if is_quantized(linear) or isinstance(linear.weight, DTensor):
-                raise ValueError("a LoRA can be merged only into whole weights, not quantised or sharded ones")
-        heads = (attention.n_head, attention.n_kv_head, attention.n_kv_head)
-        q, k, v = attention.c_attn.weight.split([n * attention.head_size for n in heads])
-        weights = {"q": q, "k": k, "v": v, "o": attention.c_proj.weight}
-        weights |= {"gate": mlp.c_fc1.weight, "up": mlp.c_fc2.weight, "down": mlp.c_proj.weight}
-        for name, update in updates.items():
-            weight = weights[name]
-            weight.copy_(weight.float() + sign * update.weight().to(weight.device))
+    @classmethod
+    @torch.no_grad()
+    def merged(cls, config: LLaMAConfig, terms: Sequence[tuple["LoRA", float]]) -> "LoRA":
+        """One LoRA that adds what several do, each scaled: B1 A1 s1 + B2 A2 s2 = [B1 s1, B2 s2] [A1; A2]."""
+        rank = sum(lora.sizes["r"] for lora, _ in terms)
+        merged = cls(config, rank, rank, targets=[name for lora, _ in terms for name in lora.sizes["targets"]])
+        for index in range(config.n_layer):
+            first = 0
+            for lora, scale in terms:
+                rows = slice(first, first := first + lora.sizes["r"])
+                for name, own in lora.factors(index).items():
+                    wide = merged.factors(index)[name]
+                    wide.a[rows], wide.b[:, rows] = own.a, scale * lora.factor * own.b
+        return merged

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_llama.data import Batch
-from lit_llama.model import Adapter, LLaMA
+from lit_llama.model import LLaMA
+from lit_llama.seam import Adapter
 
 PreferenceLoss = Literal["sigmoid", "ipo"]
 
@@ -30,7 +31,7 @@ PREFERENCE_METRICS = {
 }
 
 
-class Sums(NamedTuple):
+class LossSums(NamedTuple):
     """What a loss adds up over a micro batch.
 
     Args:
@@ -42,7 +43,7 @@ class Sums(NamedTuple):
     count: Tensor
 
 
-def supervised_loss(model: LLaMA, adapter: Adapter | None, batch: Batch) -> Sums:
+def supervised_loss(model: LLaMA, adapter: Adapter | None, batch: Batch) -> LossSums:
     """Cross-entropy of the scored tokens.
 
     Args:
@@ -53,7 +54,7 @@ def supervised_loss(model: LLaMA, adapter: Adapter | None, batch: Batch) -> Sums
     Returns:
         "loss" over scored tokens.
     """
-    return Sums({"loss": -_scored_logprobs(model, adapter, batch).sum()}, batch.scored.sum())
+    return LossSums({"loss": -_scored_logprobs(model, adapter, batch).sum()}, batch.scored.sum())
 
 
 def response_logprobs(model: LLaMA, adapter: Adapter | None, batch: Batch) -> Tensor:
@@ -86,7 +87,7 @@ def preference_loss(
     kind: PreferenceLoss = "sigmoid",
     label_smoothing: float = 0.0,
     chosen_weight: float = 0.0,
-) -> Sums:
+) -> LossSums:
     """Direct Preference Optimization (arXiv 2305.18290), over pairs.
 
     With the margin h of a pair, how much more the policy than the reference prefers the chosen response,
@@ -138,4 +139,4 @@ def preference_loss(
     if chosen_weight:
         values["loss"] = loss - chosen_weight * chosen_logp / chosen_length.clamp(min=1)
     counted = chosen_length + rejected_length > 0
-    return Sums({name: (value * counted).sum() for name, value in values.items()}, counted.sum())
+    return LossSums({name: (value * counted).sum() for name, value in values.items()}, counted.sum())

@@ -25,11 +25,12 @@ from tqdm import tqdm
 
 from lit_llama.checkpoint import Precision
 from lit_llama.cli import open_base
-from lit_llama.combine import Sum
+from lit_llama.combine import WeightedSum
 from lit_llama.generation import Decoder, Request
 from lit_llama.inference import WeightOnly
-from lit_llama.model import Adapter, LLaMA
+from lit_llama.model import LLaMA
 from lit_llama.quantization import Quantize
+from lit_llama.seam import Adapter
 from lit_llama.store import AlignerStore
 
 ENDING = "the server is ending: try again later"
@@ -322,6 +323,6 @@ class Rows:
         if job.aligner is not None:
             adapter, _ = self._store.get(job.aligner)
             if job.scale != 1:
-                adapter = Sum((adapter, job.scale))
+                adapter = WeightedSum((adapter, job.scale))
         generator = torch.Generator(self._model.device).manual_seed(job.seed)
         return Request(job.prompt, adapter, generator=generator, **job.options)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from lit_llama.checkpoint import AnyAdapter, parameter_shapes, save_adapter
 from lit_llama.data import Batch, TokenDataset, by_length, step_batches, steps_per_epoch
 from lit_llama.hyperparameters import MAY_CHANGE, WARMUP_STEPS, LoopOptions, default_warmup, schedule
-from lit_llama.losses import SUPERVISED_METRICS, Sums
+from lit_llama.losses import SUPERVISED_METRICS, LossSums
 from lit_llama.model import LLaMA
 from lit_llama.prompts import prompt_style
 from lit_llama.runs import (
@@ -52,7 +52,7 @@ def fit(
     model: LLaMA,
     adapter: AnyAdapter,
     optimizer: Optimizer,
-    loss: Callable[[Batch], Sums],
+    loss: Callable[[Batch], LossSums],
     tokenizer: Tokenizer,
     train: TokenDataset,
     validation: TokenDataset,
@@ -281,7 +281,7 @@ def _step(
     fabric: Fabric,
     parameters: list[torch.nn.Parameter],
     optimizer: Optimizer,
-    loss: Callable[[Batch], Sums],
+    loss: Callable[[Batch], LossSums],
     batches: Iterable[Batch],
     max_grad_norm: float | None,
     stop: bool,
@@ -290,7 +290,7 @@ def _step(
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
 
-    def losses() -> Iterator[Sums]:
+    def losses() -> Iterator[LossSums]:
         for batch in batches:
             sums = loss(batch)
             sums.metrics["loss"].backward()
@@ -308,7 +308,7 @@ def _step(
     return StepResult(metrics, grad_norm, skipped, stops > 0)
 
 
-def _add_up(fabric: Fabric, losses: Iterable[Sums], stop: bool = False) -> tuple[dict[str, float], float, float]:
+def _add_up(fabric: Fabric, losses: Iterable[LossSums], stop: bool = False) -> tuple[dict[str, float], float, float]:
     """Means over the micro batches of all devices, how much was counted, how many processes want to stop."""
     names: list[str] = []
     total = torch.zeros(0)
@@ -356,7 +356,7 @@ class _StopRequest:
 
 @torch.no_grad()
 def evaluate(
-    fabric: Fabric, loss: Callable[[Batch], Sums], dataset: TokenDataset, micro_batch_size: int, pack: bool = False
+    fabric: Fabric, loss: Callable[[Batch], LossSums], dataset: TokenDataset, micro_batch_size: int, pack: bool = False
 ) -> dict[str, float]:
     """Means of what a loss measures over a whole data set."""
     plan = by_length(dataset, np.arange(len(dataset)), micro_batch_size)

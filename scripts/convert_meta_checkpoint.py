@@ -16,10 +16,10 @@ import torch
 
 from lit_llama.checkpoint import CONFIG_FILE, DType, TensorFiles, copy_tokenizer, write_base
 from lit_llama.cli import run
+from lit_llama.config import PRESETS, LLaMAConfig, RopeScaling
 from lit_llama.fields import check_object, naming, take
 from lit_llama.files import atomic_folder, read_json
 from lit_llama.hf import within_window
-from lit_llama.model import PRESETS, LLaMAConfig, RopeScaling
 
 LAYER = "transformer.h.{}."
 NAMES = {

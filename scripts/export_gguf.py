@@ -21,12 +21,14 @@ from tqdm import tqdm
 
 from lit_llama.checkpoint import base_fingerprint, parameter_shapes, source_names
 from lit_llama.cli import open_adapters, run
+from lit_llama.config import LLaMAConfig
 from lit_llama.files import atomic_file, require_extra
-from lit_llama.folding import fold, projections
+from lit_llama.folding import biased, fold, projections
 from lit_llama.gguf_files import NAMES, GGUFTensors, config_from_gguf, open_gguf
-from lit_llama.model import Adapter, LLaMA, LLaMAConfig
+from lit_llama.model import LLaMA
+from lit_llama.seam import Adapter
 
-BIAS = "blk.{}.attn_output.bias"
+BIASES = {"v": "blk.{}.attn_v.bias", "o": "blk.{}.attn_output.bias"}  # that llama.cpp's LLaMA looks for
 
 
 def main(
@@ -55,7 +57,7 @@ def main(
         raise ValueError(f"{output_path} exists; --overwrite true replaces it")
     reader, fields = open_gguf(gguf_path)
     weights = GGUFTensors(reader)
-    if any(name.endswith("attn_output.bias") for name in weights):
+    if any(name.endswith((".attn_v.bias", ".attn_output.bias")) for name in weights):
         raise ValueError(f"{gguf_path} has biases already: export from the base model, with all Aligners at once")
     config = config_from_gguf(fields, weights, gguf_path.stem, gguf_path)
     tensors = Renamed(weights, config)
@@ -90,22 +92,27 @@ class Renamed(Mapping[str, Tensor]):
 
 
 def fold_all(config: LLaMAConfig, tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[str, np.ndarray]:
-    """The biases by name, (C) float32 each; zeros for layers without a prefix.
+    """The biases by name, float32; zeros for layers to which the adapter adds nothing.
 
     Raises:
         ValueError: there is more in the adapter than biases.
     """
     biases: dict[str, np.ndarray] = {}
-    for i in tqdm(range(config.n_layer), desc="folding", unit="layer", leave=False):
-        added = adapter.layer(i)
-        longest = max((prefix.tokens.size(1) for prefix in added.prefixes), default=1)
-        if added.updates or longest > 1:
-            found = "a LoRA" if added.updates else f"a prefix of {longest} tokens"
+    added = [adapter.layer(i) for i in range(config.n_layer)]
+    names = set().union(*(biased(config, layer) for layer in added))
+    for i, layer in enumerate(tqdm(added, desc="folding", unit="layer", leave=False)):
+        weights = projections(config, tensors, i)
+        folded = fold(config, weights, layer)
+        changed = [name for name in weights if not torch.equal(folded.weights[name], weights[name])]
+        if folded.prefixes or changed or not names <= set(BIASES):
+            found = "a prefix of several tokens" if folded.prefixes else "one that changes weights, as a LoRA does"
             raise ValueError(
-                f"only prefixes of one token are biases, this is {found}; scripts/export_hf_checkpoint.py takes it"
+                "a GGUF file takes adapters that are biases of the value or output projection, as prefixes of one "
+                f"token are; this is {found}: scripts/export_hf_checkpoint.py takes it"
             )
-        bias = fold(config, projections(config, tensors, i), added).bias
-        biases[BIAS.format(i)] = (torch.zeros(config.n_embd) if bias is None else bias).numpy()
+        for name in names:
+            bias = folded.biases.get(name, torch.zeros(weights[name].size(0)))
+            biases[BIASES[name].format(i)] = bias.numpy()
     return biases
 
 

@@ -34,12 +34,14 @@ from lit_llama.checkpoint import (
     write_weights,
 )
 from lit_llama.cli import open_adapters, run
+from lit_llama.config import LLaMAConfig
 from lit_llama.files import atomic_folder, read_json, write_json
-from lit_llama.folding import FoldedLayer, fold, projections
+from lit_llama.folding import FoldedLayer, biased, fold, projections
 from lit_llama.hf import HF_LAYER, NAMES, PROJECTIONS, config_to_hf, halves_from_pairs
 from lit_llama.lora import LoRA
-from lit_llama.model import Adapter, LayerAdapter, LLaMA, LLaMAConfig
+from lit_llama.model import LLaMA
 from lit_llama.prompts import prompt_style
+from lit_llama.seam import Adapter, LayerAdapter
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.tokenizer_files import write_for_transformers
 
@@ -98,7 +100,10 @@ def write_model(
     """Write weights and config.json, one shard and one layer in memory at a time."""
     added = [LayerAdapter() if adapter is None else adapter.layer(i) for i in range(config.n_layer)]
     lengths = [[prefix.tokens.size(1) for prefix in layer.prefixes] for layer in added]
-    has_bias = any(1 in some for some in lengths)
+    biases = set().union(*(biased(config, layer) for layer in added))
+    if not biases <= set("qkvo"):
+        raise ValueError(f"a stock LLaMA has no biases on {', '.join(sorted(biases - set('qkvo')))}, the adapter has")
+    has_bias = bool(biases)
     longer = [[length for length in some if length > 1] for some in lengths]
 
     def groups() -> Iterator[dict[str, Tensor]]:
@@ -143,8 +148,8 @@ def layer_tensors(
         rows = halves_from_pairs(weight, head_size) if name in "qk" else weight
         found[f"{module}.weight"] = rows.to(dtype).contiguous()
         if has_bias and name in "qkvo":
-            zeros = torch.zeros(weight.size(0))
-            found[f"{module}.bias"] = zeros if name != "o" or layer.bias is None else layer.bias
+            bias = layer.biases.get(name, torch.zeros(weight.size(0)))
+            found[f"{module}.bias"] = halves_from_pairs(bias, head_size) if name in "qk" else bias
     if layer.prefixes:
         k, v = (torch.cat([prefix[part][0] for prefix in layer.prefixes], dim=1) for part in (0, 1))  # (nh, N, hs)
         pairs = k.transpose(1, 2).flatten(0, 1)  # (nh * hs, N)
@@ -169,11 +174,11 @@ def write_tokenizer(folder: Path, checkpoint_dir: Path) -> None:
 def write_peft(folder: Path, lora: LoRA, config: LLaMAConfig, base_name: str) -> None:
     """Write a LoRA as PEFT's adapter_config.json and adapter_model.safetensors."""
     tensors: dict[str, Tensor] = {}
-    for i, updates in enumerate(lora.layers):
-        for name, update in updates.named_children():
+    for i, layer in enumerate(lora.layers):
+        for name, factors in layer.named_children():
             module = f"base_model.model.{HF_LAYER.format(i)}{PROJECTIONS[name]}"
-            b = halves_from_pairs(update.b.data, config.head_size) if name in "qk" else update.b.data
-            tensors |= {f"{module}.lora_A.weight": update.a.data, f"{module}.lora_B.weight": b.contiguous()}
+            b = halves_from_pairs(factors.b.data, config.head_size) if name in "qk" else factors.b.data
+            tensors |= {f"{module}.lora_A.weight": factors.a.data, f"{module}.lora_B.weight": b.contiguous()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     write_json(
         folder / "adapter_config.json",

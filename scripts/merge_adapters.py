@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from lit_llama.checkpoint import AnyAdapter, adapter_info, load_adapter, save_adapter
+from lit_llama.checkpoint import adapter_info, load_adapter, save_adapter
 from lit_llama.cli import run
+from lit_llama.config import LLaMAConfig
 from lit_llama.files import shareable_path
-from lit_llama.lora import PROJECTIONS, LoRA
-from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.model import LLaMA
 
 
 def main(
@@ -50,47 +50,19 @@ def main(
         base = LLaMA(LLaMAConfig(name=first.base_name, vocab_size=1, **sizes))  # for its sizes and fingerprint alone
     base.fingerprint = first.base_fingerprint
     adapters = [load_adapter(path) for path in adapter_path]
-    loras = [adapter for adapter in adapters if isinstance(adapter, LoRA)]
     if len(adapters) == 1:
-        merged = scaled(adapters[0], scales[0])
-    elif len(loras) == len(adapters):
-        merged = concatenated(base.config, loras, scales)
+        merged = adapters[0]
+        merged.scale_(scales[0])
+    elif len({type(adapter) for adapter in adapters}) == 1 and hasattr(adapters[0], "merged"):
+        merged = adapters[0].merged(base.config, list(zip(adapters, scales, strict=True)))
     else:
         raise ValueError(
-            f"{', '.join(info.method for info in infos)}: several prefixes cannot be one, as each has a softmax of its "
-            "own; export them together, or give generate/aligner.py all of them"
+            f"{', '.join(info.method for info in infos)}: several LoRAs or several biases can be made one. Prefixes "
+            "cannot, as each has a softmax of its own: export them together, or give generate/aligner.py all of them"
         )
     parts = {"merged": [list(part) for part in zip(map(shareable_path, adapter_path), scales, strict=True)]}
     save_adapter(output_path, merged, base, prompt_style=first.prompt_style, hyperparameters=parts)
     print(f"{merged.method}: {output_path}", file=sys.stderr)
-
-
-@torch.no_grad()
-def scaled(adapter: AnyAdapter, scale: float) -> AnyAdapter:
-    """The adapter with its gates, or its updates, times a number."""
-    for name, parameter in adapter.named_parameters():
-        if name == "gates" or name.endswith(".b"):
-            parameter.mul_(scale)
-    return adapter
-
-
-@torch.no_grad()
-def concatenated(config: LLaMAConfig, loras: list[LoRA], scales: list[float]) -> LoRA:
-    """LoRAs side by side: B1 A1 s1 + B2 A2 s2 = [B1 s1, B2 s2] [A1; A2]."""
-    rank = sum(lora.sizes["r"] for lora in loras)
-    targets = [name for name in PROJECTIONS if any(name in lora.sizes["targets"] for lora in loras)]
-    merged = LoRA(config, r=rank, alpha=rank, targets=targets)
-    for index, updates in enumerate(merged.layers):
-        for name, update in updates.named_children():
-            update.a.zero_()
-            first = 0
-            for lora, scale in zip(loras, scales, strict=True):
-                rows = slice(first, first + lora.sizes["r"])
-                first = rows.stop
-                if name in lora.sizes["targets"]:
-                    own = lora.layers[index][name]
-                    update.a[rows], update.b[:, rows] = own.a, scale * own.scale * own.b
-    return merged
 
 
 if __name__ == "__main__":

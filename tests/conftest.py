@@ -15,7 +15,8 @@ import transformers
 
 from lit_llama.aligner import Aligner
 from lit_llama.cli import run
-from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.config import LLaMAConfig
+from lit_llama.model import LLaMA
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"

@@ -7,10 +7,10 @@ from conftest import GOLDEN
 
 from lit_llama.aligner import Aligner
 from lit_llama.checkpoint import load_adapter, load_base
+from lit_llama.config import LLaMAConfig
 from lit_llama.data import Batch
 from lit_llama.generation import generate
 from lit_llama.losses import supervised_loss
-from lit_llama.model import LLaMAConfig
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,9 @@ from lit_llama.checkpoint import (
     save_adapter,
     verify_base,
 )
+from lit_llama.config import LLaMAConfig
 from lit_llama.lora import LoRA
-from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.model import LLaMA
 
 RELEASED = ROOT.parent / "shared" / "released"
 

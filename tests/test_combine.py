@@ -4,10 +4,12 @@ import pytest
 import torch
 from conftest import random_aligner
 
-from lit_llama.adapter import LLaMAAdapter
-from lit_llama.combine import PerRow, Sum
+from lit_llama.bias import Bias
+from lit_llama.combine import PerRow, WeightedSum
+from lit_llama.folding import merge
 from lit_llama.generation import generate
-from lit_llama.lora import LoRA, merge
+from lit_llama.llama_adapter import LLaMAAdapter
+from lit_llama.lora import LoRA
 
 
 def random_lora(config, targets):
@@ -24,7 +26,7 @@ def mixed(tiny_model):
     adapter = LLaMAAdapter(config, 4, start_layer=1)
     torch.nn.init.normal_(adapter.gates)
     one, two, five = random_aligner(config, 1, 2, 1.0), random_aligner(config, 2, 0, 1.0), random_aligner(config, 5)
-    return [one, None, two, five, adapter, Sum((one, 0.5), (five, -1.5))]
+    return [one, None, two, five, adapter, WeightedSum((one, 0.5), (five, -1.5))]
 
 
 def test_each_row_has_its_own(tiny_model, mixed):
@@ -43,16 +45,34 @@ def test_rows_generate_what_they_do_alone(tiny_model, mixed, order):
     assert found == expected
 
 
-def test_a_lora_cannot_be_one_rows(tiny_model):
-    with pytest.raises(ValueError, match="a LoRA applies to all rows of a batch"):
-        tiny_model(torch.tensor([[1], [2]]), PerRow([LoRA(tiny_model.config), None]))
+def random_bias(config, target):
+    bias = Bias(config, target)
+    torch.nn.init.normal_(bias.vectors, std=0.3)
+    return bias.requires_grad_(False)
+
+
+def test_each_row_has_its_own_updates(tiny_model):
+    """LoRAs of unequal ranks and targets, biases, a prefix, a sum of all kinds, and none."""
+    config = tiny_model.config
+    wide, narrow = random_lora(config, ["q", "v", "down"]), LoRA(config, r=2, targets=["v", "o"])
+    torch.nn.init.normal_(narrow.layers[1]["v"].b)
+    biases, aligner = [random_bias(config, target) for target in "ov"], random_aligner(config, 2, 0, 1.0)
+    everything = WeightedSum((wide, 0.5), (narrow, 2.0), (biases[0], -1.0), (aligner, 1.0), (wide, 0.25))
+    rows = [wide, None, narrow.eval(), *biases, aligner, everything]
+    ids = torch.randint(96, (len(rows), 10))
+    expected = torch.cat([tiny_model(row[None], adapter) for row, adapter in zip(ids, rows, strict=True)])
+    torch.testing.assert_close(tiny_model(ids, PerRow(rows)), expected, atol=1e-5, rtol=0)
+    assert (expected - tiny_model(ids)).abs().amax((1, 2)).gt(0.01).tolist() == [row is not None for row in rows]
+    prompts = [[5, 6], [7, 8, 9, 10, 11, 12], [13], [1, 2, 3], [4, 4, 4, 4], [20, 21], [9, 9]]
+    alone = [generate(tiny_model, [prompt], 8, adapter=row)[0] for prompt, row in zip(prompts, rows, strict=True)]
+    assert generate(tiny_model, prompts, 8, adapter=rows) == alone
 
 
 @pytest.mark.parametrize("length", [1, 3])
 def test_scales_of_zero_and_one_are_the_base_and_the_adapter_bit_for_bit(tiny_model, length):
     ids, aligner = torch.randint(96, (2, 10)), random_aligner(tiny_model.config, length)
-    assert torch.equal(tiny_model(ids, Sum((aligner, 0.0))), tiny_model(ids))
-    assert torch.equal(tiny_model(ids, Sum((aligner, 1.0))), tiny_model(ids, aligner))
+    assert torch.equal(tiny_model(ids, WeightedSum((aligner, 0.0))), tiny_model(ids))
+    assert torch.equal(tiny_model(ids, WeightedSum((aligner, 1.0))), tiny_model(ids, aligner))
 
 
 def test_one_token_aligners_add_up_to_a_sum_of_biases(tiny_model):
@@ -62,7 +82,7 @@ def test_one_token_aligners_add_up_to_a_sum_of_biases(tiny_model):
     with torch.no_grad():
         second.tokens.normal_()
     ids = torch.randint(96, (2, 10))
-    found = tiny_model(ids, Sum((first, 0.7), (second, -0.4)))
+    found = tiny_model(ids, WeightedSum((first, 0.7), (second, -0.4)))
     group, values = config.n_head // config.n_kv_head, config.n_kv_head * config.head_size
     for index, block in enumerate(tiny_model.transformer.h):
         bias = torch.zeros(config.n_embd)
@@ -79,7 +99,7 @@ def test_one_token_aligners_add_up_to_a_sum_of_biases(tiny_model):
 def test_loras_add_up_to_both_merged(tiny_model):
     first, second = random_lora(tiny_model.config, ["q", "v"]), random_lora(tiny_model.config, ["q", "o"])
     ids = torch.randint(96, (2, 10))
-    found, half = tiny_model(ids, Sum((first, 1.0), (second, 1.0))), tiny_model(ids, Sum((first, 0.5)))
+    found, half = tiny_model(ids, WeightedSum((first, 1.0), (second, 1.0))), tiny_model(ids, WeightedSum((first, 0.5)))
     with torch.no_grad():
         for name, parameter in first.named_parameters():
             parameter.mul_(0.5 if name.endswith("b") else 1.0)

@@ -15,9 +15,9 @@ from lightning.fabric import Fabric
 from lit_llama.aligner import Aligner
 from lit_llama.checkpoint import adapter_info, load_adapter, load_base, save_adapter
 from lit_llama.data import Batch, TokenDataset
+from lit_llama.dpo_reference import cached_reference
 from lit_llama.lora import LoRA
 from lit_llama.losses import PREFERENCE_METRICS, preference_loss, response_logprobs
-from lit_llama.reference import cached_reference
 from lit_llama.runs import last_state
 from lit_llama.tokenizer import Tokenizer
 

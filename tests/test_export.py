@@ -15,11 +15,12 @@ from conftest import DEMO_BASE, ROOT, load_script, make_hf_checkpoint, random_al
 from test_convert import VARIANTS, bpe_fields, write_gguf
 
 from lit_llama.checkpoint import load_adapter, load_base, read_config, save_adapter
-from lit_llama.combine import Sum
+from lit_llama.combine import WeightedSum
 from lit_llama.forms import FORMS
 from lit_llama.generation import generate
-from lit_llama.lora import PROJECTIONS, LoRA
+from lit_llama.lora import LoRA
 from lit_llama.prompts import prompt_style
+from lit_llama.seam import PROJECTIONS
 from lit_llama.tokenizer import Tokenizer
 
 SCRIPT = "scripts/export_hf_checkpoint.py"
@@ -148,7 +149,7 @@ def test_several_scaled_at_once(tmp_path, base):
     files.append(save_lora(tmp_path / "lora.safetensors", base, ["q", "v", "o"]))
     scales = [0.5, 1.0, -0.7, 0.3]
     export.main(tmp_path / "export", checkpoint_dir=base, adapter_path=files, adapter_scale=scales)
-    adapter = Sum(*((load_adapter(file), scale) for file, scale in zip(files, scales, strict=True)))
+    adapter = WeightedSum(*((load_adapter(file), scale) for file, scale in zip(files, scales, strict=True)))
     assert_same(load_exported(tmp_path / "export"), base, adapter)
 
 
@@ -261,7 +262,7 @@ def test_gguf(tmp_path, quantization):
         for layer, tensor in zip(model.model.layers, tensors.values(), strict=True):
             assert tensor.data.dtype == np.float32
             layer.self_attn.o_proj.bias.copy_(torch.tensor(tensor.data))
-    adapter = Sum((load_adapter(files[0]), 1.0), (load_adapter(files[1]), 0.5))
+    adapter = WeightedSum((load_adapter(files[0]), 1.0), (load_adapter(files[1]), 0.5))
     assert_same(model, tmp_path / "base", adapter)
 
 
@@ -274,9 +275,9 @@ def test_gguf_refusals(tmp_path, command):
     lora = save_lora(tmp_path / "lora.safetensors", tmp_path / "base", ["q"])
     script = "scripts/export_gguf.py"
     status, _, err = command(script, gguf_path=path, output_path=output, aligner_path=two)
-    assert (status, "this is a prefix of 2 tokens" in err, output.exists()) == (1, True, False)
+    assert (status, "this is a prefix of several tokens" in err, output.exists()) == (1, True, False)
     status, _, err = command(script, gguf_path=path, output_path=output, aligner_path=lora)
-    assert (status, "this is a LoRA" in err) == (1, True)
+    assert (status, "this is one that changes weights, as a LoRA does" in err) == (1, True)
     assert command(script, gguf_path=path, output_path=output, aligner_path=one)[0] == 0
     content = output.read_bytes()
     options = {"gguf_path": path, "output_path": output, "aligner_path": one, "aligner_scale": 0.5}

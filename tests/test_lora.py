@@ -7,11 +7,14 @@ import transformers
 from conftest import GOLDEN, tiny_config
 
 from lit_llama.checkpoint import load_adapter, load_base, save_adapter
+from lit_llama.combine import WeightedSum
+from lit_llama.config import LLaMAConfig
 from lit_llama.data import Batch
+from lit_llama.folding import merge
 from lit_llama.generation import generate
-from lit_llama.lora import PROJECTIONS, LoRA, merge, unmerge
+from lit_llama.lora import LoRA
 from lit_llama.losses import supervised_loss
-from lit_llama.model import LLaMAConfig
+from lit_llama.seam import PROJECTIONS
 
 
 def random_lora(config, **options):
@@ -77,7 +80,7 @@ def test_merged_is_the_same_and_unmerged_the_base(tiny_model, targets):
     assert not torch.allclose(base, expected, atol=1e-2)
     merge(tiny_model, lora)
     torch.testing.assert_close(tiny_model(ids), expected, atol=1e-5, rtol=0)
-    unmerge(tiny_model, lora)
+    merge(tiny_model, WeightedSum((lora, -1.0)))
     torch.testing.assert_close(tiny_model(ids), base, atol=1e-5, rtol=0)
 
 

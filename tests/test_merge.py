@@ -5,7 +5,7 @@ import torch
 from conftest import random_aligner
 
 from lit_llama.checkpoint import adapter_info, check_adapter, load_adapter, load_base, save_adapter
-from lit_llama.combine import Sum
+from lit_llama.combine import WeightedSum
 from lit_llama.lora import LoRA
 
 SCRIPT = "scripts/merge_adapters.py"
@@ -35,7 +35,7 @@ def test_loras_side_by_side(tmp_path, model, command):
     merged = load_adapter(tmp_path / "both.safetensors", "lora")
     assert (merged.sizes["r"], merged.sizes["targets"]) == (6, ["q", "v", "down"])
     ids = torch.randint(4, 390, (2, 20))
-    expected = model(ids, Sum((load_adapter(files[0]), 1.5), (load_adapter(files[1]), -0.5)))
+    expected = model(ids, WeightedSum((load_adapter(files[0]), 1.5), (load_adapter(files[1]), -0.5)))
     torch.testing.assert_close(model(ids, merged), expected, atol=1e-5, rtol=1e-5)
     assert check_adapter(tmp_path / "both.safetensors", model).prompt_style == "chat"
 
@@ -52,7 +52,7 @@ def test_an_aligner_turned_down(tmp_path, model, command, length):
     assert command(SCRIPT, **options)[0] == 0
     ids = torch.randint(4, 390, (2, 20))
     found = model(ids, load_adapter(tmp_path / "b.safetensors"))
-    torch.testing.assert_close(found, model(ids, Sum((aligner, 0.25))), atol=1e-6, rtol=0)
+    torch.testing.assert_close(found, model(ids, WeightedSum((aligner, 0.25))), atol=1e-6, rtol=0)
     assert adapter_info(tmp_path / "b.safetensors").base_fingerprint == model.fingerprint
     status, _, err = command(SCRIPT, **options)
     assert (status, "--overwrite true" in err) == (1, True)
@@ -65,5 +65,5 @@ def test_what_is_not_exact_is_refused(tmp_path, model, command):
     for others in (["1", "2"], ["1", "lora"]):
         arguments = [f"--adapter_path={tmp_path / name}.safetensors" for name in others]
         status, _, err = command(SCRIPT, *arguments, output_path=tmp_path / "x.safetensors")
-        assert (status, "several prefixes cannot be one" in err) == (1, True)
+        assert (status, "Prefixes cannot" in err) == (1, True)
         assert not (tmp_path / "x.safetensors").exists()

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from lit_llama.aligner import Aligner
 from lit_llama.checkpoint import adapter_info, load_adapter, load_base, save_adapter
 from lit_llama.cli import run
-from lit_llama.combine import Sum
+from lit_llama.combine import WeightedSum
 from lit_llama.forms import FORMS
 from lit_llama.generation import generate
 from lit_llama.prompts import prompt_style
@@ -169,7 +169,7 @@ def test_scales_and_sums_of_aligners(command, base_dir, aligner_path, tmp_path):
     terms = (load_adapter(aligner_path), -2.0), (load_adapter(other), 4.0)
     paths = [f"--aligner_path={aligner_path}", f"--aligner_path={other}"]
     _, out, _ = command("generate/aligner.py", *paths, "--aligner_scale=-2", "--aligner_scale=4", **options)
-    assert out == expected_answer(base_dir, "Count to 3.", Sum(*terms)) + "\n"
+    assert out == expected_answer(base_dir, "Count to 3.", WeightedSum(*terms)) + "\n"
     assert out != command("generate/aligner.py", *paths, **options)[1]
     assert (
         command("generate/aligner.py", *paths, "--aligner_scale=0", **options)[1]

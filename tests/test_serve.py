@@ -21,7 +21,7 @@ import uvicorn
 from conftest import ROOT, random_aligner
 
 from lit_llama.checkpoint import load_adapter, load_base, save_adapter
-from lit_llama.combine import Sum
+from lit_llama.combine import WeightedSum
 from lit_llama.generation import generate
 from lit_llama.prompts import Message, prompt_style
 from lit_llama.serving_http import Access, Gate, _Connection, allowed_hosts, bind
@@ -156,7 +156,7 @@ def test_many_at_once_are_what_each_is_alone(url, base_dir, aligner_dir):
         asked = [pool.submit(ask, url, n, t, extra_body={"aligner_scale": s}) for n, t, s in cases]
         answers = [future.result().message.content for future in asked]
     for (name, text, scale), answer in zip(cases, answers, strict=True):
-        adapter = None if name == "base" else Sum((adapters[name], scale))
+        adapter = None if name == "base" else WeightedSum((adapters[name], scale))
         assert answer == expected(base_dir, user(text), adapter)
     assert len(set(answers)) > 4
 

@@ -18,7 +18,7 @@ from lit_llama.aligner import Aligner
 from lit_llama.checkpoint import adapter_info, load_adapter, load_base
 from lit_llama.data import TokenDataset
 from lit_llama.hyperparameters import schedule
-from lit_llama.losses import Sums, supervised_loss
+from lit_llama.losses import LossSums, supervised_loss
 from lit_llama.prompts import Message, prompt_style
 from lit_llama.runs import last_state
 from lit_llama.samples import user_turn
@@ -140,7 +140,7 @@ def test_divergence_stops_and_keeps_the_last_good_file(base_dir, data_dir, tmp_p
 
     def loss(batch):
         sums = supervised_loss(model, aligner, batch)
-        return sums if next(micro_batches) < 2 + 22 else Sums({"loss": sums.metrics["loss"] * math.nan}, sums.count)
+        return sums if next(micro_batches) < 2 + 22 else LossSums({"loss": sums.metrics["loss"] * math.nan}, sums.count)
 
     hyperparameters = {"out_dir": tmp_path, "resume": False, "batch_size": 4, "micro_batch_size": 4, "pack": False}
     hyperparameters |= {"learning_rate": 1e-3, "decay": "none", "warmup_steps": 0, "max_grad_norm": None}

@@ -7,7 +7,8 @@ What an Aligner does, in every formula, but for one thing: the tokens P_l (N, C)
 import torch
 import torch.nn as nn
 
-from lit_llama.model import LayerAdapter, LayerPrefix, LLaMAConfig
+from lit_llama.config import LLaMAConfig
+from lit_llama.seam import LayerAdapter, LayerPrefix
 
 
 class LLaMAAdapter(nn.Module):
@@ -28,7 +29,8 @@ class LLaMAAdapter(nn.Module):
         ValueError: fewer than one token, or no layer left to attend to them.
     """
 
-    method = "adapter"
+    method = "llama_adapter"
+    base_sizes = ("n_layer", "n_head", "n_embd")
 
     def __init__(self, config: LLaMAConfig, length: int = 10, start_layer: int = 2, init_std: float = 0.1) -> None:
         super().__init__()
@@ -37,13 +39,8 @@ class LLaMAAdapter(nn.Module):
         if not 0 <= start_layer < config.n_layer:
             raise ValueError(f"start layer {start_layer} is not one of the base's layers 0 to {config.n_layer - 1}")
         self.start_layer = start_layer
-        self.sizes = {
-            "n_layer": config.n_layer,
-            "n_head": config.n_head,
-            "n_embd": config.n_embd,
-            "length": length,
-            "start_layer": start_layer,
-        }
+        sizes = {name: getattr(config, name) for name in self.base_sizes}
+        self.sizes = sizes | {"length": length, "start_layer": start_layer}
         layers = config.n_layer - start_layer
         self.tokens = nn.Parameter(init_std * torch.randn(layers, length, config.n_embd, dtype=torch.float32))
         self.gates = nn.Parameter(torch.zeros(layers, config.n_head, dtype=torch.float32))
@@ -54,3 +51,8 @@ class LLaMAAdapter(nn.Module):
             return LayerAdapter()
         row = index - self.start_layer
         return LayerAdapter((LayerPrefix(self.tokens[None, row], self.gates[None, row]),))
+
+    @torch.no_grad()
+    def scale_(self, scale: float) -> None:
+        """Multiply what is added by a number: 0 is the base model, 1 leaves the adapter as it is."""
+        self.gates.mul_(scale)

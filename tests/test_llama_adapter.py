@@ -4,12 +4,12 @@ import pytest
 import torch
 from conftest import GOLDEN
 
-from lit_llama.adapter import LLaMAAdapter
 from lit_llama.aligner import Aligner
 from lit_llama.checkpoint import load_adapter, load_base, save_adapter
+from lit_llama.config import LLaMAConfig
 from lit_llama.data import Batch
+from lit_llama.llama_adapter import LLaMAAdapter
 from lit_llama.losses import supervised_loss
-from lit_llama.model import LLaMAConfig
 
 
 def test_numbers_are_the_authors(golden, golden_config):
@@ -50,7 +50,7 @@ def test_file(tmp_path, tiny_model):
     adapter = LLaMAAdapter(tiny_model.config, 3, 1)
     torch.nn.init.normal_(adapter.gates)
     save_adapter(tmp_path / "adapter.safetensors", adapter, tiny_model)
-    loaded = load_adapter(tmp_path / "adapter.safetensors", "adapter")
+    loaded = load_adapter(tmp_path / "adapter.safetensors", "llama_adapter")
     ids = torch.arange(9)[None]
     assert torch.equal(tiny_model(ids, loaded), tiny_model(ids, adapter))
 

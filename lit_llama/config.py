@@ -1,0 +1,204 @@
+"""Sizes and constants of a LLaMA-family model, and the presets of the common ones."""
+
+import math
+import re
+import reprlib
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from lit_llama.fields import check_value, take
+
+# Larger than any model's, small enough that no file can make this program build for minutes.
+MOST_TOKENS = 2**24
+_LARGEST = {
+    "block_size": MOST_TOKENS,
+    "vocab_size": 2**24,
+    "n_layer": 1024,
+    "n_head": 2**12,
+    "n_embd": 2**18,
+    "n_kv_head": 2**12,
+    "head_size": 2**14,
+    "intermediate_size": 2**20,
+}
+_FILLED = ("n_kv_head", "head_size", "intermediate_size")  # 0 if not given
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Stretching of the rotary frequencies for contexts longer than the pretraining's.
+
+    Args:
+        type: "linear" divides every frequency by `factor`; "llama3" divides the low ones, keeps the high ones and
+            blends between (Llama 3.1, `rope_type: llama3` in Hugging Face configs).
+        factor: the divisor.
+        low_freq_factor: wavelengths above `original_block_size / low_freq_factor` are divided.
+        high_freq_factor: wavelengths below `original_block_size / high_freq_factor` are kept.
+        original_block_size: context length before stretching, in tokens.
+
+    Raises:
+        ValueError: a field is of another type, or out of range.
+    """
+
+    type: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_block_size: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.type not in ("linear", "llama3"):
+            raise ValueError(f"rope_scaling's type is {reprlib.repr(self.type)}, expected 'linear' or 'llama3'")
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            value = check_value(getattr(self, name), f"rope_scaling's {name}", float, 1e-6, 1e6)
+            object.__setattr__(self, name, value)
+        check_value(self.original_block_size, "rope_scaling's original_block_size", int, 1, MOST_TOKENS)
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"rope_scaling's high_freq_factor is {self.high_freq_factor:g}, expected more than its "
+                f"low_freq_factor, {self.low_freq_factor:g}"
+            )
+
+
+@dataclass(frozen=True)
+class LLaMAConfig:
+    """Sizes and constants of a LLaMA-family model.
+
+    Args:
+        name: what the model is called, for reports and adapter files.
+        block_size: longest context, in tokens.
+        vocab_size: rows of the embedding.
+        n_layer: transformer blocks.
+        n_head: query heads.
+        n_embd: embedding size C.
+        n_kv_head: key/value heads; as many as query heads if not given.
+        head_size: size of a head; `n_embd // n_head` if not given.
+        intermediate_size: width of the MLP; 2/3 of 4C rounded up to a multiple of 256 if not given.
+        norm_eps: epsilon of RMSNorm.
+        rope_base: base of the rotary frequencies.
+        rope_scaling: stretching of the rotary frequencies, if any.
+        tie_embeddings: the output projection is the embedding.
+
+    Raises:
+        ValueError: a field is of another type, out of range, or contradicts another one.
+    """
+
+    name: str = ""
+    block_size: int = 2048
+    vocab_size: int = 32000
+    n_layer: int = 32
+    n_head: int = 32
+    n_embd: int = 4096
+    n_kv_head: int = 0
+    head_size: int = 0
+    intermediate_size: int = 0
+    norm_eps: float = 1e-5
+    rope_base: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        fill = object.__setattr__  # the dataclass is frozen
+        check_value(self.name, "name", str)
+        check_value(self.tie_embeddings, "tie_embeddings", bool)
+        for name, most in _LARGEST.items():
+            check_value(getattr(self, name), name, int, 0 if name in _FILLED else 1, most)
+        for name, most in (("norm_eps", 1.0), ("rope_base", 1e15)):
+            fill(self, name, check_value(getattr(self, name), name, float, 1e-30, most))
+        if self.head_size % 2:
+            raise ValueError(f"head_size is {self.head_size}, expected an even number: rotary embedding turns pairs")
+        fill(self, "n_kv_head", self.n_kv_head or self.n_head)
+        fill(self, "head_size", self.head_size or self.n_embd // self.n_head)
+        fill(self, "intermediate_size", self.intermediate_size or 256 * math.ceil(8 * self.n_embd / 3 / 256))
+        check_value(self.head_size, "head_size", int, 1)  # more heads than the embedding has values
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head is {self.n_head}, expected a multiple of n_kv_head, {self.n_kv_head}")
+
+    @classmethod
+    def from_name(cls, name: str) -> "LLaMAConfig":
+        """The preset of that name, whatever its case and punctuation; "7B" alone means LLaMA 7B.
+
+        Raises:
+            ValueError: no such preset.
+        """
+        wanted = _plain(name)
+        for preset in PRESETS:
+            if _plain(preset.name) in (wanted, "llama" + wanted):
+                return preset
+        raise ValueError(f"no preset named {name!r}; there are {', '.join(p.name for p in PRESETS)}")
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "LLaMAConfig":
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a field is missing or unknown, so that a file of another version is never half read; or it
+                cannot be a model's.
+        """
+        expected, found = set(cls.__dataclass_fields__), set(fields)
+        if expected != found:
+            lacking, unknown = (reprlib.repr(sorted(names)) for names in (expected - found, found - expected))
+            raise ValueError(f"model configuration lacks {lacking} and has unknown {unknown}")
+        scaling = take(fields, "rope_scaling", dict, "model configuration", default=None)
+        try:
+            return cls(**{**fields, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+        except TypeError as error:  # a field of the scaling is missing or unknown
+            raise ValueError(f"rope_scaling: {error}") from None
+
+    @property
+    def qkv_rows(self) -> tuple[int, int, int]:
+        """Rows of the query, key and value projections, in the order in which `c_attn` stacks them."""
+        return self.n_head * self.head_size, self.n_kv_head * self.head_size, self.n_kv_head * self.head_size
+
+    def width(self, projection: str) -> tuple[int, int]:
+        """Inputs and outputs of a projection, by its name in `lit_llama.seam.PROJECTIONS`."""
+        q, k, v = self.qkv_rows
+        return {
+            "q": (self.n_embd, q),
+            "k": (self.n_embd, k),
+            "v": (self.n_embd, v),
+            "o": (q, self.n_embd),
+            "gate": (self.n_embd, self.intermediate_size),
+            "up": (self.n_embd, self.intermediate_size),
+            "down": (self.intermediate_size, self.n_embd),
+        }[projection]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, as JSON knows them."""
+        return asdict(self)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+_LLAMA_1: dict[str, Any] = {"norm_eps": 1e-6}
+_LLAMA_2: dict[str, Any] = {"block_size": 4096}
+_LLAMA_3: dict[str, Any] = {"block_size": 8192, "vocab_size": 128256, "rope_base": 500000.0, "n_kv_head": 8}
+_LLAMA_31 = _LLAMA_3 | {"block_size": 131072, "rope_scaling": RopeScaling("llama3", factor=8.0)}
+_LLAMA_32 = _LLAMA_31 | {"rope_scaling": RopeScaling("llama3", factor=32.0), "tie_embeddings": True}
+_SMOLLM2: dict[str, Any] = {"block_size": 8192, "vocab_size": 49152, "rope_base": 100000.0, "tie_embeddings": True}
+
+
+def _preset(family: dict[str, Any], name: str, n_layer: int, n_head: int, n_embd: int, **sizes: Any) -> LLaMAConfig:
+    return LLaMAConfig(name=name, n_layer=n_layer, n_head=n_head, n_embd=n_embd, **(family | sizes))
+
+
+PRESETS = [
+    _preset(_LLAMA_1, "LLaMA-7B", 32, 32, 4096),
+    _preset(_LLAMA_1, "LLaMA-13B", 40, 40, 5120),
+    _preset(_LLAMA_1, "LLaMA-30B", 60, 52, 6656),
+    _preset(_LLAMA_1 | {"norm_eps": 1e-5}, "LLaMA-65B", 80, 64, 8192),
+    _preset(_LLAMA_2, "Llama-2-7B", 32, 32, 4096),
+    _preset(_LLAMA_2, "Llama-2-13B", 40, 40, 5120),
+    _preset(_LLAMA_2, "Llama-2-70B", 80, 64, 8192, n_kv_head=8, intermediate_size=28672),
+    _preset(_LLAMA_3, "Llama-3-8B", 32, 32, 4096, intermediate_size=14336),
+    _preset(_LLAMA_3, "Llama-3-70B", 80, 64, 8192, intermediate_size=28672),
+    _preset(_LLAMA_31, "Llama-3.1-8B", 32, 32, 4096, intermediate_size=14336),
+    _preset(_LLAMA_31, "Llama-3.1-70B", 80, 64, 8192, intermediate_size=28672),
+    _preset(_LLAMA_32, "Llama-3.2-1B", 16, 32, 2048, intermediate_size=8192),
+    _preset(_LLAMA_32, "Llama-3.2-3B", 28, 24, 3072, intermediate_size=8192),
+    _preset({}, "TinyLlama-1.1B", 22, 32, 2048, n_kv_head=4, intermediate_size=5632),
+    _preset(_SMOLLM2, "SmolLM2-135M", 30, 9, 576, n_kv_head=3, intermediate_size=1536),
+    _preset(_SMOLLM2, "SmolLM2-360M", 32, 15, 960, n_kv_head=5, intermediate_size=2560),
+    _preset(_SMOLLM2, "SmolLM2-1.7B", 24, 32, 2048, intermediate_size=8192, rope_base=130000.0),
+]

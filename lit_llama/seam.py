@@ -1,0 +1,137 @@
+"""What an adapter may add to a layer of the base model. To write a method, read this file and then `lit_llama.bias`.
+
+A layer of the base computes, with x its normalised input,
+
+    q, k, v = W_q x, W_k x, W_v x          out = W_o concat_h( attention(q_h, k, v) )          mlp(x) = ...
+
+and an adapter may add two kinds of things to it.
+
+**Prefixes**: tokens P (N, C) that every position attends to with a softmax of its own, outside the sequence, so that
+their keys are not rotated. Each query head h multiplies what comes of it by its gate g_h. The paper's formula
+(arXiv 2312.05503), with the layer's own frozen projections:
+
+    out = W_o concat_h( attention(q_h, k, v) + g_h * softmax(q_h K^T / sqrt(hs)) V ),       K, V = P W_k^T, P W_v^T
+
+**Updates** of a projection y = W x, by the projection's name: functions u of its input and its output that are added
+to the output,
+
+    y + u_1(x, y) + u_2(x, y) + ...
+
+LoRA's is B A x, a bias's is b, the scaling of IA3 is s * y.
+
+The contract:
+
+- A fresh adapter adds nothing: its gates, or what its updates are multiplied by, are zero, and the logits are the
+  base's bit for bit.
+- An adapter is passed to the forward and never changes the model, so one frozen base serves any number of them.
+- Contributions add. Several adapters at once are the sum of what each adds alone; every update sees the output of the
+  projection as the base computes it.
+- Adapters scale: a prefix by its gates, an update by `scaled`.
+- Rows of a batch may have different adapters. That is why an update is a named tuple of tensors whose first dimension
+  counts rows, 1 for the whole batch, and in which zeros add nothing: `lit_llama.combine` stacks and pads them.
+- An update is affine in x and y together, u(x, y) = c + M x + S y, so that it folds exactly into a weight and a bias,
+  W' = (I + S) W + M and b' = (I + S) b + c. So does a prefix of one token, whose softmax is 1 whatever the query. See
+  `lit_llama.formats.folding`, which refuses an update that is not affine.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # of the attention and of the MLP
+
+
+class LayerPrefix(NamedTuple):
+    """Tokens that one layer attends to beside its own sequence: one prefix for the whole batch, or one for each row.
+
+    Args:
+        tokens: (1 or B, N, C), in the place of the layer's input embeddings.
+        gates: (1 or B, nh), what each query head's contribution is multiplied by.
+        mask: bool (B, N), which tokens there are, for rows with fewer than N but at least one; None means all.
+    """
+
+    tokens: Tensor
+    gates: Tensor
+    mask: Tensor | None = None
+
+    def scaled(self, scale: float) -> "LayerPrefix":
+        """The prefix with its contribution times a number."""
+        return self._replace(gates=scale * self.gates)
+
+
+class Update(Protocol):
+    """What is added to the output of a projection: a named tuple of tensors (1 or B, ...); see the contract above."""
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """What is added.
+
+        Args:
+            x: the projection's input, (B, T, in).
+            y: its output as the base computes it, (B, T, out).
+
+        Returns:
+            Of a shape that broadcasts to (B, T, out), in the dtype of `y`.
+        """
+        ...
+
+    def scaled(self, scale: float) -> "Update":
+        """The update times a number."""
+        ...
+
+
+Updates = Mapping[str, tuple[Update, ...]]
+NO_UPDATES: Updates = MappingProxyType({})
+
+
+class LayerAdapter(NamedTuple):
+    """What an adapter adds to one layer; nothing, unless said otherwise.
+
+    Args:
+        prefixes: what the attention attends to beside its sequence, each with a softmax of its own.
+        updates: what is added to the outputs of projections, by the names in `PROJECTIONS`.
+    """
+
+    prefixes: tuple[LayerPrefix, ...] = ()
+    updates: Updates = NO_UPDATES
+
+
+class Adapter(Protocol):
+    """Anything that says what it adds to each layer, such as an Aligner."""
+
+    def layer(self, index: int) -> LayerAdapter:
+        """What is added to layer `index`, counted from 0."""
+        ...
+
+
+class ExpandedPrefix(NamedTuple):
+    """A prefix as the heads of one layer see it.
+
+    Args:
+        k: (1 or B, nh, N, hs), not rotated.
+        v: (1 or B, nh, N, hs), times the gates.
+        mask: bool (B, 1, 1, N), which tokens there are; None means all.
+    """
+
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+
+
+class ExpandedAdapter(NamedTuple):
+    """What an adapter adds to one layer, with what is the same at every step of a generation worked out.
+
+    Args:
+        prefixes: their keys and values in this layer.
+        updates: see `LayerAdapter`.
+    """
+
+    prefixes: tuple[ExpandedPrefix, ...] = ()
+    updates: Updates = NO_UPDATES
+
+
+def updated(projection: str, y: Tensor, x: Tensor, updates: Updates) -> Tensor:
+    """The output `y` of a projection of `x`, with all that an adapter adds to it."""
+    added = [update(x, y) for update in updates.get(projection, ())]
+    return y + sum(added[1:], added[0]) if added else y
