@@ -5,7 +5,7 @@ import torch
 from conftest import random_aligner, tiny_config
 
 from lit_llama.generation import Decoder, Request, complete, generate, sample
-from lit_llama.lora import LoRA
+from lit_llama.seam import LayerAdapter
 
 
 @pytest.fixture
@@ -198,13 +198,17 @@ def test_padding_does_not_reach_a_row(tiny_model):
         assert not layer.v[0, :, 2:].any()
 
 
+class Closure:
+    """An update that is no named tuple of tensors, so that it cannot be stacked for a batch."""
+
+    def layer(self, index):
+        return LayerAdapter(updates={"q": (lambda x, y: 0.5 * y,)})
+
+
 def test_rows_that_do_not_go_together_are_computed_one_by_one(tiny_model):
-    lora = LoRA(tiny_model.config, targets=["q", "down"])
-    for parameter in lora.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    prompts, adapters = [[5, 6], [7, 8, 9]], [lora, random_aligner(tiny_model.config, 2)]
+    prompts, adapters = [[5, 6], [7, 8, 9]], [Closure(), random_aligner(tiny_model.config, 2)]
     expected = [naive_greedy(tiny_model, *pair) for pair in zip(prompts, [10, 10], adapters, strict=True)]
-    with pytest.warns(UserWarning, match="one by one: a LoRA applies to all rows"):
+    with pytest.warns(UserWarning, match="one by one: AttributeError"):
         assert generate(tiny_model, prompts, 10, adapter=adapters) == expected
 
 
