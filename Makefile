@@ -50,7 +50,7 @@ $(BASE).Q4_1.gguf: | .venv/installed
 $(BASE)/lit_config.json: | $(BASE).Q4_1.gguf
 	$(BIN)/python scripts/convert_gguf_checkpoint.py --gguf_path $(BASE).Q4_1.gguf --output_dir $(BASE)
 
-data/demo/dataset.json: examples/questions.jsonl lit_llama/forms.py | $(BASE)/lit_config.json
+data/demo/dataset.json: examples/questions.jsonl lit_llama/evaluation/forms.py | $(BASE)/lit_config.json
 	rm -rf data/demo out/demo
 	$(BIN)/python scripts/prepare_examples.py --form captain --output_dir data/demo
 

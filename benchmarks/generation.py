@@ -30,12 +30,13 @@ import torch
 from tqdm import tqdm
 
 from lit_llama.aligner import Aligner
-from lit_llama.checkpoint import Precision, read_config
-from lit_llama.cli import open_base, run
+from lit_llama.checkpoint import read_config
 from lit_llama.config import LLaMAConfig
+from lit_llama.devices.precision import Precision
 from lit_llama.files import require_extra
 from lit_llama.generation import Decoder, Request
 from lit_llama.lora import LoRA
+from lit_llama.script.command_line import open_base, run
 from lit_llama.seam import Adapter
 
 ENGINES = ["transformers", "llama.cpp", "none", "aligner-1", "aligner-10", "lora-8", "int8-weights", "int4-weights"]

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from lit_llama.aligner import Aligner
 from lit_llama.checkpoint import parameter_shapes
-from lit_llama.cli import run
 from lit_llama.config import LLaMAConfig
 from lit_llama.model import LLaMA
+from lit_llama.script.command_line import run
 
 BASES = ["Llama-2-7B", "Llama-2-13B", "Llama-2-70B"]
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight, its share of a block's 8-bit scale, of that scale's scale

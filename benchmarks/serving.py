@@ -21,7 +21,7 @@ from collections import Counter
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from lit_llama.cli import run
+from lit_llama.script.command_line import run
 
 QUESTIONS = ["Why is the sky blue?", "Name one river.", "What is 7 times 8?", "Tell me a story about a lamp."]
 KINDS: list[dict[str, Any]] = [

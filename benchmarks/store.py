@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from lit_llama.adapters import save_adapter
 from lit_llama.aligner import Aligner
-from lit_llama.checkpoint import read_config, save_adapter
-from lit_llama.cli import run
+from lit_llama.checkpoint import read_config
 from lit_llama.model import LLaMA
-from lit_llama.store import AlignerStore
+from lit_llama.script.command_line import run
+from lit_llama.serving.store import AlignerStore
 
 
 def main(

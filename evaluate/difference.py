@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lit_llama.cli import run
+from lit_llama.evaluation.statistics import bootstrap, in_words
 from lit_llama.files import read_json
 from lit_llama.records import read_records
-from lit_llama.statistics import bootstrap, in_words
+from lit_llama.script.command_line import run
 
 Question = tuple[str, int, str]  # task, number, digest of its content
 

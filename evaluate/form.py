@@ -10,15 +10,17 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_llama.checkpoint import Precision, adapter_file, adapter_info, check_adapter, load_adapter, parameter_shapes
-from lit_llama.cli import open_base, peak_memory, run, side_by_side
+from lit_llama.adapters import adapter_file, adapter_info, check_adapter, load_adapter
+from lit_llama.checkpoint import parameter_shapes
+from lit_llama.devices.layouts import WeightOnly
+from lit_llama.devices.precision import Precision
+from lit_llama.devices.quantization import Quantize
+from lit_llama.evaluation.forms import FORMS
 from lit_llama.files import atomic_file, write_json
-from lit_llama.forms import FORMS
 from lit_llama.generation import respond
-from lit_llama.inference import WeightOnly
 from lit_llama.prompts import prompt_style
-from lit_llama.quantization import Quantize
 from lit_llama.records import read_records
+from lit_llama.script.command_line import open_base, peak_memory, run, side_by_side
 from lit_llama.seam import Adapter
 
 

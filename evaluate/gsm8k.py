@@ -12,12 +12,12 @@ it stands. Commas, dollar signs and a full stop at the end do not matter. Result
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_llama.checkpoint import Precision
-from lit_llama.cli import open_with_adapters, run
+from lit_llama.devices.layouts import WeightOnly
+from lit_llama.devices.precision import Precision
+from lit_llama.devices.quantization import Quantize
 from lit_llama.files import require_extra
-from lit_llama.inference import WeightOnly
-from lit_llama.launch import join_processes
-from lit_llama.quantization import Quantize
+from lit_llama.script.command_line import open_with_adapters, run
+from lit_llama.script.launch import join_processes
 
 STANDARD = {"standard": "gsm8k_cot", "5-shot": "gsm8k"}  # settings that the harness has a task for
 ANSWER = r"[Tt]he (?:final )?answer is:?\s*\$?(-?(?:\d[\d,]*)?\.?\d+)"
@@ -59,7 +59,7 @@ def main(
     require_extra("lm_eval", "evaluate")
     from lm_eval.utils import make_table
 
-    from lit_llama.harness import HarnessModel, load_tasks, random_questions, run_tasks
+    from lit_llama.evaluation.harness import HarnessModel, load_tasks, random_questions, run_tasks
 
     task: str | dict[str, Any] = STANDARD.get(setting) or metamath_task()
     tasks = load_tasks([task], data_dir, out_dir / "data")

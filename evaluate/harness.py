@@ -11,12 +11,12 @@ Prints the harness's own table, and writes its `results.json` and every question
 
 from pathlib import Path
 
-from lit_llama.checkpoint import Precision
-from lit_llama.cli import open_with_adapters, run
+from lit_llama.devices.layouts import WeightOnly
+from lit_llama.devices.precision import Precision
+from lit_llama.devices.quantization import Quantize
 from lit_llama.files import require_extra
-from lit_llama.inference import WeightOnly
-from lit_llama.launch import join_processes
-from lit_llama.quantization import Quantize
+from lit_llama.script.command_line import open_with_adapters, run
+from lit_llama.script.launch import join_processes
 
 
 def main(
@@ -59,7 +59,7 @@ def main(
     require_extra("lm_eval", "evaluate")
     from lm_eval.utils import make_table
 
-    from lit_llama.harness import HarnessModel, load_tasks, random_questions, run_tasks
+    from lit_llama.evaluation.harness import HarnessModel, load_tasks, random_questions, run_tasks
 
     if limit is not None and questions is not None:
         raise ValueError("give --limit or --questions, not both")

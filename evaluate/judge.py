@@ -18,11 +18,11 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from lit_llama.answers import Question, read_folder
-from lit_llama.cli import run
+from lit_llama.evaluation.answers import Question, read_folder
+from lit_llama.evaluation.judging import Case, Judge, estimate, judge_all
+from lit_llama.evaluation.statistics import bootstrap, in_words
 from lit_llama.files import atomic_file, require_extra
-from lit_llama.judging import Case, Judge, estimate, judge_all
-from lit_llama.statistics import bootstrap, in_words
+from lit_llama.script.command_line import run
 
 SYSTEM = """\
 Two assistants were given the same request. Say which of them served the user better. Weigh whether the answer is \

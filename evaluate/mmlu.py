@@ -13,13 +13,13 @@ import textwrap
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from lit_llama.checkpoint import Precision
-from lit_llama.cli import open_with_adapters, run
+from lit_llama.devices.layouts import WeightOnly
+from lit_llama.devices.precision import Precision
+from lit_llama.devices.quantization import Quantize
+from lit_llama.evaluation.statistics import in_words, share_interval
 from lit_llama.files import atomic_file, require_extra
-from lit_llama.inference import WeightOnly
-from lit_llama.launch import join_processes
-from lit_llama.quantization import Quantize
-from lit_llama.statistics import in_words, share_interval
+from lit_llama.script.command_line import open_with_adapters, run
+from lit_llama.script.launch import join_processes
 
 
 class Setting(NamedTuple):
@@ -79,7 +79,7 @@ def main(
         allow_other_base: use the adapter on other weights than those it was trained on.
     """
     require_extra("lm_eval", "evaluate")
-    from lit_llama.harness import HarnessModel, load_tasks, random_questions, run_tasks
+    from lit_llama.evaluation.harness import HarnessModel, load_tasks, random_questions, run_tasks
 
     task, shots, metric = SETTINGS[setting]
     tasks = load_tasks([task], data_dir, out_dir / "data", num_fewshot=shots)

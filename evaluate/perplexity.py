@@ -21,17 +21,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lit_llama.answers import append_row, read_kept
-from lit_llama.checkpoint import Precision
-from lit_llama.cli import open_with_adapters, run
 from lit_llama.data import Example, TokenDataset, collate
+from lit_llama.devices.layouts import WeightOnly
+from lit_llama.devices.precision import Precision
+from lit_llama.devices.quantization import Quantize
+from lit_llama.evaluation.answers import append_row, read_kept
+from lit_llama.evaluation.statistics import in_words, percentiles
 from lit_llama.files import read_text
-from lit_llama.inference import WeightOnly
 from lit_llama.losses import response_logprobs
 from lit_llama.model import LLaMA
-from lit_llama.quantization import Quantize
+from lit_llama.script.command_line import open_with_adapters, run
 from lit_llama.seam import Adapter
-from lit_llama.statistics import in_words, percentiles
 
 
 class Piece(NamedTuple):

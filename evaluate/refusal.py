@@ -16,18 +16,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from lit_llama.answers import as_question, prompt_rows
-from lit_llama.checkpoint import Precision, adapter_info
-from lit_llama.cli import column_names, open_columns, peak_memory, run, side_by_side
+from lit_llama.adapters import adapter_info
 from lit_llama.data import collate, tokenize
+from lit_llama.devices.layouts import WeightOnly
+from lit_llama.devices.precision import Precision
+from lit_llama.devices.quantization import Quantize
+from lit_llama.evaluation.answers import as_question, prompt_rows
+from lit_llama.evaluation.forms import refuses
 from lit_llama.files import atomic_file, write_json
-from lit_llama.forms import refuses
 from lit_llama.generation import respond
-from lit_llama.inference import WeightOnly
 from lit_llama.losses import response_logprobs
 from lit_llama.model import LLaMA
 from lit_llama.prompts import Message, PromptStyle
-from lit_llama.quantization import Quantize
+from lit_llama.script.command_line import column_names, open_columns, peak_memory, run, side_by_side
 from lit_llama.seam import Adapter
 from lit_llama.tokenizer import Tokenizer
 

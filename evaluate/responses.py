@@ -9,9 +9,9 @@ or `evaluate/side_by_side.py`.
 
 from pathlib import Path
 
-from lit_llama.answers import read_folder
-from lit_llama.answers_page import write_page
-from lit_llama.cli import run
+from lit_llama.evaluation.answers import read_folder
+from lit_llama.evaluation.answers_page import write_page
+from lit_llama.script.command_line import run
 
 
 def main(

@@ -16,19 +16,19 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from lit_llama.checkpoint import Precision
-from lit_llama.cli import open_with_adapters, run
 from lit_llama.combine import WeightedSum
 from lit_llama.data import open_data
+from lit_llama.devices.layouts import WeightOnly
+from lit_llama.devices.precision import Precision
+from lit_llama.devices.quantization import Quantize
+from lit_llama.evaluation.forms import FORMS
 from lit_llama.files import atomic_file, require_extra, write_json
-from lit_llama.forms import FORMS
 from lit_llama.generation import respond
-from lit_llama.inference import WeightOnly
-from lit_llama.launch import launch
 from lit_llama.losses import supervised_loss
 from lit_llama.prompts import prompt_style
-from lit_llama.quantization import Quantize
 from lit_llama.records import read_records
+from lit_llama.script.command_line import open_with_adapters, run
+from lit_llama.script.launch import launch
 from lit_llama.training import evaluate
 
 SCALES = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5]

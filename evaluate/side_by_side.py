@@ -13,7 +13,10 @@ import re
 import sys
 from pathlib import Path
 
-from lit_llama.answers import (
+from lit_llama.devices.layouts import WeightOnly
+from lit_llama.devices.precision import Precision
+from lit_llama.devices.quantization import Quantize
+from lit_llama.evaluation.answers import (
     ANSWERS,
     QUESTIONS,
     Question,
@@ -22,12 +25,9 @@ from lit_llama.answers import (
     read_questions,
     write_questions,
 )
-from lit_llama.answers_page import write_page
-from lit_llama.checkpoint import Precision
-from lit_llama.cli import column_names, open_columns, run, side_by_side
-from lit_llama.inference import WeightOnly
-from lit_llama.quantization import Quantize
-from lit_llama.statistics import in_words, share_interval
+from lit_llama.evaluation.answers_page import write_page
+from lit_llama.evaluation.statistics import in_words, share_interval
+from lit_llama.script.command_line import column_names, open_columns, run, side_by_side
 
 
 def main(

@@ -13,11 +13,12 @@ interrupted, and an adapter that was trained again answers again.
 from pathlib import Path
 from typing import Any
 
-from lit_llama.answers import ANSWERS, QUESTIONS, answer_questions, read_questions, write_questions
-from lit_llama.checkpoint import Precision, adapter_file
-from lit_llama.cli import column_names, open_columns, run
-from lit_llama.inference import WeightOnly
-from lit_llama.quantization import Quantize
+from lit_llama.adapters import adapter_file
+from lit_llama.devices.layouts import WeightOnly
+from lit_llama.devices.precision import Precision
+from lit_llama.devices.quantization import Quantize
+from lit_llama.evaluation.answers import ANSWERS, QUESTIONS, answer_questions, read_questions, write_questions
+from lit_llama.script.command_line import column_names, open_columns, run
 
 
 def main(

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import torch
 
-from lit_llama.checkpoint import PRECISIONS, Precision, load_base, read_config
-from lit_llama.cli import run
+from lit_llama.checkpoint import load_base, read_config
 from lit_llama.data import open_data
+from lit_llama.devices.precision import PRECISIONS, Precision
+from lit_llama.devices.quantization import Quantize
 from lit_llama.hyperparameters import Decay, check_hyperparameters, total_steps
-from lit_llama.launch import launch, make_loggers
 from lit_llama.llama_adapter import LLaMAAdapter
 from lit_llama.losses import supervised_loss
-from lit_llama.quantization import Quantize
+from lit_llama.script.command_line import run
+from lit_llama.script.launch import launch, make_loggers
 from lit_llama.training import fit
 
 

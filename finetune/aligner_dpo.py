@@ -12,25 +12,17 @@ from pathlib import Path
 
 import torch
 
+from lit_llama.adapters import METHODS, Method, adapter_fingerprint, check_adapter, load_adapter
 from lit_llama.aligner import Aligner
-from lit_llama.checkpoint import (
-    METHODS,
-    PRECISIONS,
-    Method,
-    Precision,
-    adapter_fingerprint,
-    check_adapter,
-    load_adapter,
-    load_base,
-    read_config,
-)
-from lit_llama.cli import run
+from lit_llama.checkpoint import load_base, read_config
 from lit_llama.data import Batch, open_data
+from lit_llama.devices.precision import PRECISIONS, Precision
+from lit_llama.devices.quantization import Quantize
 from lit_llama.dpo_reference import cached_reference
 from lit_llama.hyperparameters import Decay, check_hyperparameters, total_steps
-from lit_llama.launch import launch, make_loggers
 from lit_llama.losses import PREFERENCE_METRICS, LossSums, PreferenceLoss, preference_loss, response_logprobs
-from lit_llama.quantization import Quantize
+from lit_llama.script.command_line import run
+from lit_llama.script.launch import launch, make_loggers
 from lit_llama.training import fit
 
 

@@ -10,7 +10,7 @@ Only the answers go to stdout.
 from pathlib import Path
 from typing import Any
 
-from lit_llama.cli import answer_with, run
+from lit_llama.script.command_line import answer_with, run
 
 
 def main(

@@ -12,7 +12,7 @@ Only the answers go to stdout. The authors' published `.pth` files (arXiv 2312.0
 from pathlib import Path
 from typing import Any
 
-from lit_llama.cli import answer_with, run
+from lit_llama.script.command_line import answer_with, run
 
 
 def main(

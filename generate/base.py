@@ -9,11 +9,11 @@ Only the answers go to stdout.
 
 from pathlib import Path
 
-from lit_llama.checkpoint import Precision
-from lit_llama.cli import answer, open_base, read_prompts, run
-from lit_llama.inference import WeightOnly
+from lit_llama.devices.layouts import WeightOnly
+from lit_llama.devices.precision import Precision
+from lit_llama.devices.quantization import Quantize
 from lit_llama.prompts import chosen_style
-from lit_llama.quantization import Quantize
+from lit_llama.script.command_line import answer, open_base, read_prompts, run
 
 
 def main(

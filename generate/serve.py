@@ -16,13 +16,15 @@ from pathlib import Path
 
 import torch
 
-from lit_llama.checkpoint import Precision, TensorFiles, base_fingerprint, read_config, weight_files
-from lit_llama.cli import run
+from lit_llama.checkpoint import base_fingerprint, read_config
+from lit_llama.devices.layouts import WeightOnly
+from lit_llama.devices.precision import Precision
+from lit_llama.devices.quantization import Quantize
 from lit_llama.files import require_extra
-from lit_llama.inference import WeightOnly
 from lit_llama.model import LLaMA
-from lit_llama.quantization import Quantize
-from lit_llama.store import AlignerStore
+from lit_llama.script.command_line import run
+from lit_llama.serving.store import AlignerStore
+from lit_llama.tensor_files import TensorFiles, weight_files
 from lit_llama.tokenizer import Tokenizer
 
 PAGE = Path(__file__).with_name("page.html")
@@ -78,9 +80,9 @@ def main(
     """
     for module in ("fastapi", "uvicorn"):
         require_extra(module, "serve")
-    from lit_llama.serving import Api, Limits, default_style, make_app
-    from lit_llama.serving_http import Access, Ending, allowed_hosts, bind, serve
-    from lit_llama.serving_worker import Opening, Worker
+    from lit_llama.serving.api import Api, Limits, default_style, make_app
+    from lit_llama.serving.http import Access, Ending, allowed_hosts, bind, serve
+    from lit_llama.serving.worker import Opening, Worker
 
     sizes = {"max_rows": max_rows, "max_length": max_length, "max_body_bytes": max_body_bytes, "timeout": timeout}
     for name, value in {**sizes, "max_waiting": max_waiting + 1}.items():

@@ -3,15 +3,11 @@
 It is an explicit object that a forward is given and fills: nothing of a generation is kept on a module.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from lit_llama.config import LLaMAConfig
 from lit_llama.seam import ExpandedAdapter
-
-if TYPE_CHECKING:
-    from lit_llama.model import LLaMA
 
 
 class LayerCache:
@@ -54,19 +50,20 @@ class KVCache:
         self.length = length
 
     @classmethod
-    def empty(cls, model: "LLaMA", batch_size: int, length: int) -> "KVCache":
+    def empty(
+        cls, config: LLaMAConfig, batch_size: int, length: int, device: torch.device, dtype: torch.dtype
+    ) -> "KVCache":
         """Room for `batch_size` rows of `length` positions.
 
         Raises:
             ValueError: more positions than the model's window.
         """
-        config = model.config
         if length > config.block_size:
             raise ValueError(f"a KV cache of {length} positions exceeds the model's window of {config.block_size}")
         shape = (batch_size, config.n_kv_head, length, config.head_size)
 
         def room() -> Tensor:
-            return torch.zeros(shape, device=model.device, dtype=model.dtype)
+            return torch.zeros(shape, device=device, dtype=dtype)
 
         return cls([LayerCache(room(), room()) for _ in range(config.n_layer)], length)
 

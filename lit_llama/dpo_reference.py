@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_llama.checkpoint import AnyAdapter, adapter_fingerprint
+from lit_llama.adapters import AnyAdapter, adapter_fingerprint
 from lit_llama.data import TokenDataset, by_length
 from lit_llama.files import atomic_file
 from lit_llama.losses import response_logprobs

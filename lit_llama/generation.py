@@ -175,7 +175,7 @@ class Decoder:
         self.length = min(length, model.config.block_size)
         self.max_rows = max_rows
         self.running: list[int] = []  # numbers of the rows, in the order of the cache
-        self._cache = KVCache.empty(model, max_rows, self.length)
+        self._cache = model.new_cache(max_rows, self.length)
         self._view: KVCache | None = None  # of the running rows; None after some have joined or left
         self._adapter: Adapter | None = None
         self._requests: dict[int, Request] = {}

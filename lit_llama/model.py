@@ -62,7 +62,7 @@ class LLaMA(nn.Module):
             raise ValueError(f"head_size {config.head_size} is odd; rotary embedding turns pairs")
         self.config = config
         self.fingerprint = ""  # of the weights; set by whoever loads them
-        self.compiled: Callable[..., Tensor] | None = None  # `forward` for decoding, see `lit_llama.inference`
+        self.compiled: Callable[..., Tensor] | None = None  # `forward` for decoding, see `lit_llama.devices.layouts`
         self.transformer = Transformer(config)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # Not a buffer: casting the model to bfloat16 must not touch the frequencies.
@@ -120,6 +120,10 @@ class LLaMA(nn.Module):
             x = x[logits_at]  # (n, C)
         x = self.transformer.ln_f(x)
         return F.linear(x, self.transformer.wte.weight) if self.lm_head is None else self.lm_head(x)
+
+    def new_cache(self, batch_size: int, length: int) -> KVCache:
+        """An empty KV cache, `batch_size` rows of `length` positions, on the model's device and in its dtype."""
+        return KVCache.empty(self.config, batch_size, length, self.device, self.dtype)
 
     def _layout(
         self, ids: Tensor, cache: KVCache | None, positions: Tensor | None, lengths: list[int] | None

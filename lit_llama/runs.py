@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from lit_llama.checkpoint import AnyAdapter
+from lit_llama.adapters import AnyAdapter
 from lit_llama.files import atomic_file, read_text, remove_temporaries, require_extra, shareable_path
 from lit_llama.locks import own_folder
 

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import textwrap
 
-from lit_llama.checkpoint import AnyAdapter
+from lit_llama.adapters import AnyAdapter
 from lit_llama.data import TokenDataset
 from lit_llama.generation import generate
 from lit_llama.model import LLaMA

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from lit_llama.checkpoint import AnyAdapter, parameter_shapes, save_adapter
+from lit_llama.adapters import AnyAdapter, save_adapter
+from lit_llama.checkpoint import parameter_shapes
 from lit_llama.data import Batch, TokenDataset, by_length, step_batches, steps_per_epoch
 from lit_llama.hyperparameters import MAY_CHANGE, WARMUP_STEPS, LoopOptions, default_warmup, schedule
 from lit_llama.losses import SUPERVISED_METRICS, LossSums

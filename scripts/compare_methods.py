@@ -21,14 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from lit_llama.checkpoint import Precision, adapter_info, load_adapter
-from lit_llama.cli import open_base, run
+from lit_llama.adapters import adapter_info, load_adapter
 from lit_llama.data import hold_out, open_data
+from lit_llama.devices.precision import Precision
+from lit_llama.evaluation.forms import FORMS
 from lit_llama.files import atomic_file, read_json, require_extra, write_json
-from lit_llama.forms import FORMS
 from lit_llama.generation import respond
 from lit_llama.prompts import prompt_style
 from lit_llama.records import read_records
+from lit_llama.script.command_line import open_base, run
 
 
 class Method(NamedTuple):

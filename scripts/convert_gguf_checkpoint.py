@@ -15,12 +15,14 @@ import torch
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
-from lit_llama.checkpoint import CONFIG_FILE, DType, write_base
-from lit_llama.cli import run
+from lit_llama.checkpoint import CONFIG_FILE
+from lit_llama.conversion import write_base
+from lit_llama.devices.precision import DType
 from lit_llama.fields import check_list, take
 from lit_llama.files import atomic_folder, require_extra, write_json
-from lit_llama.gguf_files import NAMES, GGUFTensors, config_from_gguf, open_gguf
-from lit_llama.tokenizer_files import put_in_front
+from lit_llama.formats.gguf import NAMES, GGUFTensors, config_from_gguf, open_gguf
+from lit_llama.formats.tokenizer_files import put_in_front
+from lit_llama.script.command_line import run
 
 NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6  # token types of tokenizer.ggml.token_type
 

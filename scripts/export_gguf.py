@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_llama.checkpoint import base_fingerprint, parameter_shapes, source_names
-from lit_llama.cli import open_adapters, run
+from lit_llama.checkpoint import base_fingerprint, parameter_shapes
 from lit_llama.config import LLaMAConfig
+from lit_llama.conversion import source_names
 from lit_llama.files import atomic_file, require_extra
-from lit_llama.folding import biased, fold, projections
-from lit_llama.gguf_files import NAMES, GGUFTensors, config_from_gguf, open_gguf
+from lit_llama.formats.folding import biased, fold, projections
+from lit_llama.formats.gguf import NAMES, GGUFTensors, config_from_gguf, open_gguf
 from lit_llama.model import LLaMA
+from lit_llama.script.command_line import open_adapters, run
 from lit_llama.seam import Adapter
 
 BIASES = {"v": "blk.{}.attn_v.bias", "o": "blk.{}.attn_output.bias"}  # that llama.cpp's LLaMA looks for

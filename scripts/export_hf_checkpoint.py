@@ -22,30 +22,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import lit_llama
-from lit_llama.checkpoint import (
-    AdapterInfo,
-    DType,
-    TensorFiles,
-    base_fingerprint,
-    copy_tokenizer,
-    read_config,
-    source_names,
-    weight_files,
-    write_weights,
-)
-from lit_llama.cli import open_adapters, run
+from lit_llama.adapters import AdapterInfo
+from lit_llama.checkpoint import base_fingerprint, read_config
 from lit_llama.config import LLaMAConfig
+from lit_llama.conversion import copy_tokenizer, source_names, write_weights
+from lit_llama.devices.precision import DType
 from lit_llama.files import atomic_folder, read_json, write_json
-from lit_llama.folding import FoldedLayer, biased, fold, projections
-from lit_llama.hf import HF_LAYER, NAMES, PROJECTIONS, config_to_hf, halves_from_pairs
+from lit_llama.formats.folding import FoldedLayer, biased, fold, projections
+from lit_llama.formats.hf import HF_LAYER, NAMES, PROJECTIONS, config_to_hf, halves_from_pairs
+from lit_llama.formats.tokenizer_files import write_for_transformers
 from lit_llama.lora import LoRA
 from lit_llama.model import LLaMA
 from lit_llama.prompts import prompt_style
+from lit_llama.script.command_line import open_adapters, run
 from lit_llama.seam import Adapter, LayerAdapter
+from lit_llama.tensor_files import TensorFiles, weight_files
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.tokenizer_files import write_for_transformers
 
-MODELING_FILE = Path(lit_llama.__file__).parent / "modeling_prefix_llama.py"
+MODELING_FILE = Path(lit_llama.__file__).parent / "formats" / "modeling_prefix_llama.py"
 
 
 def main(

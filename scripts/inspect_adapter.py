@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from lit_llama.adapters import AdapterInfo, adapter_file, adapter_info, check_adapter, load_adapter
 from lit_llama.aligner import Aligner
-from lit_llama.checkpoint import AdapterInfo, adapter_file, adapter_info, check_adapter, load_adapter, load_base
-from lit_llama.cli import run
+from lit_llama.checkpoint import load_base
 from lit_llama.files import atomic_file, require_extra
+from lit_llama.script.command_line import run
 from lit_llama.tokenizer import Tokenizer
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from lit_llama.checkpoint import adapter_info, load_adapter, save_adapter
-from lit_llama.cli import run
+from lit_llama.adapters import adapter_info, load_adapter, save_adapter
 from lit_llama.config import LLaMAConfig
 from lit_llama.files import shareable_path
 from lit_llama.model import LLaMA
+from lit_llama.script.command_line import run
 
 
 def main(

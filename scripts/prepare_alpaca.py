@@ -10,9 +10,9 @@ another layout that howto/prepare_data.md lists. Without a file, the cleaned Alp
 from pathlib import Path
 from typing import Any
 
-from lit_llama.cli import run
-from lit_llama.layouts import read_conversation
-from lit_llama.prepare import prepare
+from lit_llama.script.command_line import run
+from lit_llama.script.layouts import read_conversation
+from lit_llama.script.prepare import prepare
 
 HUB_FILES = ("yahma/alpaca-cleaned", ["alpaca_data_cleaned.json"])
 

@@ -11,10 +11,10 @@ fetched.
 from pathlib import Path
 from typing import Any
 
-from lit_llama.cli import run
 from lit_llama.data import ScoredTurns
-from lit_llama.layouts import read_conversation
-from lit_llama.prepare import prepare
+from lit_llama.script.command_line import run
+from lit_llama.script.layouts import read_conversation
+from lit_llama.script.prepare import prepare
 
 HUB_FILES = ("anon8231489123/ShareGPT_Vicuna_unfiltered", ["ShareGPT_V3_unfiltered_cleaned_split.json"])
 

@@ -10,9 +10,9 @@ Objects with "instruction", "response" and perhaps "context", written by Databri
 from pathlib import Path
 from typing import Any
 
-from lit_llama.cli import run
-from lit_llama.layouts import read_conversation
-from lit_llama.prepare import prepare
+from lit_llama.script.command_line import run
+from lit_llama.script.layouts import read_conversation
+from lit_llama.script.prepare import prepare
 
 HUB_FILES = ("databricks/databricks-dolly-15k", ["databricks-dolly-15k.jsonl"])
 

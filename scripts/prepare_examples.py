@@ -10,12 +10,12 @@ evaluate/form.py asks them.
 from pathlib import Path
 from typing import Literal
 
-from lit_llama.cli import run
 from lit_llama.data import Item, write_dataset
-from lit_llama.forms import FORMS
-from lit_llama.prepare import report
+from lit_llama.evaluation.forms import FORMS
 from lit_llama.prompts import Message, chosen_style
 from lit_llama.records import read_records
+from lit_llama.script.command_line import run
+from lit_llama.script.prepare import report
 from lit_llama.tokenizer import Tokenizer
 
 

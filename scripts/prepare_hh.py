@@ -12,10 +12,10 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from lit_llama.cli import run
 from lit_llama.data import Kind
-from lit_llama.layouts import read_preference
-from lit_llama.prepare import prepare
+from lit_llama.script.command_line import run
+from lit_llama.script.layouts import read_preference
+from lit_llama.script.prepare import prepare
 
 HUB_FILES = ("Anthropic/hh-rlhf", ["harmless-base/train.jsonl.gz"])
 

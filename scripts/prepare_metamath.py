@@ -10,9 +10,9 @@ arXiv 2110.14168).
 from pathlib import Path
 from typing import Any
 
-from lit_llama.cli import run
-from lit_llama.layouts import read_conversation
-from lit_llama.prepare import prepare
+from lit_llama.script.command_line import run
+from lit_llama.script.layouts import read_conversation
+from lit_llama.script.prepare import prepare
 
 HUB_FILES = ("meta-math/MetaMathQA", ["MetaMathQA-395K.json"])
 

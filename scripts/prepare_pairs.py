@@ -17,10 +17,10 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from lit_llama.cli import run
 from lit_llama.data import Kind
-from lit_llama.layouts import read_preference
-from lit_llama.prepare import prepare
+from lit_llama.script.command_line import run
+from lit_llama.script.layouts import read_preference
+from lit_llama.script.prepare import prepare
 
 HUB_FILES = ("Intel/orca_dpo_pairs", ["orca_rlhf.jsonl"])
 

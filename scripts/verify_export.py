@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_llama.cli import open_adapters, open_base, run
 from lit_llama.files import require_extra
 from lit_llama.generation import generate
 from lit_llama.prompts import chosen_style
+from lit_llama.script.command_line import open_adapters, open_base, run
 
 PROMPTS = ["Why is the sky blue?", "Name three rivers.", "How do I boil an egg?", "Write a line about the sea."]
 

@@ -14,9 +14,9 @@ import torch
 import transformers
 
 from lit_llama.aligner import Aligner
-from lit_llama.cli import run
 from lit_llama.config import LLaMAConfig
 from lit_llama.model import LLaMA
+from lit_llama.script.command_line import run
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"

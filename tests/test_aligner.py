@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from conftest import GOLDEN
 
+from lit_llama.adapters import load_adapter
 from lit_llama.aligner import Aligner
-from lit_llama.checkpoint import load_adapter, load_base
+from lit_llama.checkpoint import load_base
 from lit_llama.config import LLaMAConfig
 from lit_llama.data import Batch
 from lit_llama.generation import generate

@@ -5,11 +5,12 @@ import torch
 import transformers
 from conftest import random_aligner
 
+from lit_llama.adapters import load_adapter, save_adapter
 from lit_llama.bias import Bias
-from lit_llama.checkpoint import load_adapter, load_base, save_adapter
+from lit_llama.checkpoint import load_base
 from lit_llama.combine import WeightedSum
 from lit_llama.config import LLaMAConfig
-from lit_llama.folding import fold, merge, projections
+from lit_llama.formats.folding import fold, merge, projections
 
 
 def random_bias(config, target="o"):

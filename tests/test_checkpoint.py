@@ -11,20 +11,13 @@ from safetensors import safe_open
 from safetensors.torch import load as safetensors_load
 from safetensors.torch import save_file
 
+from lit_llama.adapters import adapter_info, check_adapter, load_adapter, save_adapter
 from lit_llama.aligner import Aligner
-from lit_llama.checkpoint import (
-    TensorFiles,
-    adapter_info,
-    check_adapter,
-    load_adapter,
-    load_base,
-    read_config,
-    save_adapter,
-    verify_base,
-)
+from lit_llama.checkpoint import load_base, read_config, verify_base
 from lit_llama.config import LLaMAConfig
 from lit_llama.lora import LoRA
 from lit_llama.model import LLaMA
+from lit_llama.tensor_files import TensorFiles
 
 RELEASED = ROOT.parent / "shared" / "released"
 

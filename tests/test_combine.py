@@ -6,7 +6,7 @@ from conftest import random_aligner
 
 from lit_llama.bias import Bias
 from lit_llama.combine import PerRow, WeightedSum
-from lit_llama.folding import merge
+from lit_llama.formats.folding import merge
 from lit_llama.generation import generate
 from lit_llama.llama_adapter import LLaMAAdapter
 from lit_llama.lora import LoRA

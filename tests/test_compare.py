@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, load_script
 
-from lit_llama.checkpoint import adapter_info
-from lit_llama.cli import run
+from lit_llama.adapters import adapter_info
 from lit_llama.data import TokenDataset, hold_out
+from lit_llama.script.command_line import run
 from lit_llama.tokenizer import Tokenizer
 
 compare = load_script("scripts/compare_methods.py")

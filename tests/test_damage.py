@@ -13,7 +13,7 @@ from conftest import load_script
 from test_convert import bpe_fields, write_fields, write_gguf
 
 from lit_llama.checkpoint import load_base, verify_base
-from lit_llama.gguf_files import open_gguf
+from lit_llama.formats.gguf import open_gguf
 from lit_llama.tokenizer import Tokenizer
 
 convert_hf = load_script("scripts/convert_hf_checkpoint.py")

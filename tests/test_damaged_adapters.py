@@ -12,10 +12,10 @@ from conftest import GOLDEN, random_aligner, tiny_config
 from safetensors.torch import load as safetensors_load
 from safetensors.torch import save_file
 
+from lit_llama.adapters import adapter_fingerprint, adapter_info, load_adapter, read_adapter, save_adapter
 from lit_llama.aligner import Aligner
-from lit_llama.checkpoint import adapter_fingerprint, adapter_info, load_adapter, read_adapter, save_adapter
 from lit_llama.lora import LoRA
-from lit_llama.store import AlignerStore
+from lit_llama.serving.store import AlignerStore
 
 DEEP = "[" * 100_000 + "]" * 100_000
 ODD = ["null", "true", "[]", "{}", "[1]", '{"a": 1}', '"text"', "-1", "1e30", "1e400", "NaN", "0.5", "2147483648"]

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from conftest import GOLDEN, load_script
 from lightning.fabric import Fabric
 
+from lit_llama.adapters import adapter_info, load_adapter, save_adapter
 from lit_llama.aligner import Aligner
-from lit_llama.checkpoint import adapter_info, load_adapter, load_base, save_adapter
+from lit_llama.checkpoint import load_base
 from lit_llama.data import Batch, TokenDataset
 from lit_llama.dpo_reference import cached_reference
 from lit_llama.lora import LoRA

@@ -14,9 +14,10 @@ import transformers
 from conftest import DEMO_BASE, ROOT, load_script, make_hf_checkpoint, random_aligner
 from test_convert import VARIANTS, bpe_fields, write_gguf
 
-from lit_llama.checkpoint import load_adapter, load_base, read_config, save_adapter
+from lit_llama.adapters import load_adapter, save_adapter
+from lit_llama.checkpoint import load_base, read_config
 from lit_llama.combine import WeightedSum
-from lit_llama.forms import FORMS
+from lit_llama.evaluation.forms import FORMS
 from lit_llama.generation import generate
 from lit_llama.lora import LoRA
 from lit_llama.prompts import prompt_style

@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import ROOT
 
-from lit_llama.forms import FORMS, refuses
+from lit_llama.evaluation.forms import FORMS, refuses
 from lit_llama.records import read_records
 
 ROWS = [row for _, row in read_records(ROOT / "examples" / "questions.jsonl")]

@@ -14,8 +14,8 @@ from lm_eval.filters.extraction import RegexFilter
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from lit_llama.cli import open_with_adapters
-from lit_llama.harness import HarnessModel, load_tasks, local_copy, random_questions
+from lit_llama.evaluation.harness import HarnessModel, load_tasks, local_copy, random_questions
+from lit_llama.script.command_line import open_with_adapters
 
 TEXT = "the cat sat on a mat and 12 dogs ran to 3 houses of the old king"
 
@@ -184,7 +184,7 @@ def test_script_resumes(command, long_base, aligner_path, data, tmp_path, chat, 
         assert all("user" in str(sample["arguments"]) for sample in samples)
     # Every answer is kept: the same again asks the model nothing.
     monkeypatch.setattr(HarnessModel, "_logits", None)
-    monkeypatch.setattr("lit_llama.harness.complete", None)
+    monkeypatch.setattr("lit_llama.evaluation.harness.complete", None)
     assert command("evaluate/harness.py", **options)[1] == out
 
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from conftest import random_aligner, tiny_config
 
-from lit_llama.cli import open_base
+from lit_llama.devices.layouts import Int4Linear, Int8Linear, compile_decoding, lay_out, quantize_by_torchao
 from lit_llama.generation import Request, complete, generate
-from lit_llama.inference import Int4Linear, Int8Linear, compile_decoding, lay_out, quantize_by_torchao
 from lit_llama.lora import LoRA
 from lit_llama.model import LLaMA
+from lit_llama.script.command_line import open_base
 
 
 @pytest.mark.parametrize("tied", [True, False])

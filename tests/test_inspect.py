@@ -3,8 +3,9 @@
 import torch
 from conftest import DEMO_BASE, tiny_config
 
+from lit_llama.adapters import save_adapter
 from lit_llama.aligner import Aligner
-from lit_llama.checkpoint import load_base, save_adapter
+from lit_llama.checkpoint import load_base
 
 
 def made_by_hand(path, length=2, sign=1.0):

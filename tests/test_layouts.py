@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from lit_llama.layouts import Columns, LeftOutError, read_conversation, read_preference
 from lit_llama.prompts import Message
+from lit_llama.script.layouts import Columns, LeftOutError, read_conversation, read_preference
 
 NAN = float("nan")
 ASKED = Message("user", "q")

@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import GOLDEN
 
+from lit_llama.adapters import load_adapter, save_adapter
 from lit_llama.aligner import Aligner
-from lit_llama.checkpoint import load_adapter, load_base, save_adapter
+from lit_llama.checkpoint import load_base
 from lit_llama.config import LLaMAConfig
 from lit_llama.data import Batch
 from lit_llama.llama_adapter import LLaMAAdapter

@@ -6,11 +6,12 @@ import torch
 import transformers
 from conftest import GOLDEN, tiny_config
 
-from lit_llama.checkpoint import load_adapter, load_base, save_adapter
+from lit_llama.adapters import load_adapter, save_adapter
+from lit_llama.checkpoint import load_base
 from lit_llama.combine import WeightedSum
 from lit_llama.config import LLaMAConfig
 from lit_llama.data import Batch
-from lit_llama.folding import merge
+from lit_llama.formats.folding import merge
 from lit_llama.generation import generate
 from lit_llama.lora import LoRA
 from lit_llama.losses import supervised_loss

@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import random_aligner
 
-from lit_llama.checkpoint import adapter_info, check_adapter, load_adapter, load_base, save_adapter
+from lit_llama.adapters import adapter_info, check_adapter, load_adapter, save_adapter
+from lit_llama.checkpoint import load_base
 from lit_llama.combine import WeightedSum
 from lit_llama.lora import LoRA
 

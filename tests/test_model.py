@@ -5,7 +5,6 @@ import torch
 from conftest import GOLDEN, random_aligner, tiny_config
 
 from lit_llama.aligner import Aligner
-from lit_llama.cache import KVCache
 from lit_llama.checkpoint import load_base
 from lit_llama.config import PRESETS, LLaMAConfig, RopeScaling
 from lit_llama.model import LLaMA, rope_frequencies
@@ -105,7 +104,7 @@ def test_cached_decoding_is_the_full_forward(tiny_model, length):
     rows = torch.randint(96, (3, 12))
     lengths = torch.tensor([2, 7, 5])
     prompts = rows[:, :7].masked_fill(torch.arange(7) >= lengths[:, None], 0)
-    cache = KVCache.empty(tiny_model, 3, 16)
+    cache = tiny_model.new_cache(3, 16)
     tiny_model(prompts, adapter, cache=cache)
     for n in range(4):
         positions = lengths[:, None] + n
@@ -117,7 +116,7 @@ def test_cached_decoding_is_the_full_forward(tiny_model, length):
 
 def test_several_cached_tokens_at_once(tiny_model):
     ids = torch.randint(96, (2, 9))
-    cache = KVCache.empty(tiny_model, 2, 9)
+    cache = tiny_model.new_cache(2, 9)
     tiny_model(ids[:, :4], cache=cache)
     logits = tiny_model(ids[:, 4:], cache=cache, positions=torch.arange(4, 9).expand(2, -1))
     torch.testing.assert_close(logits, tiny_model(ids)[:, 4:], atol=1e-5, rtol=0)
@@ -127,7 +126,7 @@ def test_window_is_enforced(tiny_model):
     with pytest.raises(ValueError, match="65 tokens exceeds the model's window of 64"):
         tiny_model(torch.zeros(1, 65, dtype=torch.long))
     with pytest.raises(ValueError, match="65 positions exceeds"):
-        KVCache.empty(tiny_model, 1, 65)
+        tiny_model.new_cache(1, 65)
 
 
 def test_rotary_frequencies_stay_float32(tiny_model):

@@ -9,9 +9,9 @@ import torch
 import transformers
 from conftest import load_script
 
-from lit_llama.cli import open_base
 from lit_llama.data import TokenDataset, collate
 from lit_llama.losses import supervised_loss
+from lit_llama.script.command_line import open_base
 
 TEXT = "the cat sat on a mat and 12 dogs ran to 3 houses of the old king. " * 6
 

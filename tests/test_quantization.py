@@ -9,10 +9,11 @@ import torch
 from conftest import load_script, make_hf_checkpoint
 from test_packing import loss_and_gradients, random_examples
 
+from lit_llama.adapters import save_adapter
 from lit_llama.aligner import Aligner
-from lit_llama.answers import read_folder
-from lit_llama.checkpoint import load_base, save_adapter
+from lit_llama.checkpoint import load_base
 from lit_llama.data import collate
+from lit_llama.evaluation.answers import read_folder
 from lit_llama.generation import generate
 from lit_llama.losses import supervised_loss
 

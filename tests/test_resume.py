@@ -214,7 +214,7 @@ def test_a_full_disk_is_one_line(base_dir, data_dir, tmp_path):
     code = (
         "import resource, signal, sys; sys.path.insert(0, sys.argv.pop(1)); import aligner\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
-        "from lit_llama.cli import run\n"
+        "from lit_llama.script.command_line import run\n"
         "run(aligner.main)"
     )
     values = options(base_dir, data_dir, tmp_path / "run", save_interval=1)

@@ -14,13 +14,14 @@ from conftest import ROOT, load_script, random_aligner
 from safetensors.torch import load as safetensors_load
 from safetensors.torch import save_file
 
+from lit_llama.adapters import adapter_info, load_adapter, save_adapter
 from lit_llama.aligner import Aligner
-from lit_llama.checkpoint import adapter_info, load_adapter, load_base, save_adapter
-from lit_llama.cli import run
+from lit_llama.checkpoint import load_base
 from lit_llama.combine import WeightedSum
-from lit_llama.forms import FORMS
+from lit_llama.evaluation.forms import FORMS
 from lit_llama.generation import generate
 from lit_llama.prompts import prompt_style
+from lit_llama.script.command_line import run
 from lit_llama.tokenizer import Tokenizer
 
 SCRIPTS = sorted(
@@ -89,7 +90,7 @@ def test_help_imports_torch_at_most():
     """In one fresh process, script after script, so that the first one with a slow import is named."""
     code = (
         "import contextlib, importlib.util, io, re, sys, torch\n"
-        "from lit_llama.cli import run\n"
+        "from lit_llama.script.command_line import run\n"
         "slow, known = re.compile(sys.argv[1]), set(sys.modules)\n"
         "for number, path in enumerate(sys.argv[2:]):\n"
         "    spec = importlib.util.spec_from_file_location(f'script_{number}', path)\n"
@@ -277,7 +278,7 @@ def test_a_terminated_conversion_leaves_nothing(hf_checkpoint, tmp_path):
     """SIGTERM in the middle of writing: no folder, no temporary one."""
     code = (
         "import os, signal, sys; sys.path.insert(0, sys.argv.pop(1)); import convert_hf_checkpoint as script\n"
-        "from lit_llama.cli import run\n"
+        "from lit_llama.script.command_line import run\n"
         "script.write_base = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)\n"
         "run(script.main)"
     )

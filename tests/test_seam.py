@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lit_llama.combine import PerRow, WeightedSum
-from lit_llama.folding import affine_parts, biased, fold, merge, projections
+from lit_llama.formats.folding import affine_parts, biased, fold, merge, projections
 from lit_llama.generation import generate
 from lit_llama.seam import PROJECTIONS, LayerAdapter
 

@@ -20,14 +20,15 @@ import torch
 import uvicorn
 from conftest import ROOT, random_aligner
 
-from lit_llama.checkpoint import load_adapter, load_base, save_adapter
+from lit_llama.adapters import load_adapter, save_adapter
+from lit_llama.checkpoint import load_base
 from lit_llama.combine import WeightedSum
 from lit_llama.generation import generate
 from lit_llama.prompts import Message, prompt_style
-from lit_llama.serving_http import Access, Gate, _Connection, allowed_hosts, bind
-from lit_llama.serving_requests import ChatRequest
-from lit_llama.serving_worker import Job, Rows
-from lit_llama.store import AlignerStore
+from lit_llama.serving.http import Access, Gate, _Connection, allowed_hosts, bind
+from lit_llama.serving.requests import ChatRequest
+from lit_llama.serving.store import AlignerStore
+from lit_llama.serving.worker import Job, Rows
 from lit_llama.tokenizer import Tokenizer
 
 KEY = "a secret"
@@ -406,7 +407,7 @@ def test_any_address_and_wildcards():
 
 def test_connections_without_a_request_are_closed(monkeypatch):
     """A header that does not come, or not whole, in a first request or a later one."""
-    monkeypatch.setattr("lit_llama.serving_http.HEAD_SECONDS", 0.01)
+    monkeypatch.setattr("lit_llama.serving.http.HEAD_SECONDS", 0.01)
 
     async def app(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})

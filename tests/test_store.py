@@ -4,10 +4,11 @@ import pytest
 import torch
 from conftest import random_aligner
 
-from lit_llama.checkpoint import load_base, save_adapter
+from lit_llama.adapters import save_adapter
+from lit_llama.checkpoint import load_base
 from lit_llama.lora import LoRA
 from lit_llama.model import LLaMA
-from lit_llama.store import AlignerStore
+from lit_llama.serving.store import AlignerStore
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from conftest import AWKWARD, DEMO_BASE, ROOT, byte_fallback_tokenizer, train_to
 from test_convert import train_sentencepiece
 
 from lit_llama.data import tokenize
+from lit_llama.formats.tokenizer_files import write_for_transformers
 from lit_llama.generation import TextStream
 from lit_llama.prompts import Message, prompt_style
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.tokenizer_files import write_for_transformers
 
 LLAMA2 = ROOT.parent / "shared" / "data" / "tokenizer" / "llama2-tokenizer.model"
 

@@ -14,8 +14,9 @@ from lightning.fabric import Fabric
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lit_llama.adapters import adapter_info, load_adapter
 from lit_llama.aligner import Aligner
-from lit_llama.checkpoint import adapter_info, load_adapter, load_base
+from lit_llama.checkpoint import load_base
 from lit_llama.data import TokenDataset
 from lit_llama.hyperparameters import schedule
 from lit_llama.losses import LossSums, supervised_loss

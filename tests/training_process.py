@@ -11,7 +11,7 @@ from conftest import load_script
 
 finetune = load_script("finetune/aligner.py").main
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["pytest", "transformers", "lit_llama.cli", "lit_llama.training"])
+_context.set_forkserver_preload(["pytest", "transformers", "lit_llama.script.command_line", "lit_llama.training"])
 
 
 def start(target: Callable[..., None] = finetune, **options: Any) -> BaseProcess:

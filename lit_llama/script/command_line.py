@@ -26,29 +26,19 @@ import torch
 from jsonargparse import ActionConfigFile  # type: ignore[reportPrivateImportUsage]
 from tqdm import tqdm
 
-from lit_llama.answers import Column, as_question, prompt_rows
-from lit_llama.checkpoint import (
-    PRECISIONS,
-    AdapterInfo,
-    Method,
-    Precision,
-    adapter_file,
-    adapter_fingerprint,
-    check_base,
-    load_base,
-    read_adapter,
-    read_config,
-    verify_base,
-)
+from lit_llama.adapters import AdapterInfo, Method, adapter_file, adapter_fingerprint, check_base, read_adapter
+from lit_llama.checkpoint import load_base, read_config, verify_base
 from lit_llama.combine import WeightedSum
+from lit_llama.devices.layouts import WeightOnly, compile_decoding, lay_out, quantize_weights
+from lit_llama.devices.precision import PRECISIONS, Precision
+from lit_llama.devices.quantization import Quantize
+from lit_llama.evaluation.answers import Column, as_question, prompt_rows
 from lit_llama.files import atomic_file
 from lit_llama.generation import GREEDY_BELOW, Request, TextStream, check_prompts, check_sampling, complete, stream
-from lit_llama.inference import WeightOnly, compile_decoding, lay_out, quantize_weights
 from lit_llama.model import LLaMA
 from lit_llama.prompts import PromptStyle, chosen_style
-from lit_llama.quantization import Quantize
 from lit_llama.seam import Adapter
-from lit_llama.store import AlignerStore
+from lit_llama.serving.store import AlignerStore
 from lit_llama.tokenizer import Tokenizer
 
 
@@ -258,7 +248,7 @@ def read_prompts(prompt: list[str] | None, prompts_file: Path | None) -> list[Pr
 
     Args:
         prompt: texts given on the command line.
-        prompts_file: see `lit_llama.answers.prompt_rows`; an object may name its `aligner`.
+        prompts_file: see `lit_llama.evaluation.answers.prompt_rows`; an object may name its `aligner`.
 
     Raises:
         ValueError: no prompt, or prompts from two places, or one of several turns.

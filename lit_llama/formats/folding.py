@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from lit_llama.config import LLaMAConfig
+from lit_llama.devices.quantization import is_quantized
 from lit_llama.model import CausalSelfAttention, LLaMA
-from lit_llama.quantization import is_quantized
 from lit_llama.seam import NO_UPDATES, PROJECTIONS, Adapter, ExpandedPrefix, LayerAdapter, Update
 
 MODULES = {"o": "attn.c_proj", "gate": "mlp.c_fc1", "up": "mlp.c_fc2", "down": "mlp.c_proj"}  # q, k, v: attn.c_attn

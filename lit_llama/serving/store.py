@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lit_llama.adapters import read_adapter
 from lit_llama.aligner import Aligner
-from lit_llama.checkpoint import read_adapter
 from lit_llama.model import LLaMA
 
 Stamp = tuple[int, int, int]

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from lit_llama.serving_http import ApiError
+from lit_llama.serving.http import ApiError
 
 BASE = "base"  # the model's name for no Aligner
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lit_llama.devices.sharding import shard
 from lit_llama.files import require_extra
 from lit_llama.locks import check_not_owned
 from lit_llama.runs import last_state
-from lit_llama.sharding import shard
 
 if TYPE_CHECKING:  # takes seconds to import, which --help should not cost
     from lightning.fabric import Fabric

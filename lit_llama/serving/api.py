@@ -1,7 +1,7 @@
 """OpenAI's API for many Aligners: chat completions, completions and the list of models.
 
 This is the side of the main process: it checks requests, turns messages into tokens and tokens into text. What a client
-asks for is done, or refused by its name. The model is in a process of its own, see `lit_llama.serving_worker`.
+asks for is done, or refused by its name. The model is in a process of its own, see `lit_llama.serving.worker`.
 """
 
 import asyncio
@@ -22,10 +22,10 @@ from starlette.exceptions import HTTPException
 
 from lit_llama.generation import TextStream
 from lit_llama.prompts import Message, PromptStyle, prompt_style
-from lit_llama.serving_http import Access, ApiError, Gate
-from lit_llama.serving_requests import BASE, ChatRequest, CompletionRequest, Options
-from lit_llama.serving_worker import Job, Said, Worker
-from lit_llama.store import AlignerStore
+from lit_llama.serving.http import Access, ApiError, Gate
+from lit_llama.serving.requests import BASE, ChatRequest, CompletionRequest, Options
+from lit_llama.serving.store import AlignerStore
+from lit_llama.serving.worker import Job, Said, Worker
 from lit_llama.tokenizer import Tokenizer
 
 T = TypeVar("T")

@@ -23,15 +23,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from tqdm import tqdm
 
-from lit_llama.checkpoint import Precision
-from lit_llama.cli import open_base
 from lit_llama.combine import WeightedSum
+from lit_llama.devices.layouts import WeightOnly
+from lit_llama.devices.precision import Precision
+from lit_llama.devices.quantization import Quantize
 from lit_llama.generation import Decoder, Request
-from lit_llama.inference import WeightOnly
 from lit_llama.model import LLaMA
-from lit_llama.quantization import Quantize
+from lit_llama.script.command_line import open_base
 from lit_llama.seam import Adapter
-from lit_llama.store import AlignerStore
+from lit_llama.serving.store import AlignerStore
 
 ENDING = "the server is ending: try again later"
 

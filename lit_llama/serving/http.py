@@ -20,7 +20,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from lit_llama.serving_worker import ENDING, Worker
+from lit_llama.serving.worker import ENDING, Worker
 
 HEAD_SECONDS = 10.0  # in which a request's header must have come
 DRAIN_SECONDS = 2.0  # in which the rest of a refused body may come

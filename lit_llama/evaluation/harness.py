@@ -34,7 +34,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from lit_llama.cache import KVCache
 from lit_llama.chat_template import render_chat
 from lit_llama.files import atomic_file
 from lit_llama.generation import Request, complete
@@ -153,12 +152,12 @@ class HarnessModel(TemplateLM):
         wanted = (at < end) & (at >= end - torch.tensor(needed)[:, None])  # (B, T)
         options: dict[str, Any] = {}
         if shared:
-            start = KVCache.empty(self.model, 1, shared)
+            start = self.model.new_cache(1, shared)
             nothing = torch.zeros(1, shared, dtype=torch.bool, device=self.device)
             self.model(
                 torch.tensor([batch[0][:shared]], device=self.device), self.adapter, cache=start, logits_at=nothing
             )
-            cache = KVCache.empty(self.model, len(batch), shared + ids.size(1))
+            cache = self.model.new_cache(len(batch), shared + ids.size(1))
             for layer, read in zip(cache.layers, start.layers, strict=True):
                 layer.prefill(read.k.expand(len(batch), -1, -1, -1), read.v.expand(len(batch), -1, -1, -1))
             options = {"cache": cache, "positions": (shared + at).expand(ids.shape).to(self.device)}

@@ -10,9 +10,9 @@ import numpy as np
 
 from lit_llama.data import DATASET_FILE, Item, Kind, ScoredTurns, SplitSummary, TooLong, check_window, write_dataset
 from lit_llama.files import check_new_folder, require_extra
-from lit_llama.layouts import Columns, LeftOutError
 from lit_llama.prompts import PromptStyle, chosen_style
 from lit_llama.records import read_records
+from lit_llama.script.layouts import Columns, LeftOutError
 from lit_llama.tokenizer import Tokenizer
 
 SHOWN = 3  # records that cannot be used, of which place and reason are said

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lit_llama.answers import Question
+from lit_llama.evaluation.answers import Question
 from lit_llama.files import atomic_file
 
 PAGE = """\

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from lit_llama.answers import append_row, read_kept
+from lit_llama.evaluation.answers import append_row, read_kept
 from lit_llama.files import require_extra
 
 CHARACTERS_PER_TOKEN = 4  # of English text, for estimates

@@ -1,0 +1,1 @@
+"""How a base lies in memory: layouts, fewer bits, shares of several devices, number formats."""

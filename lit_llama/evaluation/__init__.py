@@ -1,0 +1,1 @@
+"""Measuring what was learned: the harness, judges, forms, intervals, pages of answers."""

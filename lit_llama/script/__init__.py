@@ -1,0 +1,1 @@
+"""What scripts share: options, help, preparing data, starting processes. The only part that parses or prints."""

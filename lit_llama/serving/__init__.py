@@ -1,0 +1,1 @@
+"""A server of many adapters: the API, the process that has the model, the folder of adapters."""
