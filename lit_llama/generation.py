@@ -13,7 +13,7 @@ from tqdm import tqdm
 from lit_llama.cache import KVCache
 from lit_llama.combine import PerRow
 from lit_llama.model import LLaMA
-from lit_llama.prompts import PromptStyle
+from lit_llama.prompts import Message, PromptStyle
 from lit_llama.seam import Adapter
 from lit_llama.tokenizer import Tokenizer
 
@@ -47,29 +47,83 @@ def respond(
     prompts: Sequence[str | tuple[str, str]],
     adapter: Adapter | None = None,
     *,
-    max_new_tokens: int,
-    batch_size: int,
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+    seed: int = 1337,
     what: str = "answers",
+    **sampling: Any,
 ) -> list[str]:
-    """Answer prompts as text, greedily, some at once.
+    """Answer prompts as text, some at once.
 
     Args:
         model: the base model.
         tokenizer: its tokenizer.
         style: turns prompts into text, and cuts responses out of it.
         prompts: what users say, or instructions with their inputs.
-        adapter: beside the base model, if any.
+        adapter: what is added to the base model, if anything.
         max_new_tokens: per answer; a longer one is cut.
-        batch_size: prompts at once.
-        what: of the progress bar.
+        batch_size: number of prompts answered at once.
+        seed: of sampling, for the first prompt; the next one has the next.
+        what: title of the progress bar.
+        sampling: `temperature`, `top_k` and `top_p` of `Request`; greedy if not given.
     """
-    texts: list[str] = []
     pairs = [(prompt, "") if isinstance(prompt, str) else prompt for prompt in prompts]
-    for i in tqdm(range(0, len(pairs), batch_size), desc=what, leave=False):
-        ids = [tokenizer.encode(style.prompt(*pair), bos=style.bos) for pair in pairs[i : i + batch_size]]
-        rows = generate(model, ids, max_new_tokens, adapter=adapter, stop_ids=style.stop_ids)
-        texts += [style.cut(tokenizer.decode(row)) for row in rows]
-    return texts
+    requests = [
+        Request(
+            tokenizer.encode(style.prompt(*pair), bos=style.bos),
+            adapter,
+            max_new_tokens,
+            style.stop_ids,
+            generator=torch.Generator(model.device).manual_seed(seed + i),
+            **sampling,
+        )
+        for i, pair in enumerate(pairs)
+    ]
+    rows = tqdm(complete(model, requests, batch_size), total=len(requests), desc=what, leave=False)
+    return [style.cut(tokenizer.decode(row)) for row in rows]
+
+
+def stream_text(
+    model: LLaMA,
+    tokenizer: Tokenizer,
+    style: PromptStyle,
+    messages: Sequence[Message],
+    adapter: Adapter | None = None,
+    *,
+    max_new_tokens: int = 256,
+    seed: int = 1337,
+    **sampling: Any,
+) -> Iterator[str]:
+    """The assistant's next turn of a conversation, in pieces of text that are certain.
+
+    Args:
+        model: the base model.
+        tokenizer: its tokenizer.
+        style: turns messages into text, and cuts the answer out of it.
+        messages: the conversation so far.
+        adapter: what is added to the base model, if anything.
+        max_new_tokens: longest answer, in tokens.
+        seed: of sampling.
+        sampling: `temperature`, `top_k` and `top_p` of `stream`; greedy if not given.
+
+    Raises:
+        ValueError: the style has no place for such a conversation, the prompt is empty or leaves no room in the
+            window, or a sampling option is out of range.
+    """
+    ids = tokenizer.encode(style.render(messages), bos=style.bos)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    decoder, text, shown = TextStream(tokenizer), "", ""
+    for [token] in stream(
+        model, [ids], max_new_tokens, adapter=adapter, stop_ids=style.stop_ids, generator=generator, **sampling
+    ):
+        assert token is not None  # a lone row has a token until the stream ends
+        text += decoder.push(token)
+        certain = style.cut(text, more_may_follow=True)
+        yield certain[len(shown) :]
+        shown = certain
+        if style.ended(text):
+            break
+    yield style.cut(text + decoder.flush())[len(shown) :]
 
 
 def stream(

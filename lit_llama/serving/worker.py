@@ -23,13 +23,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from tqdm import tqdm
 
+from lit_llama.base import open_base
 from lit_llama.combine import WeightedSum
 from lit_llama.devices.layouts import WeightOnly
 from lit_llama.devices.precision import Precision
 from lit_llama.devices.quantization import Quantize
 from lit_llama.generation import Decoder, Request
 from lit_llama.model import LLaMA
-from lit_llama.script.command_line import open_base
 from lit_llama.seam import Adapter
 from lit_llama.serving.store import AlignerStore
 
@@ -233,7 +233,13 @@ def work(connection: Connection, opening: Opening) -> None:
 
     threading.Thread(target=read, daemon=True, name="requests").start()
     try:
-        model, _ = open_base(opening.checkpoint_dir, opening.precision, opening.quantize, opening.compile)
+        model = open_base(
+            opening.checkpoint_dir,
+            precision=opening.precision,
+            quantize=opening.quantize,
+            compile=opening.compile,
+            for_generation=True,
+        ).model
         store = AlignerStore(opening.aligner_dir, model, opening.allow_other_base)
         rows = Rows(model, store, opening.max_rows, opening.max_length)
     except Exception as error:  # whatever it is, the main process says it in one line
