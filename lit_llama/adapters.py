@@ -255,8 +255,8 @@ def _parse_info(path: Path, metadata: Mapping[str, str]) -> AdapterInfo:
     for name, kind in (("step", int), ("seconds", float)):
         values[name] = take(values, name, kind, path, None, least=0)
     values["validation_loss"] = take(values, "validation_loss", float, path, None)
-    take(values, "config", dict, path)
     method = take(values, "method", str, path)
+    take(values, "config", dict, path)
     values["method"] = FORMER_METHODS.get(method, method)
     if values["method"] not in METHODS:
         raise ValueError(f"{path}: method is {method[:100]!r}, expected one of {', '.join(METHODS)}")

@@ -66,10 +66,10 @@ class Runs:
 
 METHODS = {
     "aligner": Method("Aligner, N = {}", "aligner_length", 1e-2),
-    "adapter": Method("LLaMA-Adapter, N = {}", "adapter_length", 1e-2),
+    "llama_adapter": Method("LLaMA-Adapter, N = {}", "adapter_length", 1e-2),
     "lora": Method("LoRA, r = {}", "lora_r", 1e-3),
 }
-DEFAULT_METHODS = ["aligner-1", "aligner-10", "aligner-100", "adapter-10", "lora-8"]
+DEFAULT_METHODS = ["aligner-1", "aligner-10", "aligner-100", "llama_adapter-10", "lora-8"]
 RATES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1e0]
 
 

@@ -268,7 +268,7 @@ def test_cache_is_keyed_by_what_it_depends_on(base_dir, pairs_dir, tmp_path):
         assert torch.equal(ask()[0], first)  # computed again
 
 
-@pytest.mark.parametrize("method", ["adapter", "lora"])
+@pytest.mark.parametrize("method", ["llama_adapter", "lora"])
 def test_the_other_methods(run_dpo, base_dir, method, tmp_path):
     """From a new adapter and from a file, with the file as its reference, resumed to the bit."""
     rows, folder = run_dpo("new", method=method)

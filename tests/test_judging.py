@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import ROOT, load_script
 
-from lit_llama import judging
 from lit_llama.adapters import load_adapter, save_adapter
 from lit_llama.checkpoint import load_base
+from lit_llama.evaluation import judging
 from lit_llama.evaluation.answers import Question, append_row, read_folder, read_kept, read_questions
 from lit_llama.evaluation.statistics import bootstrap, share_interval
 from lit_llama.script.command_line import column_names

@@ -15,7 +15,7 @@ def metrics(path, measured):
 
 def comparison(path):
     rows = [{"method": "base", "trainable_parameters": 0, "validation_loss": 4.0, "compliance": 0.0}]
-    for name, count in (("aligner-1", 800), ("aligner-10", 6000), ("adapter-10", 160_000), ("lora-8", 460_000)):
+    for name, count in (("aligner-1", 800), ("aligner-10", 6000), ("llama_adapter-10", 160_000), ("lora-8", 460_000)):
         one = {"method": name, "trainable_parameters": count, "validation_loss": 1.5, "compliance": 1.0}
         rows += [{**one, "seed": 1}, {**one, "seed": 2, "validation_loss": 1.4, "compliance": 0.9}]
     load_script("scripts/compare_methods.py").draw(rows, "captain", "tiny on captain: 24 held-out examples", path)

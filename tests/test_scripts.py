@@ -482,11 +482,13 @@ def test_refusal_with_bad_pairs(command, base_dir, aligner_path, tmp_path, row, 
     assert message in err
 
 
-@pytest.mark.parametrize("method", ["adapter", "lora"])
+@pytest.mark.parametrize("method", ["llama_adapter", "lora"])
 def test_the_other_methods_do_what_an_aligner_does(command, base_dir, data_dir, aligner_path, tmp_path, method):
     """Trained, stopped and resumed to the bit; saved with its metadata; generated with, by its own script alone."""
     settings = {"checkpoint_dir": base_dir, "data_dir": data_dir, "max_steps": 4, "warmup_steps": 1, "save_interval": 2}
-    extra = {"lora": {"lora_dropout": 0.3, "lora_targets": "up", "lora_r": 2}, "adapter": {"adapter_length": 3}}[method]
+    extra = {"lora": {"lora_dropout": 0.3, "lora_targets": "up", "lora_r": 2}, "llama_adapter": {"adapter_length": 3}}[
+        method
+    ]
     script = f"finetune/{method}.py"
     status, out, err = command(script, out_dir=tmp_path / "whole", **settings, **extra)
     assert (status, out) == (0, ""), err

@@ -1,7 +1,7 @@
 """Fine-tune a LLaMA-Adapter (arXiv 2303.16199): prefix tokens for each layer, and a gate per layer and head.
 
-    python finetune/adapter.py
-    python finetune/adapter.py --data_dir data/mine --adapter_length 30 --out_dir out/mine
+    python finetune/llama_adapter.py
+    python finetune/llama_adapter.py --data_dir data/mine --adapter_length 30 --out_dir out/mine
 
 Needs a base model converted by one of scripts/convert_*_checkpoint.py and data made by one of scripts/prepare_*.py.
 """
