@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import Any, Literal, Protocol, get_args, get_origin
 
 import torch
 from safetensors.torch import save_file
@@ -22,17 +22,15 @@ from torch import Tensor
 from lit_llama.aligner import Aligner
 from lit_llama.bias import Bias
 from lit_llama.config import LLaMAConfig
-from lit_llama.devices.quantization import Quantize
+from lit_llama.devices.quantization import Quantize, bits_of
 from lit_llama.fields import check_list, take
 from lit_llama.files import atomic_file, check_file, parse_json
 from lit_llama.llama_adapter import LLaMAAdapter
 from lit_llama.lora import LoRA
 from lit_llama.model import LLaMA
+from lit_llama.prompts import PromptStyle
 from lit_llama.safetensors_file import Header, finite, read_tensors
 from lit_llama.tensor_files import check_shape, load_tensors, refuse_names
-
-if TYPE_CHECKING:  # slow to import, which --help should not be
-    pass
 
 FORMAT_VERSION = 1
 Method = Literal["aligner", "llama_adapter", "lora", "bias"]
@@ -75,21 +73,39 @@ class AdapterInfo:
     format_version: int = FORMAT_VERSION
 
 
-def save_adapter(path: Path | str, adapter: AnyAdapter, base: LLaMA | None = None, **training: Any) -> None:
+class OpenedBase(Protocol):
+    """The part of `lit_llama.base.Base` that an adapter's file records."""
+
+    @property
+    def model(self) -> LLaMA: ...
+    @property
+    def style(self) -> PromptStyle: ...
+
+
+def save_adapter(
+    path: Path | str, adapter: AnyAdapter, base: OpenedBase | LLaMA | None = None, **training: Any
+) -> None:
     """Write an adapter to one safetensors file, atomically.
 
     Args:
         path: the file to write.
         adapter: what to write.
-        base: the model it was trained on, to be recorded.
-        training: `prompt_style`, `step`, `validation_loss`, `seconds`, `hyperparameters` of `AdapterInfo`.
+        base: the base that it was trained on. The file records its name, its fingerprint, how it was quantised, and,
+            of a base that `open_base` returned, the prompt style.
+        training: other fields of `AdapterInfo` to record: `prompt_style`, `step`, `validation_loss`, `seconds`,
+            `hyperparameters`. What is given here goes before what `base` says.
 
     Raises:
-        ValueError: it has values that are not finite.
+        ValueError: the adapter has values that are not finite.
     """
     path = Path(path)
     if base is not None:
-        training |= {"base_name": base.config.name, "base_fingerprint": base.fingerprint}
+        model = base if isinstance(base, LLaMA) else base.model
+        training |= {"base_name": model.config.name, "base_fingerprint": model.fingerprint}
+        if not isinstance(base, LLaMA):
+            training.setdefault("prompt_style", base.style.name)
+        if bits := bits_of(model):
+            training["hyperparameters"] = {"quantize": bits, **training.get("hyperparameters", {})}
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in adapter.state_dict().items()}
     for name, tensor in tensors.items():
         finite(path, name, tensor)

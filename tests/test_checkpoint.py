@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from lit_llama.adapters import adapter_info, check_adapter, load_adapter, save_adapter
 from lit_llama.aligner import Aligner
+from lit_llama.base import open_base
 from lit_llama.checkpoint import load_base, read_config, verify_base
 from lit_llama.config import LLaMAConfig
 from lit_llama.lora import LoRA
@@ -243,6 +244,16 @@ def test_aligner_file_says_what_it_is(tmp_path, tiny_model):
     info = check_adapter(tmp_path / "a.safetensors", tiny_model)
     assert (info.method, info.base_name, info.step, info.validation_loss) == ("aligner", "tiny", 7, 0.5)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_an_opened_base_tells_the_file_its_name_fingerprint_and_prompt_style(tmp_path, base_dir):
+    base = open_base(base_dir, prompt_style="metamath")
+    save_adapter(tmp_path / "a.safetensors", Aligner(base.model.config, 3, 1), base, step=7)
+    info = check_adapter(tmp_path / "a.safetensors", base.model)
+    assert (info.base_name, info.base_fingerprint) == (base.model.config.name, base.model.fingerprint)
+    assert (info.prompt_style, info.step) == ("metamath", 7)
+    save_adapter(tmp_path / "b.safetensors", Aligner(base.model.config, 3, 1), base, prompt_style="hh")
+    assert adapter_info(tmp_path / "b.safetensors").prompt_style == "hh"
 
 
 def test_a_run_folder_stands_for_its_adapter(tmp_path, tiny_model):

@@ -9,8 +9,9 @@ import torch
 from conftest import load_script, make_hf_checkpoint
 from test_packing import loss_and_gradients, random_examples
 
-from lit_llama.adapters import save_adapter
+from lit_llama.adapters import adapter_info, save_adapter
 from lit_llama.aligner import Aligner
+from lit_llama.base import open_base
 from lit_llama.checkpoint import load_base
 from lit_llama.data import collate
 from lit_llama.evaluation.answers import read_folder
@@ -104,6 +105,15 @@ def test_what_cannot_be_quantised_is_refused(command, wide_dir, data_dir, tmp_pa
     assert (status, err.splitlines()[-1]) == (1, "error: this needs bitsandbytes: pip install -e '.[quantize]'")
     status, _, err = command("finetune/aligner.py", **(options | {"quantize": "nf3"}))
     assert (status, err) == (2, "error: --quantize nf3: there are 'nf4', 'int8' (--help lists the options)\n")
+
+
+@pytest.mark.parametrize("bits", [None, "nf4", "int8"])
+def test_the_bits_of_the_base_are_recorded(wide_dir, aligner, tmp_path, bits):
+    """Whoever writes the file, so that it can be used on the base that it was trained on."""
+    base = open_base(wide_dir, quantize=bits)
+    save_adapter(tmp_path / "a.safetensors", aligner, base, hyperparameters={"seed": 1})
+    expected = {"seed": 1} | ({"quantize": bits} if bits else {})
+    assert adapter_info(tmp_path / "a.safetensors").hyperparameters == expected
 
 
 def test_too_narrow_for_four_bits(base_dir):

@@ -54,6 +54,14 @@ def is_quantized(layer: nn.Module) -> bool:
     return type(layer).__module__.startswith("bitsandbytes.")
 
 
+def bits_of(model: LLaMA) -> Quantize | None:
+    """How `quantize_layers` changed a model's layers; None if it did not."""
+    layer = model.get_submodule("transformer.h.0.attn.c_attn")
+    if not is_quantized(layer):
+        return None
+    return "nf4" if type(layer).__name__ == "Linear4bit" else "int8"
+
+
 def quantize_weight(layer: nn.Module, weight: Tensor, device: torch.device, dtype: torch.dtype) -> None:
     """Give a layer that `quantize_layers` made its weight, quantised on the device.
 
