@@ -38,6 +38,7 @@ from lit_llama.generation import Decoder, Request
 from lit_llama.lora import LoRA
 from lit_llama.script.command_line import open_base, run
 from lit_llama.seam import Adapter
+from lit_llama.tables import markdown
 
 ENGINES = ["transformers", "llama.cpp", "none", "aligner-1", "aligner-10", "lora-8", "int8-weights", "int4-weights"]
 
@@ -89,12 +90,12 @@ def main(
                 if n:  # the first round is warm-up
                     speeds[name].append(speed)
         print(f"{rows} rows, {prompt_tokens} + {new_tokens} tokens, median of {rounds} rounds, tokens/s\n")
-        print(f"| engine | prefill | decode | decode : {names[0]} |\n|---|---:|---:|---:|")
+        first = statistics.median(speed.decode for speed in speeds[names[0]])
+        cells = []
         for name in names:
             prefill, decode = (statistics.median(values) for values in zip(*speeds[name], strict=True))
-            first = statistics.median(speed.decode for speed in speeds[names[0]])
-            print(f"| {name} | {prefill:.0f} | {decode:.1f} | {decode / first:.2f} |")
-        print()
+            cells.append([name, f"{prefill:.0f}", f"{decode:.1f}", f"{decode / first:.2f}"])
+        print(markdown(["engine", "prefill", "decode", f"decode : {names[0]}"], cells) + "\n")
 
 
 def has_llama_cpp() -> bool:

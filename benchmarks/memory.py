@@ -18,6 +18,7 @@ from lit_llama.checkpoint import parameter_shapes
 from lit_llama.config import LLaMAConfig
 from lit_llama.model import LLaMA
 from lit_llama.script.command_line import run
+from lit_llama.tables import markdown
 
 BASES = ["Llama-2-7B", "Llama-2-13B", "Llama-2-70B"]
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight, its share of a block's 8-bit scale, of that scale's scale
@@ -41,11 +42,8 @@ def main(
         devices: that a sharded base is spread over.
     """
     print(f"GB on each device, bfloat16, {micro_batch_size} examples of {tokens} tokens per forward, N = 1\n")
-    print(
-        "| base | weights | activations | ...checkpointed | one device | ...checkpointed | ...and nf4 | "
-        f"...and sharded over {devices} |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    header = ["base", "weights", "activations", "...checkpointed", "one device", "...checkpointed", "...and nf4"]
+    rows = []
     for name in tqdm(base, desc="bases", leave=False):
         config = LLaMAConfig.from_name(name)
         shapes = parameter_shapes(config)
@@ -61,7 +59,8 @@ def main(
         sharded = weights / devices + (weights - blocks) + 2 * blocks / config.n_layer
         sizes = [weights, activations, checkpointed, weights + activations]
         sizes += [part + checkpointed for part in (weights, nf4, sharded)]
-        print(f"| {name} | " + " | ".join(f"{size / GB:.1f}" for size in sizes) + " |")
+        rows.append([name, *(f"{size / GB:.1f}" for size in sizes)])
+    print(markdown([*header, f"...and sharded over {devices}"], rows))
 
 
 def kept_bytes_per_layer(config: LLaMAConfig, tokens: int = 16) -> float:

@@ -26,12 +26,13 @@ from lit_llama.devices.layouts import WeightOnly
 from lit_llama.devices.precision import Precision
 from lit_llama.devices.quantization import Quantize
 from lit_llama.evaluation.answers import append_row, read_kept
-from lit_llama.evaluation.statistics import in_words, percentiles
+from lit_llama.evaluation.statistics import bootstrap, in_words
 from lit_llama.files import read_text
 from lit_llama.losses import response_logprobs
 from lit_llama.model import LLaMA
 from lit_llama.script.command_line import open_with_adapters, run
 from lit_llama.seam import Adapter
+from lit_llama.tables import markdown
 
 
 class Piece(NamedTuple):
@@ -92,21 +93,22 @@ def main(
     models: list[tuple[str, Adapter | None]] = [(base.base_name, None)]
     if base.adapter is not None:
         models.append((base.name, base.adapter))
-    print("| model | tokens | nats per token | perplexity | 95% interval |" + (" bits per byte |" if text else ""))
-    print("|---|---:|---:|---:|---|" + ("---:|" if text else ""))
-    resampled, means = [], []
-    for name, adapter in models:
-        pieces = predict(base.model, adapter, name, examples, out_dir / "pieces.jsonl")
-        tokens, nats = sum(piece.tokens for piece in pieces), -sum(piece.logprob for piece in pieces)
-        resampled.append(resample(pieces))
-        interval = in_words(percentiles(np.exp(resampled[-1])), ".2f")
-        line = f"| {name} | {tokens:,} | {nats / tokens:.4f} | {math.exp(nats / tokens):.2f} | {interval} |"
-        means.append(nats / tokens)
-        print(line + (f" {nats / math.log(2) / len(text.encode()):.4f} |" if text else ""), flush=True)
+    found = [predict(base.model, adapter, name, examples, out_dir / "pieces.jsonl") for name, adapter in models]
+    header = ["model", "tokens", "nats per token", "perplexity", "95% interval", *(["bits per byte"] if text else [])]
+    rows = []
+    tokens = [piece.tokens for piece in found[0]]
+    for (name, _), pieces in zip(models, found, strict=True):
+        nats = [-piece.logprob for piece in pieces]
+        mean, interval = sum(nats) / sum(tokens), bootstrap(nats, tokens)
+        perplexities = None if interval is None else (math.exp(interval[0]), math.exp(interval[1]))
+        rows.append([name, f"{sum(tokens):,}", f"{mean:.4f}", f"{math.exp(mean):.2f}", in_words(perplexities, ".2f")])
+        rows[-1] += [f"{sum(nats) / math.log(2) / len(text.encode()):.4f}"] if text else []
+    print(markdown(header, rows))
     if base.adapter is not None:
-        interval = in_words(percentiles(resampled[1] - resampled[0]), "+.4f")
+        added = [without.logprob - with_it.logprob for without, with_it in zip(*found, strict=True)]
+        interval = in_words(bootstrap(added, tokens), "+.4f")
         interval = f" (95% interval over the same pieces: {interval})" if interval else ""
-        print(f"\nThe adapter adds {means[1] - means[0]:+.4f} nats per token{interval}.")
+        print(f"\nThe adapter adds {sum(added) / sum(tokens):+.4f} nats per token{interval}.")
     if len(examples) == 1:
         print(f"There is no interval, as all of it is one piece of {len(examples[0].ids)} tokens."
               + (" A smaller --window makes more." if text else ""), file=sys.stderr)  # fmt: skip
@@ -135,13 +137,6 @@ def predict(model: LLaMA, adapter: Adapter | None, name: str, examples: Sequence
             append_row(path, {"identity": identity, "model": name, "tokens": tokens, "logprob": kept[identity]})
         pieces.append(Piece(kept[identity], tokens))
     return pieces
-
-
-def resample(pieces: list[Piece], resamples: int = 2000, seed: int = 1337) -> np.ndarray:
-    """Nats per token in bootstrap samples of the pieces, the same ones for another model (resamples)."""
-    logprobs, tokens = np.array(pieces).T
-    draws = np.random.default_rng(seed).integers(len(pieces), size=(resamples, len(pieces)))
-    return -logprobs[draws].sum(1) / tokens[draws].sum(1)
 
 
 if __name__ == "__main__":

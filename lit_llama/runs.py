@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from lit_llama.adapters import AnyAdapter
+from lit_llama.figures import picture
 from lit_llama.files import atomic_file, read_text, remove_temporaries, require_extra, shareable_path
 from lit_llama.locks import own_folder
 
@@ -366,26 +367,24 @@ def plot_metrics(rows: list[dict[str, float]], measured: Mapping[str, str], titl
         title: of the picture.
         path: the PNG to write.
     """
+    labels = list(dict.fromkeys(measured.values()))
     try:
-        matplotlib_figure = require_extra("matplotlib.figure", "plot")
+        require_extra("matplotlib.figure", "plot")
     except ImportError:
         return
-    labels = list(dict.fromkeys(measured.values()))
-    figure = matplotlib_figure.Figure(figsize=(7, 1.5 + 3 * len(labels)), layout="constrained")
-    figure.suptitle(title, fontsize="medium")
-    for axes, label in zip(figure.subplots(len(labels), sharex=True, squeeze=False).flat, labels, strict=True):
-        names = [name for name in measured if measured[name] == label]
-        for i, name in enumerate(names):
-            for split, look in (("train", {"alpha": 0.4}), ("validation", {"marker": "o"})):
-                points = [(row["step"], row[f"{split}_{name}"]) for row in rows if f"{split}_{name}" in row]
-                axes.plot(*zip(*points, strict=True), label=f"{split} {name}".replace("_", " "), color=f"C{i}", **look)
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
-        if "accuracy" in label:
-            axes.yaxis.set_major_formatter("{x:.0%}")
-        above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "frameon": False}
-        axes.legend(fontsize="small", ncols=max(2, len(names)), **above)
-    axes.set_xlabel("optimizer step")
-    figure.align_ylabels()
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    with picture(path, title, 7, 1.5 + 3 * len(labels)) as figure:
+        for axes, label in zip(figure.subplots(len(labels), sharex=True, squeeze=False).flat, labels, strict=True):
+            names = [name for name in measured if measured[name] == label]
+            for i, name in enumerate(names):
+                for split, look in (("train", {"alpha": 0.4}), ("validation", {"marker": "o"})):
+                    points = [(row["step"], row[f"{split}_{name}"]) for row in rows if f"{split}_{name}" in row]
+                    words = f"{split} {name}".replace("_", " ")
+                    axes.plot(*zip(*points, strict=True), label=words, color=f"C{i}", **look)
+            axes.set_ylabel(label)
+            axes.grid(alpha=0.3)
+            if "accuracy" in label:
+                axes.yaxis.set_major_formatter("{x:.0%}")
+            above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "frameon": False}
+            axes.legend(fontsize="small", ncols=max(2, len(names)), **above)
+        axes.set_xlabel("optimizer step")
+        figure.align_ylabels()

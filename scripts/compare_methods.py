@@ -16,7 +16,6 @@ import math
 import statistics
 import subprocess
 import sys
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,11 +24,13 @@ from lit_llama.adapters import adapter_info, load_adapter
 from lit_llama.data import hold_out, open_data
 from lit_llama.devices.precision import Precision
 from lit_llama.evaluation.forms import FORMS
-from lit_llama.files import atomic_file, read_json, require_extra, write_json
+from lit_llama.figures import picture
+from lit_llama.files import atomic_file, read_json, write_json
 from lit_llama.generation import respond
 from lit_llama.prompts import prompt_style
 from lit_llama.records import read_records
 from lit_llama.script.command_line import open_base, run
+from lit_llama.tables import markdown
 
 
 class Method(NamedTuple):
@@ -316,61 +317,56 @@ def render(rows: list[dict[str, Any]], form: str | None) -> str:
     def over_seeds(value: tuple[float, float], spec: str) -> str:
         return f"{value[0]:{spec}} ± {value[1]:{spec}}" if seeds > 1 and value[1] else f"{value[0]:{spec}}"
 
-    lines = [f"| {' | '.join(header)} |", f"|---|{'---:|' * (len(header) - 1)}"]
+    cells = []
     for name, row in by_name.items():
-        cells = [title(name), f"{row['trainable_parameters']:,}"]
-        cells += [f"{row['learning_rate']:g}" if "learning_rate" in row else "", over_seeds(losses[name], ".4f")]
-        cells += [over_seeds(shares[name], ".1%")] if form else []
         times = [one["seconds"] for one in rows if one["method"] == name and "seconds" in one]
-        cells += [f"{statistics.mean(times):.0f}" if times else ""]
-        lines.append(f"| {' | '.join(cells)} |")
-    if seeds > 1:
-        lines += ["", f"Means and standard deviations over {seeds} seeds."]
-    return "\n".join(lines) + "\n"
+        rate = f"{row['learning_rate']:g}" if "learning_rate" in row else ""
+        cells.append([title(name), f"{row['trainable_parameters']:,}", rate, over_seeds(losses[name], ".4f")])
+        cells[-1] += [over_seeds(shares[name], ".1%")] if form else []
+        cells[-1] += [f"{statistics.mean(times):.0f}" if times else ""]
+    note = f"\nMeans and standard deviations over {seeds} seeds.\n" if seeds > 1 else ""
+    return markdown(header, cells) + "\n" + note
 
 
 def draw(rows: list[dict[str, Any]], form: str | None, what: str, path: Path) -> None:
     """Draw quality against the number of trainable parameters, with the spread over seeds, titled with `what`."""
     panels = [("validation_loss", "validation loss (nats per token)")]
     panels += [("compliance", f"held-out answers with the form {form}")] if form else []
-    figure = require_extra("matplotlib.figure", "plot").Figure(figsize=(6 * len(panels), 5), layout="constrained")
     seeds = len({row["seed"] for row in rows if "seed" in row})
     spread = f", means and standard deviations over {seeds} seeds" if seeds > 1 else ""
-    figure.suptitle(textwrap.fill(what + spread, 75 * len(panels)), fontsize="medium")
+    with picture(path, what + spread, 6 * len(panels), 5) as figure:
+        shown = figure.subplots(1, len(panels), squeeze=False, sharex=True).flat
+        for axes, (column, quality) in zip(shown, panels, strict=True):
+            draw_panel(axes, rows, column)
+            axes.set_ylabel(quality)
+        lines, labels = axes.get_legend_handles_labels()  # those of the first panel, and perhaps the base
+        figure.legend(lines, labels, fontsize="small", ncols=len(labels), frameon=False, loc="outside lower center")
+
+
+def draw_panel(axes: Any, rows: list[dict[str, Any]], column: str) -> None:
+    """Draw one measure of every method. The loss of the base is a note, as it would hide the differences."""
+    summary = summarise(rows, column)
     parameters = {row["method"]: row["trainable_parameters"] for row in rows}
-    for axes, (column, quality) in zip(
-        figure.subplots(1, len(panels), squeeze=False, sharex=True).flat, panels, strict=True
-    ):
-        summary = summarise(rows, column)
+    if column == "compliance":
         axes.axhline(summary["base"][0], color="gray", linestyle="--", label="base model")
-        for i, kind in enumerate(METHODS):
-            names = sorted((name for name in summary if name.startswith(f"{kind}-")), key=parameters.__getitem__)
-            if not names:
-                continue
-            means, deviations = zip(*(summary[name] for name in names), strict=True)
-            x = [parameters[name] for name in names]
-            label = METHODS[kind].title.partition(",")[0]
-            axes.errorbar(x, means, deviations, marker="o", capsize=3, color=f"C{i}", label=label)
-            for name, mean in zip(names, means, strict=True):
-                axes.annotate(
-                    title(name).rpartition(", ")[2],
-                    (parameters[name], mean),
-                    xytext=(5, 5),
-                    textcoords="offset points",
-                    fontsize="small",
-                )
-        axes.set_xscale("log")
-        axes.set_xlabel("trainable parameters")
-        axes.set_ylabel(quality)
-        axes.margins(x=0.15)
-        axes.grid(alpha=0.3)
-        if column == "compliance":
-            axes.yaxis.set_major_formatter("{x:.0%}")
-            axes.set_ylim(-0.05, 1.1)
-    lines, labels = axes.get_legend_handles_labels()  # the same in all panels
-    figure.legend(lines, labels, fontsize="small", ncols=len(labels), frameon=False, loc="outside lower center")
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+        axes.yaxis.set_major_formatter("{x:.0%}")
+        axes.set_ylim(-0.05, 1.1)
+    else:
+        axes.set_title(f"the base model, at {summary['base'][0]:.4f}, is outside of this axis", fontsize="small")
+    for i, kind in enumerate(METHODS):
+        names = sorted((name for name in summary if name.startswith(f"{kind}-")), key=parameters.__getitem__)
+        if not names:
+            continue
+        means, deviations = zip(*(summary[name] for name in names), strict=True)
+        label = METHODS[kind].title.partition(",")[0]
+        x = [parameters[name] for name in names]
+        axes.errorbar(x, means, deviations, marker="o", capsize=3, color=f"C{i}", label=label)
+        for name, mean in zip(names, means, strict=True):
+            axes.annotate(name, (parameters[name], mean), (5, 5), textcoords="offset points", fontsize="small")
+    axes.set_xscale("log")
+    axes.set_xlabel("trainable parameters")
+    axes.margins(x=0.15)
+    axes.grid(alpha=0.3)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from lit_llama.adapters import AdapterInfo, adapter_file, adapter_info, check_adapter, load_adapter
 from lit_llama.aligner import Aligner
 from lit_llama.checkpoint import load_base
-from lit_llama.files import atomic_file, require_extra
+from lit_llama.figures import picture
 from lit_llama.script.command_line import run
 from lit_llama.tokenizer import Tokenizer
 
@@ -127,29 +127,26 @@ def draw_gates(paths: list[Path], aligners: list[Aligner], output_path: Path) ->
     comparable = len(panels) == 2 and panels[0][1] == panels[1][1] and panels[0][2].shape == panels[1][2].shape
     if comparable:
         panels.append(("second - first", panels[0][1], panels[1][2] - panels[0][2]))
-    figure = require_extra("matplotlib.figure", "plot").Figure(
-        figsize=(4.5 * (len(panels) + 1), 5), layout="constrained"
-    )
-    maps = figure.subplots(1, len(panels) + 1, sharey=True)  # the first layer on top
-    limit = max(float(gates.abs().max()) for _, _, gates in panels) or 1.0
-    for axes, (title, start, gates) in zip(maps, panels, strict=False):
-        extent = (-0.5, gates.size(1) - 0.5, start + len(gates) - 0.5, start - 0.5)
-        image = axes.imshow(gates, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", extent=extent)
-        axes.set_xlabel("head")
-        axes.set_title(textwrap.fill(title, 40), fontsize="small")
-        maps[-1].plot(gates.abs().mean(1), range(start, start + len(gates)), marker=".", label=axes.get_title())
-    maps[0].set_ylabel("layer")
-    figure.colorbar(image, ax=list(maps[:-1]), label="gate")
-    maps[-1].set_title("mean |gate| per layer", fontsize="small")
-    maps[-1].set(xlabel="mean |gate|", xlim=(0, None))
-    last = max(start + len(gates) for _, start, gates in panels) - 0.5
-    maps[-1].set_ylim(last, min(start for _, start, _ in panels) - 0.5)
-    maps[-1].tick_params(labelleft=True)
-    maps[-1].grid(alpha=0.3)
-    if len(panels) > 1:
-        figure.legend(*maps[-1].get_legend_handles_labels(), fontsize="small", ncols=3, loc="outside lower center")
-    with atomic_file(output_path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    names = " and ".join(dict.fromkeys(title for title, *_ in panels[: len(aligners)]))
+    with picture(output_path, f"Gates of {names}", 4.5 * (len(panels) + 1), 5) as figure:
+        maps = figure.subplots(1, len(panels) + 1, sharey=True)  # the first layer on top
+        limit = max(float(gates.abs().max()) for _, _, gates in panels) or 1.0
+        for axes, (title, start, gates) in zip(maps, panels, strict=False):
+            extent = (-0.5, gates.size(1) - 0.5, start + len(gates) - 0.5, start - 0.5)
+            image = axes.imshow(gates, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", extent=extent)
+            axes.set_xlabel("head")
+            axes.set_title(textwrap.fill(title, 40), fontsize="small")
+            maps[-1].plot(gates.abs().mean(1), range(start, start + len(gates)), marker=".", label=axes.get_title())
+        maps[0].set_ylabel("layer")
+        figure.colorbar(image, ax=list(maps[:-1]), label="gate")
+        maps[-1].set_title("mean |gate| per layer", fontsize="small")
+        maps[-1].set(xlabel="mean |gate|", xlim=(0, None))
+        last = max(start + len(gates) for _, start, gates in panels) - 0.5
+        maps[-1].set_ylim(last, min(start for _, start, _ in panels) - 0.5)
+        maps[-1].tick_params(labelleft=True)
+        maps[-1].grid(alpha=0.3)
+        if len(panels) > 1:
+            figure.legend(*maps[-1].get_legend_handles_labels(), fontsize="small", ncols=3, loc="outside lower center")
 
 
 if __name__ == "__main__":

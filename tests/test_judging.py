@@ -13,7 +13,7 @@ from conftest import ROOT, load_script
 
 from lit_llama.adapters import load_adapter, save_adapter
 from lit_llama.checkpoint import load_base
-from lit_llama.evaluation import judging
+from lit_llama.evaluation import judging, statistics
 from lit_llama.evaluation.answers import Question, append_row, read_folder, read_kept, read_questions
 from lit_llama.evaluation.statistics import bootstrap, share_interval
 from lit_llama.script.command_line import column_names
@@ -290,6 +290,23 @@ def test_bootstrap():
     interval = bootstrap([0.0, 1.0] * 50)
     assert interval == pytest.approx((0.402, 0.598), abs=0.015)
     assert bootstrap([1.0] * 9) is bootstrap([0.5]) is None  # one of width zero would claim certainty
+
+
+def test_bootstrap_of_a_ratio():
+    """Numbers of different weight: those of the double-sized half count double; equal rates have no interval."""
+    values, weights = [0.0, 2.0] * 50, [1.0, 2.0] * 50
+    low, high = bootstrap(values, weights)
+    assert low < 100 / 150 < high
+    # The delta method: residuals values - weights * 2/3 are -2/3 and 2/3, over the mean weight of 1.5.
+    assert (low, high) == pytest.approx((2 / 3 - 1.96 * (2 / 3) / 15, 2 / 3 + 1.96 * (2 / 3) / 15), abs=0.015)
+    assert bootstrap([2.0, 4.0], [1.0, 2.0]) is None
+
+
+def test_large_samples_are_drawn_in_parts(monkeypatch):
+    values = [0.0, 1.0, 3.0] * 7
+    whole = bootstrap(values)
+    monkeypatch.setattr(statistics, "CHUNK", 1000)
+    assert bootstrap(values) == whole
 
 
 def test_the_interval_of_a_share():

@@ -7,7 +7,6 @@ import re
 import pytest
 import torch
 import transformers
-from conftest import load_script
 
 from lit_llama.data import TokenDataset, collate
 from lit_llama.losses import supervised_loss
@@ -88,9 +87,7 @@ def test_goes_on_where_it_stopped(command, base_dir, data_dir, aligner_path, tmp
 def test_bad_input(command, base_dir, tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text("")
-    script = load_script("evaluate/perplexity.py")
     assert "give --text_path or --data_dir" in command("evaluate/perplexity.py", checkpoint_dir=base_dir)[2]
     assert "holds no text" in command("evaluate/perplexity.py", checkpoint_dir=base_dir, text_path=empty)[2]
     options = {"checkpoint_dir": base_dir, "text_path": empty, "window": 1}
     assert "--window is 1" in command("evaluate/perplexity.py", **options)[2]
-    assert script.resample([script.Piece(-2.0, 1), script.Piece(-4.0, 2)]) == pytest.approx(2.0)
