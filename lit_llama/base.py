@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
@@ -30,10 +30,11 @@ if TYPE_CHECKING:  # slow to import, which --help should not be
     from torch.distributed.device_mesh import DeviceMesh
 
 AdapterLike = Path | str | Adapter
+Bits = Quantize | WeightOnly | Literal["none"]  # of a base's weights
 SILENT_STYLE = "alpaca"  # of adapter files that do not say how their prompts were made, such as the authors'
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Base:
     """A frozen base model with what belongs to it. Several may share one model in memory.
 
@@ -42,10 +43,14 @@ class Base:
         tokenizer: its tokenizer.
         adapter: what is added to it, if anything; several are a `WeightedSum`.
         style: how prompts become text: as asked for, or as the adapter was trained, or the base's own chat template.
+        name: of base and adapters, for reports.
+        identity: all that an answer depends on, apart from prompt and sampling: weights, adapters with their scales
+            and prompt style. Names and folders of files are not part of it.
         infos: what the files of the adapters say about themselves.
         weights: of the base: its fingerprint, and its dtype or number of bits; two models that differ in any of these
             answer differently.
-        name: of base and adapters, for reports.
+        quantize: number of bits of the base's weights.
+        asked_quantize: the number that was asked for; if None, adapters that were trained with another are refused.
         asked_style: the style that was asked for, which goes before that of any adapter.
         allow_other_base: accept adapters of other weights of the same sizes, with a warning.
     """
@@ -54,71 +59,92 @@ class Base:
     tokenizer: Tokenizer
     adapter: Adapter | None
     style: PromptStyle
+    name: str
+    identity: str
     infos: tuple[AdapterInfo, ...]
     weights: str
-    name: str
+    quantize: Bits
+    asked_quantize: Bits | None = None
     asked_style: str | None = None
     allow_other_base: bool = False
 
     @property
     def device(self) -> torch.device:
+        """Where the model computes."""
         return self.model.device
-
-    @property
-    def identity(self) -> str:
-        """All that an answer depends on, apart from prompt and sampling: weights, adapters with their scales, style."""
-        return f"{self.name}, {self.weights}, {self.style.name} {self.style.fingerprint}"
 
     def with_adapter(
         self, adapter: AdapterLike | Sequence[AdapterLike] | None, scale: float | Sequence[float] | None = None
     ) -> Base:
         """The same model in memory with other adapters, or none.
 
+        The prompt style is the one that was asked for when the base was opened, or else that of the adapter's
+        training; an adapter that does not come from a file keeps the style of this base.
+
         Args:
-            adapter: file or run folder of an adapter, or an adapter itself; several are added up.
+            adapter: file or run folder of an adapter, or an adapter itself; several are added up. A module is moved to
+                the model's device and put into evaluation mode.
             scale: what each is multiplied by: one for each, or one for all; 1 if not given.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: a file is damaged or of another base, or there are too many or too few scales.
+            ValueError: a file is damaged, of another base, or trained on a base with another number of bits; or there
+                are too many or too few scales.
         """
-        return self._with(_read(adapter), scale)
+        read = _read(adapter)
+        infos = _infos(read)
+        keeps_style = self.asked_style is not None or (read and not infos)
+        if not read and self.tokenizer.chat_template is None:  # beside an adapter, the base is asked as that is
+            keeps_style = True
+        style = self.style if keeps_style else _style(None, infos, self.tokenizer)
+        return self._with(read, scale, style)
 
-    def _with(self, read: list[_Read], scale: float | Sequence[float] | None) -> Base:
+    def _with(self, read: list[_Read], scale: float | Sequence[float] | None, style: PromptStyle) -> Base:
         scales = _scales(scale, len(read))
         for one in read:
-            if one.info is not None:
-                check_base(Path(one.name), one.info, self.model, self.allow_other_base)
+            self._check(one)
             if isinstance(one.adapter, torch.nn.Module):
-                one.adapter.to(self.device)
-        infos = tuple(one.info for one in read if one.info is not None)
-        if not read:
-            adapter = None
-        elif len(read) == 1 and scales == [1.0]:
+                one.adapter.to(self.device).eval()
+        if len(read) == 1 and scales == [1.0]:
             adapter = read[0].adapter
         else:
-            adapter = WeightedSum(*((one.adapter, s) for one, s in zip(read, scales, strict=True)))
-        named = [one.name + ("" if s == 1 else f" x {s:g}") for one, s in zip(read, scales, strict=True)]
+            adapter = WeightedSum(*((one.adapter, s) for one, s in zip(read, scales, strict=True))) if read else None
+        times = ["" if s == 1 else f" x {s:g}" for s in scales]
+        names = [self.model.config.name, *(one.name + x for one, x in zip(read, times, strict=True))]
+        parts = [self.weights, *(one.content + x for one, x in zip(read, times, strict=True)), style.fingerprint]
         return replace(
-            self,
-            adapter=adapter,
-            infos=infos,
-            name=" + ".join([self.model.config.name, *named]),
-            style=_style(self.asked_style, infos, self.tokenizer) if infos or not read else self.style,
+            self, adapter=adapter, style=style, name=" + ".join(names), identity=", ".join(parts), infos=_infos(read)
         )
 
+    def _check(self, one: _Read) -> None:
+        """Refuse an adapter that does not belong to this base."""
+        if isinstance(one.adapter, AnyAdapter):
+            info = one.info or AdapterInfo(one.adapter.method, one.adapter.sizes)
+            check_base(one.path or Path(one.name), info, self.model, self.allow_other_base)
+        bits = self.quantize if one.info is None else one.info.hyperparameters.get("quantize") or "none"
+        if self.asked_quantize is None and bits != self.quantize:
+            raise ValueError(
+                f"{one.path} was trained on a base with --quantize {bits}, and this base has {self.quantize}: "
+                "give the --quantize to use here"
+            )
+
     @overload
-    def generate(self, prompts: str, *, stream: bool = False, **sampling: Any) -> str | Iterator[str]: ...
+    def generate(self, prompts: str, *, stream: Literal[False] = False, **sampling: Any) -> str: ...
     @overload
-    def generate(self, prompts: Sequence[str], **sampling: Any) -> list[str]: ...
-    def generate(self, prompts: str | Sequence[str], *, stream: bool = False, **sampling: Any) -> Any:
+    def generate(self, prompts: str, *, stream: Literal[True], **sampling: Any) -> Iterator[str]: ...
+    @overload
+    def generate(self, prompts: Sequence[str], *, batch_size: int = 16, **sampling: Any) -> list[str]: ...
+    def generate(
+        self, prompts: str | Sequence[str], *, stream: bool = False, batch_size: int = 16, **sampling: Any
+    ) -> Any:
         """Answer one prompt, or many at once.
 
         Args:
             prompts: what a user says; one text, or several.
             stream: give the answer to one prompt piece by piece, as it comes.
-            sampling: `max_new_tokens` (256), `temperature` (0), `top_k`, `top_p`, `seed`; and `batch_size`, number of
-                prompts answered at once (16).
+            batch_size: number of prompts of a list that are answered at once.
+            sampling: `max_new_tokens` (256), `temperature` (0), `top_k`, `top_p` and `seed` (1337; of a list's first
+                prompt, the next one has the next).
 
         Returns:
             A text for one prompt, a list for a list, or an iterator over pieces of text.
@@ -131,7 +157,7 @@ class Base:
             return pieces if stream else "".join(pieces)
         if stream:
             raise ValueError("stream=True is for one prompt, given as a text and not as a list")
-        return respond(self.model, self.tokenizer, self.style, prompts, self.adapter, **sampling)
+        return respond(self.model, self.tokenizer, self.style, prompts, self.adapter, batch_size=batch_size, **sampling)
 
     def reply(self, messages: Sequence[Message], **sampling: Any) -> Iterator[str]:
         """The assistant's next turn of a conversation, piece by piece; see `generate` for `sampling`."""
@@ -145,7 +171,7 @@ def open_base(
     *,
     prompt_style: str | None = None,
     precision: Precision = "auto",
-    quantize: Quantize | WeightOnly | None = None,
+    quantize: Bits | None = None,
     compile: bool = False,
     for_generation: bool = False,
     allow_other_base: bool = False,
@@ -161,7 +187,7 @@ def open_base(
         prompt_style: how prompts become text; if not given, as the first adapter was trained, and for the base alone
             its own chat template if it has one.
         precision: number format of the base.
-        quantize: keep the weights in fewer bits; if not given, as the adapters were trained.
+        quantize: keep the weights in fewer bits, or "none"; if not given, as the adapters were trained.
         compile: decode by a compiled forward.
         for_generation: lay the weights out for generation alone, which is faster; adapters cannot be trained on them.
         allow_other_base: accept adapters of other weights of the same sizes, with a warning.
@@ -176,34 +202,36 @@ def open_base(
     config, tokenizer = read_config(checkpoint_dir), Tokenizer(checkpoint_dir)
     tokenizer.check_vocabulary(config.vocab_size)
     read = _read(adapter_path)  # refused before the base is loaded
-    infos = tuple(one.info for one in read if one.info is not None)
-    style = _style(prompt_style, infos, tokenizer)
-    quantize = quantize or trained_bits({one.name: one.info for one in read if one.info is not None})
+    _scales(adapter_scale, len(read))
+    style = _style(prompt_style, _infos(read), tokenizer)
+    bits = quantize or trained_bits({one.name: one.info for one in read if one.info is not None})
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = _load(checkpoint_dir, PRECISIONS[precision], device, quantize, compile, for_generation, mesh)
-    weights = f"{model.fingerprint[:16]} in {quantize or str(model.dtype).removeprefix('torch.')}"
-    base = Base(model, tokenizer, None, style, (), weights, config.name, prompt_style, allow_other_base)
-    return base._with(read, adapter_scale)
+    model = _load(checkpoint_dir, PRECISIONS[precision], device, bits, compile, for_generation, mesh)
+    weights = f"{model.fingerprint[:16]} in {str(model.dtype).removeprefix('torch.') if bits == 'none' else bits}"
+    base = Base(
+        model, tokenizer, None, style, config.name, weights, (), weights, bits, quantize, prompt_style, allow_other_base
+    )
+    return base._with(read, adapter_scale, style)
 
 
 def _load(
     checkpoint_dir: Path,
     dtype: torch.dtype | None,
     device: torch.device,
-    quantize: Quantize | WeightOnly | None,
+    bits: Bits,
     compile: bool,
     for_generation: bool,
     mesh: DeviceMesh | None,
 ) -> LLaMA:
-    if quantize in ("nf4", "int8"):
+    if bits in ("nf4", "int8"):
         if compile:
-            raise ValueError(f"--compile does not go with bitsandbytes' {quantize}: use int4-weights or int8-weights")
-        return load_base(checkpoint_dir, dtype, device, mesh=mesh, quantize=quantize)
-    if quantize is not None:
+            raise ValueError(f"--compile does not go with bitsandbytes' {bits}: use int4-weights or int8-weights")
+        return load_base(checkpoint_dir, dtype, device, mesh=mesh, quantize=bits)
+    if bits != "none":
         dtype = dtype or torch.bfloat16  # what its kernels compute in
     model = load_base(checkpoint_dir, dtype, device, mesh=mesh)
-    if quantize is not None:
-        quantize_weights(model, quantize)
+    if bits != "none":
+        quantize_weights(model, bits)
     elif for_generation and device.type == "cpu" and not compile:  # the compiler lays out what it needs
         lay_out(model)
     if compile:
@@ -213,40 +241,53 @@ def _load(
 
 @dataclass(frozen=True)
 class _Read:
-    """An adapter with what its file says, if it comes from one, and a name for reports."""
+    """An adapter, and its file with what that says, if it comes from one.
+
+    Args:
+        adapter: the adapter.
+        name: for reports.
+        content: what tells it from others.
+    """
 
     adapter: Adapter
-    info: AdapterInfo | None
     name: str
+    content: str
+    path: Path | None = None
+    info: AdapterInfo | None = None
 
 
 def _read(adapters: AdapterLike | Sequence[AdapterLike] | None) -> list[_Read]:
     """Adapters, each file opened once."""
     if adapters is None:
         return []
-    several = adapters if isinstance(adapters, Sequence) and not isinstance(adapters, str) else [adapters]
     read = []
-    for one in several:
-        if isinstance(one, (str, Path)):
+    for one in adapters if isinstance(adapters, Sequence) and not isinstance(adapters, str) else [adapters]:
+        if isinstance(one, str | Path):
             adapter, info = read_adapter(Path(one))
-            read.append(_Read(adapter, info, f"{one} ({adapter_fingerprint(adapter)[:8]})"))
+            content = adapter_fingerprint(adapter)[:16]
+            read.append(_Read(adapter, f"{one} ({content[:8]})", content, Path(one), info))
+        elif isinstance(one, AnyAdapter):
+            content = adapter_fingerprint(one)[:16]
+            read.append(_Read(one, f"{one.method} ({content[:8]})", content))
         else:
-            read.append(_Read(one, None, _name(one)))
+            read.append(_Read(one, type(one).__name__, f"{type(one).__name__} {id(one)}"))
     return read
 
 
-def _name(adapter: Adapter) -> str:
-    if isinstance(adapter, AnyAdapter):
-        return f"{adapter.method} ({adapter_fingerprint(adapter)[:8]})"
-    return type(adapter).__name__
+def _infos(read: Sequence[_Read]) -> tuple[AdapterInfo, ...]:
+    return tuple(one.info for one in read if one.info is not None)
 
 
 def _scales(scale: float | Sequence[float] | None, count: int) -> list[float]:
-    given = [1.0] if scale is None else [scale] if isinstance(scale, int | float) else scale
-    scales = [float(one) for one in given]
+    """A scale for each adapter."""
+    if scale is None:
+        return [1.0] * count
+    scales = [float(scale)] if isinstance(scale, int | float) else [float(one) for one in scale]
+    if count == 0:
+        raise ValueError("there is a scale but no adapter that it could scale")
     if len(scales) not in (1, count):
         raise ValueError(f"{len(scales)} scales for {count} adapters: give one for each, or one for all")
-    return scales * (count // len(scales) if count else 0)
+    return scales * (count // len(scales))
 
 
 def _style(asked: str | None, infos: Sequence[AdapterInfo], tokenizer: Tokenizer) -> PromptStyle:
@@ -255,14 +296,17 @@ def _style(asked: str | None, infos: Sequence[AdapterInfo], tokenizer: Tokenizer
     return chosen_style(asked, trained, tokenizer, "none" if tokenizer.chat_template is None else "chat")
 
 
-def trained_bits(infos: dict[str, AdapterInfo]) -> Quantize | None:
-    """The number of bits of the bases that adapters were trained on, by the names of the adapters.
+def trained_bits(infos: dict[str, AdapterInfo]) -> Bits:
+    """The number of bits of the bases that adapters were trained on.
+
+    Args:
+        infos: what each adapter's file says, by its name.
 
     Raises:
         ValueError: they differ.
     """
-    bits = {name: info.hyperparameters.get("quantize") for name, info in infos.items()}
+    bits: dict[str, Any] = {name: info.hyperparameters.get("quantize") or "none" for name, info in infos.items()}
     if len(set(bits.values())) > 1:
-        found = ", ".join(f"{name}: {value or 'none'}" for name, value in bits.items())
+        found = ", ".join(f"{name}: {value}" for name, value in bits.items())
         raise ValueError(f"the adapters were trained with different --quantize ({found}): give the one to use here")
-    return next(iter(bits.values()), None)
+    return next(iter(bits.values()), "none")

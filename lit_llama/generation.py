@@ -441,6 +441,8 @@ def complete(
     Raises:
         ValueError: a request is refused by `Decoder.join`, or cannot be computed; the message says which.
     """
+    if max_rows < 1:
+        raise ValueError(f"batch_size is {max_rows}, it must be at least 1")
     longest = max((len(request.prompt) + request.max_new_tokens for request in requests), default=0)
     decoder = Decoder(model, min(max_rows, len(requests)), longest)
     texts: list[list[int]] = []
