@@ -29,9 +29,59 @@ from lit_llama.tokenizer import Tokenizer
 if TYPE_CHECKING:  # slow to import, which --help should not be
     from torch.distributed.device_mesh import DeviceMesh
 
-AdapterLike = Path | str | Adapter
 Bits = Quantize | WeightOnly | Literal["none"]  # of a base's weights
 SILENT_STYLE = "alpaca"  # of adapter files that do not say how their prompts were made, such as the authors'
+
+
+@dataclass(frozen=True)
+class ReadAdapter:
+    """An adapter, and its file with what that says, if it comes from one.
+
+    Args:
+        adapter: the adapter.
+        name: for reports.
+        content: what tells it from others.
+        path: its file or run folder.
+        info: what the file says.
+    """
+
+    adapter: Adapter
+    name: str
+    content: str
+    path: Path | None = None
+    info: AdapterInfo | None = None
+
+
+def read_adapters(adapters: AdapterLike | Sequence[AdapterLike] | None) -> list[ReadAdapter]:
+    """Read adapters from their files, for several bases with different ones of them.
+
+    Args:
+        adapters: file or run folder of an adapter, or an adapter itself, or several; what was read already stays as it
+            is.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged.
+    """
+    if adapters is None:
+        return []
+    read = []
+    for one in adapters if isinstance(adapters, Sequence) and not isinstance(adapters, str) else [adapters]:
+        if isinstance(one, ReadAdapter):
+            read.append(one)
+        elif isinstance(one, str | Path):
+            adapter, info = read_adapter(Path(one))
+            content = adapter_fingerprint(adapter)[:16]
+            read.append(ReadAdapter(adapter, f"{one} ({content[:8]})", content, Path(one), info))
+        elif isinstance(one, AnyAdapter):
+            content = adapter_fingerprint(one)[:16]
+            read.append(ReadAdapter(one, f"{one.method} ({content[:8]})", content))
+        else:
+            read.append(ReadAdapter(one, type(one).__name__, f"{type(one).__name__} {id(one)}"))
+    return read
+
+
+AdapterLike = Path | str | Adapter | ReadAdapter
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +141,7 @@ class Base:
             ValueError: a file is damaged, of another base, or trained on a base with another number of bits; or there
                 are too many or too few scales.
         """
-        read = _read(adapter)
+        read = read_adapters(adapter)
         infos = _infos(read)
         keeps_style = self.asked_style is not None or (read and not infos)
         if not read and self.tokenizer.chat_template is None:  # beside an adapter, the base is asked as that is
@@ -99,7 +149,7 @@ class Base:
         style = self.style if keeps_style else _style(None, infos, self.tokenizer)
         return self._with(read, scale, style)
 
-    def _with(self, read: list[_Read], scale: float | Sequence[float] | None, style: PromptStyle) -> Base:
+    def _with(self, read: list[ReadAdapter], scale: float | Sequence[float] | None, style: PromptStyle) -> Base:
         scales = _scales(scale, len(read))
         for one in read:
             self._check(one)
@@ -116,7 +166,7 @@ class Base:
             self, adapter=adapter, style=style, name=" + ".join(names), identity=", ".join(parts), infos=_infos(read)
         )
 
-    def _check(self, one: _Read) -> None:
+    def _check(self, one: ReadAdapter) -> None:
         """Refuse an adapter that does not belong to this base."""
         if isinstance(one.adapter, AnyAdapter):
             info = one.info or AdapterInfo(one.adapter.method, one.adapter.sizes)
@@ -201,7 +251,7 @@ def open_base(
     checkpoint_dir = Path(checkpoint_dir)
     config, tokenizer = read_config(checkpoint_dir), Tokenizer(checkpoint_dir)
     tokenizer.check_vocabulary(config.vocab_size)
-    read = _read(adapter_path)  # refused before the base is loaded
+    read = read_adapters(adapter_path)  # refused before the base is loaded
     _scales(adapter_scale, len(read))
     style = _style(prompt_style, _infos(read), tokenizer)
     bits = quantize or trained_bits({one.name: one.info for one in read if one.info is not None})
@@ -239,42 +289,7 @@ def _load(
     return model
 
 
-@dataclass(frozen=True)
-class _Read:
-    """An adapter, and its file with what that says, if it comes from one.
-
-    Args:
-        adapter: the adapter.
-        name: for reports.
-        content: what tells it from others.
-    """
-
-    adapter: Adapter
-    name: str
-    content: str
-    path: Path | None = None
-    info: AdapterInfo | None = None
-
-
-def _read(adapters: AdapterLike | Sequence[AdapterLike] | None) -> list[_Read]:
-    """Adapters, each file opened once."""
-    if adapters is None:
-        return []
-    read = []
-    for one in adapters if isinstance(adapters, Sequence) and not isinstance(adapters, str) else [adapters]:
-        if isinstance(one, str | Path):
-            adapter, info = read_adapter(Path(one))
-            content = adapter_fingerprint(adapter)[:16]
-            read.append(_Read(adapter, f"{one} ({content[:8]})", content, Path(one), info))
-        elif isinstance(one, AnyAdapter):
-            content = adapter_fingerprint(one)[:16]
-            read.append(_Read(one, f"{one.method} ({content[:8]})", content))
-        else:
-            read.append(_Read(one, type(one).__name__, f"{type(one).__name__} {id(one)}"))
-    return read
-
-
-def _infos(read: Sequence[_Read]) -> tuple[AdapterInfo, ...]:
+def _infos(read: Sequence[ReadAdapter]) -> tuple[AdapterInfo, ...]:
     return tuple(one.info for one in read if one.info is not None)
 
 

@@ -8,7 +8,7 @@ import torch
 from conftest import load_script, make_hf_checkpoint, random_aligner
 
 from lit_llama.adapters import load_adapter, save_adapter
-from lit_llama.base import open_base
+from lit_llama.base import open_base, read_adapters
 from lit_llama.checkpoint import load_base
 from lit_llama.combine import WeightedSum
 from lit_llama.generation import generate
@@ -199,3 +199,13 @@ def test_modules_are_used_without_dropout(base_dir):
             torch.nn.init.normal_(factors.b, std=0.5)
     with_lora = base.with_adapter(lora.train())
     assert with_lora.generate(PROMPTS, max_new_tokens=12) == with_lora.generate(PROMPTS, max_new_tokens=12)
+
+
+def test_what_was_read_is_not_read_again(base_dir, other_path):
+    [read] = read_adapters(other_path)
+    expected = open_base(base_dir, other_path).generate(PROMPTS, max_new_tokens=12)
+    other_path.unlink()
+    base = open_base(base_dir, read)
+    again = base.with_adapter(None).with_adapter(read)
+    assert base.generate(PROMPTS, max_new_tokens=12) == again.generate(PROMPTS, max_new_tokens=12) == expected
+    assert (again.identity, again.style) == (base.identity, base.style)
