@@ -1,3 +1,4 @@
+# make base       .venv and the demo's base model
 # make demo       align a real LLaMA with one token, and see what it learned
 # make demo-dpo   the same with preferences: refuse what is harmful, answer what only sounds so
 # make test       the tests
@@ -9,10 +10,12 @@ BASE := checkpoints/SmolLM2-135M-Instruct
 PAIRS := examples/preferences/train.jsonl
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-dpo test lint format clean
+.PHONY: base demo demo-dpo test lint format clean
 # These appear whole or not at all, so an interrupted make need not delete them.
 .PRECIOUS: $(BASE).Q4_1.gguf $(BASE)/lit_config.json data/demo/dataset.json
 .PRECIOUS: data/refusal-chosen/dataset.json data/refusal-pairs/dataset.json
+
+base: $(BASE)/lit_config.json
 
 demo: out/demo/report.txt
 	@cat out/demo/report.txt
