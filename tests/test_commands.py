@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, load_script
 
-from lit_llama.script.command_line import parse
+from lit_llama.script.parser import parse
 
 SCRIPT = re.compile(r"(?:finetune|generate|evaluate|scripts|benchmarks)/\w+\.py$")
 PAGES = ["README.md", "RESULTS.md", *(f"howto/{path.name}" for path in sorted((ROOT / "howto").glob("*.md")))]

@@ -1,29 +1,25 @@
-"""What the scripts share around the library: options, prompts in, text out, one line for an error.
+"""What the scripts share around the library: running one, prompts in, text out, one line for an error.
 
-Scripts do not import each other, so this stands in the package. It alone parses options.
+Scripts do not import each other, so this stands in the package.
 Generated text goes to stdout, everything else to stderr.
 """
 
-import argparse
 import hashlib
 import importlib
-import inspect
 import itertools
 import json
 import os
-import re
 import signal
 import sys
 import textwrap
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
+from typing import Any, NamedTuple
 
-import jsonargparse
 import torch
-from jsonargparse import ActionConfigFile  # type: ignore[reportPrivateImportUsage]
 from tqdm import tqdm
 
 from lit_llama.adapters import AdapterInfo, Method, adapter_file, adapter_fingerprint, check_base, read_adapter
@@ -37,25 +33,32 @@ from lit_llama.files import atomic_file
 from lit_llama.generation import GREEDY_BELOW, Request, TextStream, check_prompts, check_sampling, complete, stream
 from lit_llama.model import LLaMA
 from lit_llama.prompts import PromptStyle, chosen_style
+from lit_llama.script.errors import explain
+from lit_llama.script.parser import parse
 from lit_llama.seam import Adapter
 from lit_llama.serving.store import AlignerStore
 from lit_llama.tokenizer import Tokenizer
+
+DEBUG = "ALIGNER_DEBUG"  # the environment variable that asks for tracebacks
 
 
 def run(main: Callable[..., Any]) -> None:
     """Call `main` with each of its keywords as a command-line option, and exit.
 
-    A user's error (`ValueError`, `OSError`, ...) becomes one line on stderr and exit status 1. An option whose type is
-    a list may be repeated: `--prompt A --prompt B`. Every script also has `--threads`, those that open a base
-    model have `--verify`, and `--aligner_path` and `--lora_path` are other names of `--adapter_path`.
+    A user's error (`ValueError`, `OSError`, ...) becomes one line on stderr and exit status 1; so do a lack of memory,
+    with what to lower, and an unexpected error. Every script has the options `--threads` and `--debug`, those that
+    open a base model have `--verify`; see `lit_llama.script.parser` for how options are written.
 
     Args:
         main: the script's function; the docstring of its module becomes the help's description.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written files are cleaned up
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    options: dict[str, Any] = {}
     try:
         options = parse(main, sys.argv[1:])
+        if options.pop("debug"):
+            os.environ[DEBUG] = "1"  # for the processes that a script starts, too
         threads = options.pop("threads")
         if threads is not None:
             if threads < 1:
@@ -71,16 +74,11 @@ def run(main: Callable[..., Any]) -> None:
     except BrokenPipeError:  # the reader of our output has seen enough
         sys.stderr.close()
         sys.exit(0)
-    except (ValueError, OSError, ArithmeticError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        if os.environ.get(DEBUG, "0") != "0":
+            traceback.print_exc()
+        print(f"error: {explain(error, options)}", file=sys.stderr)
         sys.exit(1)
-
-
-def parse(main: Callable[..., Any], args: list[str]) -> dict[str, Any]:
-    """The keywords of `main`, and `threads` and `verify`, from a command line; what cannot be one ends the process."""
-    options = _parser(main).parse_args(_join_repeated(main, _translate_names(main, args))).as_dict()
-    del options["config"]
-    return options
 
 
 def _verify(checkpoint_dir: Path | None) -> None:
@@ -90,143 +88,6 @@ def _verify(checkpoint_dir: Path | None) -> None:
         count = verify_base(checkpoint_dir)
         if count:
             print(f"{checkpoint_dir}: {count} files are what the conversion wrote", file=sys.stderr)
-
-
-# Options that say where and how a script runs, not what comes of it, and those that say what becomes of files. Options
-# whose names end in one of _ENDINGS are files, too; all others are the experiment's.
-_MACHINE = {"activation_checkpointing", "compile", "devices", "dtype", "host", "num_nodes", "port", "precision"}
-_MACHINE |= {"quantize", "shard_base", "threads", "workers"}
-_FILES = {"logger", "overwrite", "resume", "verify"}
-_ENDINGS = {"_dir": "FOLDER", "_file": "FILE", "_path": "PATH"}
-
-
-def _parser(main: Callable[..., Any]) -> "_Parser":
-    """A parser of the keywords of `main`, whose help shows them in groups."""
-    parser = _Parser(description=inspect.getdoc(sys.modules[main.__module__]), formatter_class=_HelpFormatter)
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options")
-    parser.add_function_arguments(main, as_group=False)
-    parser.add_argument(
-        "--threads",
-        type=int | None,
-        help="CPU threads of each process; with more processes than cores, threads wait for each other, so give fewer.",
-    )
-    if any(action.dest == "checkpoint_dir" and not action.required for action in parser._actions):  # a converted base
-        parser.add_argument(
-            "--verify",
-            type=bool,
-            default=False,
-            help="compare every byte of the base model with the hashes that its conversion wrote, before anything else",
-        )
-    groups = {title: parser.add_argument_group(title) for title in ("experiment", "machine", "files")}
-    general = parser._optionals._group_actions
-    options = [action for action in parser._actions if action.dest not in ("help", "config", "print_config")]
-    general[:] = [action for action in general if action not in options]
-    for action in options:
-        file = action.dest in _FILES or any(action.dest.endswith(ending) for ending in _ENDINGS)
-        title = "machine" if action.dest in _MACHINE else "files" if file else "experiment"
-        groups[title]._group_actions.append(action)
-        action.metavar = _type_in_words(action.dest, getattr(action, "_typehint", action.type))
-    for action in general:
-        action.metavar = "FILE"  # of --config
-        if action.dest == "print_config":
-            action.help = "show all options with their values as such a file and exit"
-    required = "".join(f" {action.option_strings[0]} {action.metavar}" for action in options if action.required)
-    parser.usage = f"%(prog)s{required} [--option VALUE ...]"
-    return parser
-
-
-def _type_in_words(name: str, annotation: Any) -> str:
-    """What stands behind an option in the help: NUMBER, FOLDER, {true,false}, ..."""
-    for ending, word in _ENDINGS.items():
-        if name.endswith(ending):
-            return word
-    if annotation is bool:
-        return "{true,false}"
-    if get_origin(annotation) is Literal:
-        return "{" + ",".join(map(str, get_args(annotation))) + "}"
-    if annotation in (int, float):
-        return "NUMBER"
-    parts = [_type_in_words(name, part) for part in get_args(annotation) if part is not type(None)]
-    return "{" + ",".join(part.strip("{}") for part in parts) + "}" if len(parts) > 1 else "".join(parts) or "TEXT"
-
-
-class _Parser(jsonargparse.ArgumentParser):
-    """Says in one line what is wrong with an option, without the usage of all of them."""
-
-    def error(self, message: str, *_: Any, **__: Any) -> NoReturn:
-        message = " ".join(message.split())
-        wrong = re.search(r'key "(\w+)": .*(?:Given|Got) value: (.*)', message)
-        kinds = {action.dest: str(action.metavar) for action in self._actions}
-        if wrong and wrong[1] in kinds:
-            kind = kinds[wrong[1]]
-            choices = ", ".join(repr(choice) for choice in kind.strip("{}").split(","))
-            message = f"--{wrong[1]} {wrong[2]}: " + (f"there are {choices}" if kind[0] == "{" else f"expected {kind}")
-        print(f"error: {message} (--help lists the options)", file=sys.stderr)
-        sys.exit(2)
-
-
-class _HelpFormatter(jsonargparse.DefaultHelpFormatter):
-    """Keeps the line breaks of the script's docstring, and shows each option once, with its default in words."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return "".join(indent + line for line in text.splitlines(keepends=True))
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        names = [name for name in action.option_strings if not name.endswith("+")]
-        if action.nargs == 0 or action.dest == "print_config":
-            return ", ".join(names)
-        return f"{', '.join(names)} {action.metavar}"
-
-    def _expand_help(self, action: argparse.Action) -> str:
-        default = action.default
-        if isinstance(default, list | tuple):
-            default = " ".join(map(str, default))
-        if action.required:
-            note = " (required)"
-        elif default in (None, argparse.SUPPRESS) or action.nargs == 0 or action.dest == "print_config":
-            note = ""
-        else:
-            note = f" (default: {str(default).lower() if isinstance(default, bool) else default})"
-        return (action.help or "") + note
-
-
-def _translate_names(main: Callable[..., Any], args: list[str]) -> list[str]:
-    """Take `--aligner_path` and `--lora_path` for `--adapter_path`, and their scales, where `main` has that."""
-    names = inspect.signature(main).parameters
-
-    def translate(arg: str) -> str:
-        option, equals, value = arg.partition("=")
-        primary = re.sub(r"^--(?:aligner|lora)_(path|scale)$", r"--adapter_\1", option)
-        return primary + equals + value if primary[2:] in names and option[2:] not in names else arg
-
-    return [translate(arg) for arg in args]
-
-
-def _join_repeated(main: Callable[..., Any], args: list[str]) -> list[str]:
-    """Turn every `--name A --name B` of a list option into the one `--name=["A", "B"]` that the parser takes.
-
-    The parser reads YAML, in whose double quotes any character can be written by its number.
-    """
-    values: dict[str, list[str]] = {
-        f"--{name}": []
-        for name, parameter in inspect.signature(main).parameters.items()
-        if "list[" in str(parameter.annotation)
-    }
-    rest: list[str] = []
-    remaining = iter(args)
-    for arg in remaining:
-        option, equals, value = arg.partition("=")
-        if option not in values:
-            rest.append(arg)
-        elif equals:
-            values[option].append(value)
-        else:
-            values[option].append(next(remaining, ""))
-
-    def quote(text: str) -> str:
-        return '"' + "".join(c if c.isascii() and c.isalnum() else f"\\U{ord(c):08X}" for c in text) + '"'
-
-    return rest + [f"{option}=[{', '.join(map(quote, given))}]" for option, given in values.items() if given]
 
 
 class Prompt(NamedTuple):
