@@ -32,9 +32,9 @@ from tqdm import tqdm
 from lit_llama.aligner import Aligner
 from lit_llama.checkpoint import read_config
 from lit_llama.config import LLaMAConfig
+from lit_llama.decoder import Decoder, GenerationRequest
 from lit_llama.devices.precision import Precision
 from lit_llama.files import require_extra
-from lit_llama.generation import Decoder, Request
 from lit_llama.lora import LoRA
 from lit_llama.script.command_line import open_base, run
 from lit_llama.seam import Adapter
@@ -140,7 +140,9 @@ def open_engine(
     def measure(prompts: list[list[int]], new_tokens: int) -> Speed:
         decoder = Decoder(model, rows, len(prompts[0]) + new_tokens)
         started = time.perf_counter()
-        decoder.join([Request(prompt, one, new_tokens) for prompt, one in zip(prompts, adapters, strict=True)])
+        decoder.join(
+            [GenerationRequest(prompt, one, new_tokens) for prompt, one in zip(prompts, adapters, strict=True)]
+        )
         decoder.step()
         prefilled = time.perf_counter()
         while decoder.running:

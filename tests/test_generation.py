@@ -4,7 +4,9 @@ import pytest
 import torch
 from conftest import random_aligner, tiny_config
 
-from lit_llama.generation import Decoder, Request, complete, generate, sample
+from lit_llama.decoder import Decoder, GenerationRequest
+from lit_llama.generation import complete, generate
+from lit_llama.sampling import sample
 from lit_llama.seam import LayerAdapter
 
 
@@ -55,9 +57,10 @@ def test_rows_join_and_leave(tiny_model):
     """Whoever else is in the batch, before, during and after: each row is what it is alone."""
     adapters = [None, *(random_aligner(tiny_model.config, n, start_layer=n % 3, init_std=1.0) for n in (1, 2, 5))]
     requests = [
-        Request([3 + 5 * i, 7, 11 + i][: 1 + i % 3], adapters[i % 4], max_new_tokens=1 + 7 * i % 30) for i in range(12)
+        GenerationRequest([3 + 5 * i, 7, 11 + i][: 1 + i % 3], adapters[i % 4], max_new_tokens=1 + 7 * i % 30)
+        for i in range(12)
     ]
-    requests.append(Request(list(range(50)), adapters[1], max_new_tokens=100))
+    requests.append(GenerationRequest(list(range(50)), adapters[1], max_new_tokens=100))
     decoder, found, finished = Decoder(tiny_model, max_rows=4, length=200), {}, {}
     waiting = list(requests)
     steps = 0
@@ -83,7 +86,9 @@ def test_rows_sample_for_themselves(tiny_model):
     """With a generator of its own, a row's text does not depend on the others; greedy rows stay greedy."""
 
     def request(seed):
-        return Request([5, 6], None, 12, temperature=1.5, top_k=40, generator=torch.Generator().manual_seed(seed))
+        return GenerationRequest(
+            [5, 6], None, 12, temperature=1.5, top_k=40, generator=torch.Generator().manual_seed(seed)
+        )
 
     def run(requests):
         decoder = Decoder(tiny_model, len(requests), 64)
@@ -93,7 +98,7 @@ def test_rows_sample_for_themselves(tiny_model):
                 rows[event.row].append(event.token)
         return list(rows.values())
 
-    first, greedy, second = run([request(1), Request([5, 6], None, 12), request(2)])
+    first, greedy, second = run([request(1), GenerationRequest([5, 6], None, 12), request(2)])
     assert [first] == run([request(1)])
     assert [second] == run([request(2)])
     assert first != second
@@ -143,10 +148,10 @@ def assert_clean(decoder):
 
 def test_rows_leave_nothing_behind(tiny_model):
     """What a row left in the cache has weight 0 for the next one there; 0 times infinity or NaN would be NaN."""
-    short = Request([5, 6, 7], None, 8)
+    short = GenerationRequest([5, 6, 7], None, 8)
     decoder = Decoder(tiny_model, 1, 200)
     [expected], _ = run_all(decoder, [short])
-    [tokens], [end] = run_all(decoder, [Request(list(range(55)), overflowing(tiny_model.config), 8)])
+    [tokens], [end] = run_all(decoder, [GenerationRequest(list(range(55)), overflowing(tiny_model.config), 8)])
     assert (tokens, end.token, end.finish) == ([], None, "error")
     assert "logits are not finite" in end.error
     assert run_all(decoder, [short])[0] == [expected]
@@ -159,8 +164,12 @@ def test_rows_leave_nothing_behind(tiny_model):
 def test_what_one_row_raises_ends_it_alone(tiny_model, bad, place):
     """In the prompt or later, wherever the row stands among others that have joined with it or before."""
     aligners = [random_aligner(tiny_model.config, n, start_layer=1, init_std=1.0) for n in (1, 2)]
-    good = [Request([5, 6], aligners[0], 12), Request(list(range(20)), aligners[1], 9), Request([8], None, 30)]
-    broken = Request([3, 4, 5, 6], None, 12)
+    good = [
+        GenerationRequest([5, 6], aligners[0], 12),
+        GenerationRequest(list(range(20)), aligners[1], 9),
+        GenerationRequest([8], None, 30),
+    ]
+    broken = GenerationRequest([3, 4, 5, 6], None, 12)
     if bad == "sampling":
         broken = broken._replace(temperature=1.0, generator="none")
     else:
@@ -172,7 +181,7 @@ def test_what_one_row_raises_ends_it_alone(tiny_model, bad, place):
         }
         broken = broken._replace(adapter=adapters[bad])
     decoder = Decoder(tiny_model, 5, 200)
-    decoder.join([Request([9, 9], None, 40)])
+    decoder.join([GenerationRequest([9, 9], None, 40)])
     decoder.step()
     tokens, ends = run_all(decoder, [*good[:place], broken, *good[place:]])
     end = ends.pop(place)
@@ -189,7 +198,7 @@ def test_padding_does_not_reach_a_row(tiny_model):
     tiny_model.lm_head = torch.nn.Linear(32, 96, bias=False).requires_grad_(False)
     tiny_model.transformer.wte.weight[0] = torch.inf  # the token that others pad with
     decoder = Decoder(tiny_model, 2, 64)
-    decoder.join([Request([5, 6], None, 8), Request([8] * 30, None, 8)])
+    decoder.join([GenerationRequest([5, 6], None, 8), GenerationRequest([8] * 30, None, 8)])
     assert [event.finish for event in decoder.step()] == [None, None]
     assert decoder._written == [2, 30]
     assert decoder._cache.layers[-1].k[0, :, 1].any()
@@ -216,7 +225,7 @@ def test_callers_for_whole_texts_get_the_error(tiny_model):
     bad = overflowing(tiny_model.config)
     with pytest.raises(ValueError, match="prompt 2 cannot be continued: the model's logits are not finite"):
         generate(tiny_model, [[5], [6]], 4, adapter=[None, bad])
-    requests = [Request([5], None, 4), Request([6], Broken(0), 4)]
+    requests = [GenerationRequest([5], None, 4), GenerationRequest([6], Broken(0), 4)]
     with pytest.raises(ValueError, match="prompt 2 cannot be continued: RuntimeError: the adapter is broken"):
         list(complete(tiny_model, requests, 1))
 
@@ -227,7 +236,7 @@ def test_cold_sampling_is_greedy(tiny_model):
     logits[0] *= 1e30
     for temperature in (1e-310, 5e-324, 1e-45, 1e-38, 1e-20, 9.9e-6, 1e-5):
         assert sample(logits, temperature).tolist() == logits.argmax(-1).tolist()
-        request = Request([5, 6, 7], None, 8, temperature=temperature)
+        request = GenerationRequest([5, 6, 7], None, 8, temperature=temperature)
         tokens, [end] = run_all(Decoder(tiny_model, 1, 64), [request])
         assert (tokens, end.finish) == ([naive_greedy(tiny_model, [5, 6, 7], 8, None)], "length")
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import random_aligner, tiny_config
 
+from lit_llama.decoder import GenerationRequest
 from lit_llama.devices.layouts import Int4Linear, Int8Linear, compile_decoding, lay_out, quantize_by_torchao
-from lit_llama.generation import Request, complete, generate
+from lit_llama.generation import complete, generate
 from lit_llama.lora import LoRA
 from lit_llama.model import LLaMA
 from lit_llama.script.command_line import open_base
@@ -64,7 +65,7 @@ def test_compiled_decoding_gives_the_same_tokens():
     prompts = [torch.randint(96, (length,)).tolist() for length in (5, 9, 3)]
 
     def answers():
-        requests = [Request(prompts[i % 3], ([*aligners, None])[i % 3], 4 + i) for i in range(6)]
+        requests = [GenerationRequest(prompts[i % 3], ([*aligners, None])[i % 3], 4 + i) for i in range(6)]
         return generate(model, prompts, 16, adapter=lora), list(complete(model, requests, 2))
 
     expected = answers()

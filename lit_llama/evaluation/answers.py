@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from lit_llama.decoder import GenerationRequest
 from lit_llama.files import atomic_file, check_file, read_text
-from lit_llama.generation import Request, complete
+from lit_llama.generation import complete
 from lit_llama.model import LLaMA
 from lit_llama.prompts import Message, PromptStyle
 from lit_llama.records import PACKED_SUFFIXES, TEXT_SUFFIXES, read_records
@@ -196,7 +197,7 @@ def answer_questions(
             ids = tokenizer.encode(style.render(messages), bos=style.bos)
             generator = torch.Generator(model.device).manual_seed(seed)
             options = {"temperature": temperature, "generator": generator}
-            requests.append(Request(ids, column.adapter, max_new_tokens, style.stop_ids, **options))
+            requests.append(GenerationRequest(ids, column.adapter, max_new_tokens, style.stop_ids, **options))
         what = f"answers of {column.name}" + (f", turn {turn + 1}" if turn or len(left[0].turns) > 1 else "")
         rows = tqdm(complete(model, requests, batch_size), total=len(left), desc=what, leave=False)
         for question, ids in zip(left, rows, strict=True):

@@ -35,8 +35,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from lit_llama.chat_template import render_chat
+from lit_llama.decoder import GenerationRequest
 from lit_llama.files import atomic_file
-from lit_llama.generation import Request, complete
+from lit_llama.generation import complete
 from lit_llama.model import LLaMA
 from lit_llama.records import read_csv, read_records
 from lit_llama.seam import Adapter
@@ -166,7 +167,7 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continue each context to a stop string, the end of the text or the greatest length."""
-        asked: list[tuple[Request, list[str]]] = []
+        asked: list[tuple[GenerationRequest, list[str]]] = []
         for i, request in enumerate(requests):
             context, given = cast(tuple[str, dict[str, Any]], request.args)
             options: dict[str, Any] = dict(normalize_gen_kwargs(given, self.max_gen_toks))
@@ -182,7 +183,9 @@ class HarnessModel(TemplateLM):
             stop_ids = self._tokenizer.stop_ids
             asked.append(
                 (
-                    Request(ids, self.adapter, options["max_gen_toks"], stop_ids, generator=generator, **sampling),
+                    GenerationRequest(
+                        ids, self.adapter, options["max_gen_toks"], stop_ids, generator=generator, **sampling
+                    ),
                     until,
                 )
             )

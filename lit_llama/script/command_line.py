@@ -25,14 +25,16 @@ from tqdm import tqdm
 from lit_llama.adapters import AdapterInfo, Method, adapter_file, adapter_fingerprint, check_base, read_adapter
 from lit_llama.checkpoint import load_base, read_config, verify_base
 from lit_llama.combine import WeightedSum
+from lit_llama.decoder import GenerationRequest, check_prompts
 from lit_llama.devices.layouts import WeightOnly, compile_decoding, lay_out, quantize_weights
 from lit_llama.devices.precision import PRECISIONS, Precision
 from lit_llama.devices.quantization import Quantize
 from lit_llama.evaluation.answers import Column, as_question, prompt_rows
 from lit_llama.files import atomic_file
-from lit_llama.generation import GREEDY_BELOW, Request, TextStream, check_prompts, check_sampling, complete, stream
+from lit_llama.generation import TextStream, complete, stream
 from lit_llama.model import LLaMA
 from lit_llama.prompts import PromptStyle, chosen_style
+from lit_llama.sampling import GREEDY_BELOW, check_sampling
 from lit_llama.script.errors import explain
 from lit_llama.script.parser import parse
 from lit_llama.seam import Adapter
@@ -323,12 +325,12 @@ def answer_each(
         output_file: JSON Lines of prompt, response and model, written at the end.
         batch_size: rows at once; when one ends, the next prompt takes its place.
         seed: of sampling, for the first prompt; the next one has the next.
-        sampling: `max_new_tokens`, `temperature`, `top_k`, `top_p` of `lit_llama.generation.Request`.
+        sampling: `max_new_tokens`, `temperature`, `top_k`, `top_p` of `lit_llama.decoder.GenerationRequest`.
 
     Raises:
         ValueError: a prompt names an Aligner that is not there or cannot be used.
     """
-    requests: list[Request] = []
+    requests: list[GenerationRequest] = []
     styles: list[PromptStyle] = []
     by_training: dict[str | None, PromptStyle] = {}
     for i, prompt in enumerate(prompts):
@@ -338,7 +340,7 @@ def answer_each(
         style = by_training[trained]
         ids = tokenizer.encode(style.prompt(prompt.instruction, prompt.input), bos=style.bos)
         generator = torch.Generator(model.device).manual_seed(seed + i)
-        requests.append(Request(ids, aligner, stop_ids=style.stop_ids, generator=generator, **sampling))
+        requests.append(GenerationRequest(ids, aligner, stop_ids=style.stop_ids, generator=generator, **sampling))
         styles.append(style)
     started = time.perf_counter()
     rows: list[dict[str, str]] = []

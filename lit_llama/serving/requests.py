@@ -135,7 +135,7 @@ class Options(Fields):
         return [value] if isinstance(value, str) else value
 
     def sampling(self, default_temperature: float) -> dict[str, Any]:
-        """`temperature`, `top_k` and `top_p` of `lit_llama.generation.Request`."""
+        """`temperature`, `top_k` and `top_p` of `lit_llama.decoder.GenerationRequest`."""
         if self.top_p == 0:  # the likeliest token alone
             return {"temperature": 0.0, "top_k": None, "top_p": 1.0}
         temperature = default_temperature if self.temperature is None else self.temperature

@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from lit_llama.base import open_base
 from lit_llama.combine import WeightedSum
+from lit_llama.decoder import Decoder, GenerationRequest
 from lit_llama.devices.layouts import WeightOnly
 from lit_llama.devices.precision import Precision
 from lit_llama.devices.quantization import Quantize
-from lit_llama.generation import Decoder, Request
 from lit_llama.model import LLaMA
 from lit_llama.seam import Adapter
 from lit_llama.serving.store import AlignerStore
@@ -69,7 +69,7 @@ class Job(NamedTuple):
         aligner: its name in the folder; None is the base model alone.
         scale: what its gates are multiplied by.
         seed: of sampling, 0 to 2**64 - 1.
-        options: other arguments of `lit_llama.generation.Request`.
+        options: other arguments of `lit_llama.decoder.GenerationRequest`.
     """
 
     prompt: list[int]
@@ -324,11 +324,11 @@ class Rows:
         self._decoder = Decoder(self._model, *self._sizes)
         return failed
 
-    def _request(self, job: Job) -> Request:
+    def _request(self, job: Job) -> GenerationRequest:
         adapter: Adapter | None = None
         if job.aligner is not None:
             adapter, _ = self._store.get(job.aligner)
             if job.scale != 1:
                 adapter = WeightedSum((adapter, job.scale))
         generator = torch.Generator(self._model.device).manual_seed(job.seed)
-        return Request(job.prompt, adapter, generator=generator, **job.options)
+        return GenerationRequest(job.prompt, adapter, generator=generator, **job.options)
