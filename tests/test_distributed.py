@@ -83,23 +83,36 @@ def test_options_reach_the_model(base_dir, data_dir, tmp_path, monkeypatch, opti
     assert set(seen) == {(option == "shard_base", option == "activation_checkpointing", option == "pack")}
 
 
-def train(kind, base_dir, data_dir, out_dir, *more, launcher=(sys.executable,), script="aligner"):
-    """Run a script of finetune/ in processes of its own; return the result of the last step."""
+def train(kind, base_dir, data_dir, out_dir, *more, launcher=None, script="aligner"):
+    """Run a script of finetune/ in processes of its own; return the result of the last step.
+
+    Args:
+        launcher: what starts all processes, such as torchrun. Without one they are forked, which saves the imports.
+    """
     options = {"batch_size": 4, "micro_batch_size": 1, "max_steps": STEPS, "warmup_steps": 1}
     options |= {"checkpoint_dir": base_dir, "data_dir": data_dir, "out_dir": out_dir, "eval_interval": 4}
     arguments = [f"--{name}={value}" for name, value in options.items()]
     more = [*more, "--aligner_length=2"] if script == "aligner" else more
-    command = [*launcher, ROOT / "finetune" / f"{script}.py", *arguments, "--save_interval=4", *KINDS[kind], *more]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
+    arguments += ["--save_interval=4", *KINDS[kind], *more]
+    if launcher is None:
+        ended = training_process.run_script(f"finetune/{script}.py", *arguments, processes=1 if kind == "one" else 2)
+    else:
+        command = [*launcher, ROOT / "finetune" / f"{script}.py", *arguments]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        ended = [subprocess.run(command, capture_output=True, text=True, env=environment)]
+    for result in ended:
+        assert result.returncode == 0, result.stderr
     return torch.load(last_state(out_dir), weights_only=True)["adapter"]
 
 
 @pytest.fixture(scope="module")
 def runs(base_dir, odd_data_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    return {kind: (folder / kind, train(kind, base_dir, odd_data_dir, folder / kind)) for kind in KINDS}
+    launchers = {"data parallel": (sys.executable,)}  # the script starts the other process itself
+    return {
+        kind: (folder / kind, train(kind, base_dir, odd_data_dir, folder / kind, launcher=launchers.get(kind)))
+        for kind in KINDS
+    }
 
 
 @pytest.fixture(scope="module")
