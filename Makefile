@@ -1,10 +1,11 @@
 # make base       .venv and the demo's base model
 # make demo       align a real LLaMA with one token, and see what it learned
 # make demo-dpo   the same with preferences: refuse what is harmful, answer what only sounds so
-# make test       the tests
-# make lint       ruff and pyright
+# make test       the tests, as many at a time as there are cores (WORKERS=1: one)
+# make lint       ruff, pyright and import-linter
 
 PYTHON ?= python3
+WORKERS ?= $(shell getconf _NPROCESSORS_ONLN)
 BIN := .venv/bin
 BASE := checkpoints/SmolLM2-135M-Instruct
 PAIRS := examples/preferences/train.jsonl
@@ -23,8 +24,10 @@ demo: out/demo/report.txt
 demo-dpo: out/refusal-dpo/report.txt
 	@cat out/refusal-dpo/report.txt
 
+# A file's tests run on one worker, so that what they share is made once; tests/conftest.py begins with the longest.
 test: .venv/installed-dev $(BASE)/lit_config.json
-	$(BIN)/python -m pytest
+	@echo "Runs the tests in $(WORKERS) processes, one dot for each test; takes some minutes. All but those marked slow or gpu."
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder --durations=5
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,17 @@ AWKWARD = [
     "x",
 ]
 
-torch.set_num_threads(1)  # the models are tiny; threads would only wait for each other
+# Of this process and those that tests start: the models are tiny; threads would only wait for each other.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
+# Files whose tests take longest: `make test` hands out files in this order, so that none of them is left for the end.
+LONGEST = ("resume", "serve", "distributed", "harness", "scripts", "inference", "writing", "compare", "dpo", "package")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 def load_script(path: str) -> ModuleType:

@@ -1,14 +1,13 @@
 """The harness's own `hf` model on an export, against ours; and local copies of data."""
 
 import json
-import subprocess
-import sys
 
 import datasets
 import huggingface_hub
 import pytest
 import torch
-from conftest import ROOT, load_script, make_hf_checkpoint
+import training_process
+from conftest import load_script, make_hf_checkpoint
 from lm_eval.api.instance import Instance
 from lm_eval.filters.extraction import RegexFilter
 from lm_eval.models.huggingface import HFLM
@@ -191,11 +190,11 @@ def test_script_resumes(command, long_base, aligner_path, data, tmp_path, chat, 
 def test_two_processes_find_what_one_does(command, long_base, data, tmp_path):
     options = {"checkpoint_dir": long_base, "data_dir": data, "tasks": "mmlu_anatomy,gsm8k", "num_fewshot": 0}
     alone = command("evaluate/harness.py", out_dir=tmp_path / "one", **options)[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = [str(ROOT / "evaluate" / "harness.py"), *(f"--{name}={value}" for name, value in options.items())]
-    done = subprocess.run([*launch, *script, f"--out_dir={tmp_path / 'two'}"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == alone
+    arguments = [f"--{name}={value}" for name, value in (options | {"out_dir": tmp_path / "two"}).items()]
+    both = training_process.run_script("evaluate/harness.py", *arguments, processes=2)
+    for done in both:
+        assert done.returncode == 0, done.stderr
+    assert [done.stdout for done in both] == [alone, ""]
     assert "anatomy" in alone
 
 

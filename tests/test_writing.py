@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import training_process
 from conftest import ROOT
 
 from lit_llama.files import atomic_file, atomic_folder, remove_temporaries, shareable_path
@@ -32,15 +31,23 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert names(tmp_path) == ["file"]
 
 
-def killed_in_a_folder(path):
-    with atomic_folder(path) as temporary:
-        (temporary / "half").write_text("half")
-        os._exit(9)
+def run(code, path):
+    """Run Python with a path as its argument; it imports no torch."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", code, path], env=environment).returncode
+
+
+KILLED_IN_A_FOLDER = """
+import os, pathlib, sys
+from lit_llama.files import atomic_folder
+with atomic_folder(pathlib.Path(sys.argv[1])) as temporary:
+    (temporary / "half").write_text("half")
+    os._exit(9)
+"""
 
 
 def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
-    process = training_process.start(killed_in_a_folder, path=tmp_path / "data")
-    process.join()
+    assert run(KILLED_IN_A_FOLDER, tmp_path / "data") == 9
     [left] = names(tmp_path)
     assert left.startswith(".data.")
     with atomic_folder(tmp_path / "data") as first:
@@ -135,15 +142,16 @@ def test_a_folder_has_one_owner(tmp_path):
         pass
 
 
-def killed_with_a_folder(path):
-    with own_folder(path):
-        os._exit(9)
+KILLED_WITH_A_FOLDER = """
+import os, pathlib, sys
+from lit_llama.locks import own_folder
+with own_folder(pathlib.Path(sys.argv[1])):
+    os._exit(9)
+"""
 
 
 def test_a_killed_owner_leaves_no_lock(tmp_path):
-    process = training_process.start(killed_with_a_folder, path=tmp_path)
-    process.join()
-    assert process.exitcode == 9
+    assert run(KILLED_WITH_A_FOLDER, tmp_path) == 9
     with own_folder(tmp_path):
         pass
 
@@ -171,6 +179,15 @@ os.open, os.fsync = open, flush
 """
 
 
+# In one process, which imports torch and lightning once.
+ONE_AFTER_THE_OTHER = """
+import json, runpy, sys
+for command in json.loads(sys.argv[1]):
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
+"""
+
+
 def test_scripts_run_without_what_windows_lacks(base_dir, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(WINDOWS)
     (tmp_path / "a.json").write_text(json.dumps([{"instruction": f"{n}", "output": "b"} for n in range(4)]))
@@ -181,14 +198,18 @@ def test_scripts_run_without_what_windows_lacks(base_dir, tmp_path):
         ("generate/aligner.py", paths[0], f"--aligner_path={tmp_path}/out/aligner.safetensors", "--prompt=a"),
     ]
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    for script, *options in commands:
-        result = subprocess.run(
-            [sys.executable, ROOT / script, *options],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        )
-        assert result.returncode == 0, result.stderr
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            ONE_AFTER_THE_OTHER,
+            json.dumps([[str(ROOT / path), *more] for path, *more in commands]),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert result.returncode == 0, result.stderr
     assert "memory unknown" in result.stderr
 
 
