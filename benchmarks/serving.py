@@ -1,6 +1,6 @@
 """Many clients at once against one server on this machine: is each answer what it is alone, and how fast are they?
 
-    python generate/serve.py --aligner_dir out
+    python generate/serve.py --adapter_dir out
     python benchmarks/serving.py
     python benchmarks/serving.py --clients 97 --requests 1000 --seconds 300
 

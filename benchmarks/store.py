@@ -21,7 +21,7 @@ from lit_llama.aligner import Aligner
 from lit_llama.checkpoint import read_config
 from lit_llama.model import LLaMA
 from lit_llama.script.command_line import run
-from lit_llama.serving.store import AlignerStore
+from lit_llama.serving.store import AdapterStore
 
 
 def main(
@@ -47,7 +47,7 @@ def main(
             (folder / f"{i}.safetensors").write_bytes(content)
         gc.collect()
         before, started = resident_bytes(), time.perf_counter()
-        store = AlignerStore(folder, base)
+        store = AdapterStore(folder, base)
         seconds = time.perf_counter() - started
         gc.collect()
         added = resident_bytes() - before

@@ -5,9 +5,7 @@ An adapter is one safetensors file whose metadata say what it is. The Aligner au
 
 import hashlib
 import inspect
-import io
 import json
-import re
 import reprlib
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,7 +15,6 @@ from typing import Any, Literal, Protocol, get_args, get_origin
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from lit_llama.aligner import Aligner
 from lit_llama.bias import Bias
@@ -25,18 +22,20 @@ from lit_llama.config import LLaMAConfig
 from lit_llama.devices.quantization import Quantize, bits_of
 from lit_llama.fields import check_list, take
 from lit_llama.files import atomic_file, check_file, parse_json
+from lit_llama.formats.authors import read_authors_aligner
 from lit_llama.llama_adapter import LLaMAAdapter
 from lit_llama.lora import LoRA
 from lit_llama.model import LLaMA
 from lit_llama.prompts import PromptStyle
 from lit_llama.safetensors_file import Header, finite, read_tensors
-from lit_llama.tensor_files import check_shape, load_tensors, refuse_names
+from lit_llama.tensor_files import check_shape, refuse_names
 
 FORMAT_VERSION = 1
 Method = Literal["aligner", "llama_adapter", "lora", "bias"]
 AnyAdapter = Aligner | LLaMAAdapter | LoRA | Bias
 METHODS: dict[str, type[AnyAdapter]] = {"aligner": Aligner, "llama_adapter": LLaMAAdapter, "lora": LoRA, "bias": Bias}
 FORMER_METHODS = {"adapter": "llama_adapter"}  # names in older files
+SILENT_STYLE = "alpaca"  # prompt style of files that do not say how they were trained, such as the authors'
 # Limits of what a file may claim before its claims are compared with its tensors. No model comes near them.
 MOST_SIZE = 2**24
 MOST_LAYERS = 1024
@@ -71,6 +70,16 @@ class AdapterInfo:
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
     format_version: int = FORMAT_VERSION
+
+    @property
+    def style(self) -> str:
+        """Name of the prompt style to use with the adapter."""
+        return self.prompt_style or SILENT_STYLE
+
+    @property
+    def quantize(self) -> Quantize | None:
+        """How the base was quantised that the adapter was trained on."""
+        return self.hyperparameters.get("quantize")
 
 
 class OpenedBase(Protocol):
@@ -152,6 +161,16 @@ def load_adapter(path: Path | str, method: Method | None = None) -> AnyAdapter:
     return read_adapter(path, method)[0]
 
 
+def adapter_info(path: Path | str) -> AdapterInfo:
+    """What an adapter file says about itself, or what its tensors tell if it is one of the authors'.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or not an adapter.
+    """
+    return read_adapter(path)[1]
+
+
 def read_adapter(
     path: Path | str, method: Method | None = None, model: LLaMA | None = None, allow_other_base: bool = False
 ) -> tuple[AnyAdapter, AdapterInfo]:
@@ -174,7 +193,7 @@ def read_adapter(
             raise ValueError(
                 f"{path} is of method {info.method!r}, expected {method!r}; generate/{info.method}.py is for it"
             )
-        adapter = _without_values(path, info, shapes)
+        adapter = _matching(path, info, shapes)
         if model is not None:
             check_base(path, info, model, allow_other_base)
         return adapter
@@ -187,73 +206,13 @@ def read_adapter(
 
         (adapter, info), tensors = read_tensors(path, check_header)
     else:
-        tensors, info = _read_authors(path)
+        tensors, sizes = read_authors_aligner(path)
+        info = AdapterInfo("aligner", sizes)
         adapter = check(info, {name: tensor.shape for name, tensor in tensors.items()})
     adapter.load_state_dict(tensors, assign=True)
     if info.fingerprint and adapter_fingerprint(adapter) != info.fingerprint:
         raise ValueError(f"{path} is damaged: its values are not those of its fingerprint; fetch or write it again")
     return adapter.eval(), info
-
-
-def _without_values(path: Path, info: AdapterInfo, shapes: Mapping[str, Sequence[int]]) -> AnyAdapter:
-    """The adapter that a file's metadata tell of, without memory for its values, if its tensors have these shapes."""
-    place = f"{path}, config"
-    method = METHODS[info.method]
-    kinds = dict.fromkeys(method.base_sizes, int) | {
-        name: parameter.annotation
-        for name, parameter in inspect.signature(method).parameters.items()
-        if name not in ("config", "init_std")  # of the start alone
-    }
-    names = set(kinds)
-    if info.config.keys() != names:
-        lacking, unknown = names - info.config.keys(), info.config.keys() - names
-        raise ValueError(
-            f"{place}: not that of method {info.method!r}: it lacks {sorted(lacking)} and has unknown "
-            f"{reprlib.repr(sorted(unknown))}"
-        )
-    for name, kind in kinds.items():
-        if kind in (int, float):
-            take(info.config, name, kind, place, least=int(kind is int and name != "start_layer"), most=MOST_SIZE)
-        elif get_origin(kind) is Literal:
-            if info.config[name] not in get_args(kind):
-                found = reprlib.repr(info.config[name])
-                raise ValueError(f"{place}: {name} is {found}, expected one of {', '.join(get_args(kind))}")
-        else:
-            check_list(info.config[name], name, str, place)
-    if info.config["n_layer"] > MOST_LAYERS:
-        raise ValueError(f"{place}: n_layer is {info.config['n_layer']}, expected {MOST_LAYERS} at most")
-    base = {name: value for name, value in info.config.items() if name in LLaMAConfig.__dataclass_fields__}
-    own = {name: value for name, value in info.config.items() if name not in base}
-    try:
-        with torch.device("meta"):
-            adapter = method(LLaMAConfig(**base), **own)
-    except (ValueError, RuntimeError) as error:  # torch knows no tensors of 2**63 bytes
-        raise ValueError(f"{place}: {error}") from None
-    expected = adapter.state_dict()
-    if expected.keys() != shapes.keys():
-        refuse_names(path, expected.keys() - shapes.keys(), shapes.keys() - expected.keys())
-    for name, tensor in expected.items():
-        check_shape(name, torch.Size(shapes[name]), tensor.shape, str(path))
-    return adapter
-
-
-def adapter_fingerprint(adapter: AnyAdapter) -> str:
-    """Hash of what an adapter computes: its method, under the name that it first had, its sizes and values."""
-    first = {name: former for former, name in FORMER_METHODS.items()}.get(adapter.method, adapter.method)
-    digest = hashlib.sha256(json.dumps([first, adapter.sizes]).encode())
-    for name, tensor in sorted(adapter.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def adapter_info(path: Path | str) -> AdapterInfo:
-    """What an adapter file says about itself, or what its tensors tell if it is one of the authors'.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or not an adapter.
-    """
-    return read_adapter(path)[1]
 
 
 def _parse_info(path: Path, metadata: Mapping[str, str]) -> AdapterInfo:
@@ -281,6 +240,61 @@ def _parse_info(path: Path, metadata: Mapping[str, str]) -> AdapterInfo:
     if bits not in (None, *known):
         raise ValueError(f"{path}, hyperparameters: quantize is {bits[:100]!r}, expected one of {', '.join(known)}")
     return AdapterInfo(**values)
+
+
+def _matching(path: Path, info: AdapterInfo, shapes: Mapping[str, Sequence[int]]) -> AnyAdapter:
+    """The adapter that a file's metadata tell of, without memory for its values, if its tensors have these shapes."""
+    adapter = adapter_without_values(info.method, info.config, f"{path}, config")
+    expected = adapter.state_dict()
+    if expected.keys() != shapes.keys():
+        refuse_names(path, expected.keys() - shapes.keys(), shapes.keys() - expected.keys())
+    for name, tensor in expected.items():
+        check_shape(name, torch.Size(shapes[name]), tensor.shape, str(path))
+    return adapter
+
+
+def adapter_without_values(method: str, sizes: Mapping[str, Any], place: str = "the adapter's sizes") -> AnyAdapter:
+    """Build an adapter on the meta device, which has shapes but no memory: its values are to be loaded into it.
+
+    Args:
+        method: a key of `METHODS`.
+        sizes: `sizes` of the adapter, out of a file that anybody may have written.
+        place: where they come from, for error messages.
+
+    Raises:
+        ValueError: the method has no such adapter.
+    """
+    build = METHODS[method]
+    kinds = dict.fromkeys(build.base_sizes, int) | {
+        name: parameter.annotation
+        for name, parameter in inspect.signature(build, eval_str=True).parameters.items()
+        if name not in ("config", "init_std")  # which no adapter that has its values depends on
+    }
+    lacking, unknown = sorted(kinds.keys() - sizes.keys()), sorted(sizes.keys() - kinds.keys())
+    if lacking or unknown:
+        raise ValueError(
+            f"{place}: not that of method {method!r}: it lacks {lacking} and has unknown {reprlib.repr(unknown)}"
+        )
+    for name, kind in kinds.items():
+        if kind in (int, float):
+            take(sizes, name, kind, place, least=int(name in build.base_sizes), most=MOST_SIZE)
+        elif kind in (bool, str):
+            take(sizes, name, kind, place)
+        elif get_origin(kind) is Literal:
+            if sizes[name] not in get_args(kind):
+                found = reprlib.repr(sizes[name])
+                raise ValueError(f"{place}: {name} is {found}, expected one of {', '.join(get_args(kind))}")
+        else:
+            check_list(sizes[name], name, str, place)
+    if sizes["n_layer"] > MOST_LAYERS:
+        raise ValueError(f"{place}: n_layer is {sizes['n_layer']}, expected {MOST_LAYERS} at most")
+    base = {name: value for name, value in sizes.items() if name in LLaMAConfig.__dataclass_fields__}
+    own = {name: value for name, value in sizes.items() if name not in base}
+    try:
+        with torch.device("meta"):
+            return build(LLaMAConfig(**base), **own)
+    except (ValueError, RuntimeError) as error:  # torch knows no tensors of 2**63 bytes
+        raise ValueError(f"{place}: {error}") from None
 
 
 def check_adapter(path: Path, model: LLaMA, allow_other_base: bool = False) -> AdapterInfo:
@@ -314,44 +328,29 @@ def check_base(path: Path, info: AdapterInfo, model: LLaMA, allow_other_base: bo
         warnings.warn(message, stacklevel=2)
 
 
-def _authors_layers(path: Path, tensors: Mapping[str, Tensor]) -> list[int]:
-    layers = sorted(
-        int(m[1]) for name in tensors if (m := re.fullmatch(r"transformer\.h\.(\d+)\.attn\.gating_factor", name))
-    )
-    if not layers or layers != list(range(layers[0], layers[-1] + 1)):
+def check_bits(path: Path, info: AdapterInfo, bits: str) -> None:
+    """Make sure that an adapter is used on a base that is quantised as the one that it was trained on.
+
+    Args:
+        path: file of the adapter, for messages.
+        info: what that says about itself.
+        bits: how the base is quantised, or "none", if nobody chose that for this adapter.
+
+    Raises:
+        ValueError: the adapter was trained on a base that was quantised in another way.
+    """
+    trained = info.quantize or "none"
+    if trained != bits:
         raise ValueError(
-            f"{path} is not an Aligner: expected gating_factor tensors of consecutive layers, found {layers}"
+            f"{path} was trained on a base with --quantize {trained}, and this base has {bits}: give --quantize "
+            f"{trained} to use it as it was trained, or --quantize {bits} to use it on this base all the same"
         )
-    return layers
 
 
-def _read_authors(path: Path) -> tuple[dict[str, Tensor], AdapterInfo]:
-    """The tensors of the authors' format under this project's names, and their sizes; aliases are checked."""
-    data = path.read_bytes()
-    tensors = load_tensors(path, io.BytesIO(data))
-    shared = "global_value_embedding.weight"
-    if shared not in tensors:
-        raise ValueError(f"{path} is not an Aligner: it has no {shared}")
-    layers = _authors_layers(path, tensors)
-    gates = [f"transformer.h.{i}.attn.gating_factor" for i in layers]
-    aliases = [f"transformer.h.{i}.attn.adapter_wte.weight" for i in layers]
-    unknown = set(tensors) - {shared, *gates, *aliases}
-    if unknown:
-        refuse_names(path, set(), unknown)
-    for name, tensor in tensors.items():
-        is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_floating_point()
-        if not is_plain or tensor.nbytes > len(data):  # a tensor may claim to be larger than what it is stored in
-            raise ValueError(f"{path}: {name} is not a tensor of floating-point numbers, all of them in the file")
-    tokens = tensors[shared]
-    if tokens.dim() != 2:
-        raise ValueError(f"{path}: {shared} has shape {tuple(tokens.shape)}, expected (tokens, embedding)")
-    for alias in aliases:
-        if alias in tensors and not torch.equal(tensors[alias], tokens):
-            raise ValueError(f"{path}: {alias} differs from {shared}, which an Aligner shares with every layer")
-    heads = {tensors[gate].numel() for gate in gates}
-    if len(heads) > 1:
-        raise ValueError(f"{path}: gating_factor tensors have different numbers of heads: {sorted(heads)}")
-    values = {"tokens": tokens, "gates": torch.stack([tensors[gate].flatten() for gate in gates])}
-    sizes = {"n_layer": layers[-1] + 1, "n_head": heads.pop(), "n_embd": tokens.size(1)}
-    info = AdapterInfo("aligner", {**sizes, "length": tokens.size(0), "start_layer": layers[0]})
-    return {name: finite(path, name, tensor) for name, tensor in values.items()}, info
+def adapter_fingerprint(adapter: AnyAdapter) -> str:
+    """Hash of what an adapter computes: its method, under the name that it first had, its sizes and values."""
+    first = {name: former for former, name in FORMER_METHODS.items()}.get(adapter.method, adapter.method)
+    digest = hashlib.sha256(json.dumps([first, adapter.sizes]).encode())
+    for name, tensor in sorted(adapter.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from lit_llama.adapters import AdapterInfo, AnyAdapter, adapter_fingerprint, check_base, read_adapter
+from lit_llama.adapters import AdapterInfo, AnyAdapter, adapter_fingerprint, check_base, check_bits, read_adapter
 from lit_llama.checkpoint import load_base, read_config
 from lit_llama.combine import WeightedSum
 from lit_llama.devices.layouts import WeightOnly, compile_decoding, lay_out, quantize_weights
@@ -30,7 +30,6 @@ if TYPE_CHECKING:  # slow to import, which --help should not be
     from torch.distributed.device_mesh import DeviceMesh
 
 Bits = Quantize | WeightOnly | Literal["none"]  # of a base's weights
-SILENT_STYLE = "alpaca"  # of adapter files that do not say how their prompts were made, such as the authors'
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ class Base:
         keeps_style = self.asked_style is not None or (read and not infos)
         if not read and self.tokenizer.chat_template is None:  # beside an adapter, the base is asked as that is
             keeps_style = True
-        style = self.style if keeps_style else _style(None, infos, self.tokenizer)
+        style = self.style if keeps_style else style_of(None, infos[0].style if infos else None, self.tokenizer)
         return self._with(read, scale, style)
 
     def _with(self, read: list[ReadAdapter], scale: float | Sequence[float] | None, style: PromptStyle) -> Base:
@@ -171,12 +170,8 @@ class Base:
         if isinstance(one.adapter, AnyAdapter):
             info = one.info or AdapterInfo(one.adapter.method, one.adapter.sizes)
             check_base(one.path or Path(one.name), info, self.model, self.allow_other_base)
-        bits = self.quantize if one.info is None else one.info.hyperparameters.get("quantize") or "none"
-        if self.asked_quantize is None and bits != self.quantize:
-            raise ValueError(
-                f"{one.path} was trained on a base with --quantize {bits}, and this base has {self.quantize}: "
-                "give the --quantize to use here"
-            )
+        if one.info is not None and self.asked_quantize is None:
+            check_bits(one.path or Path(one.name), one.info, self.quantize)
 
     @overload
     def generate(self, prompts: str, *, stream: Literal[False] = False, **sampling: Any) -> str: ...
@@ -253,7 +248,8 @@ def open_base(
     tokenizer.check_vocabulary(config.vocab_size)
     read = read_adapters(adapter_path)  # refused before the base is loaded
     _scales(adapter_scale, len(read))
-    style = _style(prompt_style, _infos(read), tokenizer)
+    infos = _infos(read)
+    style = style_of(prompt_style, infos[0].style if infos else None, tokenizer)
     bits = quantize or trained_bits({one.name: one.info for one in read if one.info is not None})
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = _load(checkpoint_dir, PRECISIONS[precision], device, bits, compile, for_generation, mesh)
@@ -305,9 +301,17 @@ def _scales(scale: float | Sequence[float] | None, count: int) -> list[float]:
     return scales * (count // len(scales))
 
 
-def _style(asked: str | None, infos: Sequence[AdapterInfo], tokenizer: Tokenizer) -> PromptStyle:
-    """The rule for prompts: what was asked for, or the first adapter's training, or the base's own template."""
-    trained = (infos[0].prompt_style or SILENT_STYLE) if infos else None
+def style_of(asked: str | None, trained: str | None, tokenizer: Tokenizer) -> PromptStyle:
+    """The rule for prompts: what was asked for, or the first adapter's training, or the base's own template.
+
+    Args:
+        asked: name of the style that was asked for, if one was.
+        trained: the `style` of the first adapter's file, if there is one.
+        tokenizer: tokenizer of the base.
+
+    Raises:
+        ValueError: there is no such style, or the base's chat template fails.
+    """
     return chosen_style(asked, trained, tokenizer, "none" if tokenizer.chat_template is None else "chat")
 
 
@@ -320,7 +324,7 @@ def trained_bits(infos: dict[str, AdapterInfo]) -> Bits:
     Raises:
         ValueError: they differ.
     """
-    bits: dict[str, Any] = {name: info.hyperparameters.get("quantize") or "none" for name, info in infos.items()}
+    bits: dict[str, Any] = {name: info.quantize or "none" for name, info in infos.items()}
     if len(set(bits.values())) > 1:
         found = ", ".join(f"{name}: {value}" for name, value in bits.items())
         raise ValueError(f"the adapters were trained with different --quantize ({found}): give the one to use here")

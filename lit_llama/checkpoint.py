@@ -168,6 +168,19 @@ def load_base(
     return model.requires_grad_(False).train(quantize is not None)
 
 
+def model_without_weights(config: LLaMAConfig, tensors: Mapping[str, Tensor]) -> LLaMA:
+    """A model on the meta device with the fingerprint of some weights, to tell what belongs to them.
+
+    Args:
+        config: configuration of the model.
+        tensors: its weights by their Lit-LLaMA names; a few values of each are read.
+    """
+    with torch.device("meta"):
+        model = LLaMA(config)
+    model.fingerprint = base_fingerprint(tensors)
+    return model
+
+
 def base_fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """The `LLaMA.fingerprint` of a base's weights, by their Lit-LLaMA names, without loading it."""
     digest = hashlib.sha256()

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from lit_llama.adapters import adapter_fingerprint, adapter_info, load_adapter, read_adapter, save_adapter
 from lit_llama.aligner import Aligner
 from lit_llama.lora import LoRA
-from lit_llama.serving.store import AlignerStore
+from lit_llama.serving.store import AdapterStore
 
 DEEP = "[" * 100_000 + "]" * 100_000
 ODD = ["null", "true", "[]", "{}", "[1]", '{"a": 1}', '"text"', "-1", "1e30", "1e400", "NaN", "0.5", "2147483648"]
@@ -80,8 +80,8 @@ def test_flipped_bits_and_torn_ends_never_give_other_values(written, tiny_model)
 def test_metadata_of_any_type(written, tiny_model):
     """Every field, and every size in `config`, with every odd value: refused by name, or what it was."""
     file, metadata, tensors = written
-    store = AlignerStore(file.parent, tiny_model)
-    before = adapter_fingerprint(store.get("a")[0])
+    store = AdapterStore(file.parent, tiny_model)
+    before = adapter_fingerprint(store.get("a"))
     sizes = json.loads(metadata["config"])
     cases = [(key, {**metadata, key: odd}) for key in metadata for odd in ODD]
     for key in sizes:
@@ -243,11 +243,11 @@ def test_links_are_followed_once(tmp_path, tiny_model):
     (store / "folder.safetensors").mkdir()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = AlignerStore(store, tiny_model)
+        found = AdapterStore(store, tiny_model)
     assert found.names() == ["a/x", "linked/y"]
-    assert found.get("linked2/y")[0].sizes["length"] == 2
+    assert found.get("linked2/y").sizes["length"] == 2
     for name in ("gone", "a/loop", "x" * 300, "x" * 100_000, "\ud800", "folder"):
-        with pytest.raises(ValueError, match="no Aligner named"):
+        with pytest.raises(ValueError, match="no adapter named"):
             found.get(name)
     with pytest.raises(ValueError, match=r"did you mean a/x\?"):
         found.get("a/xx")

@@ -143,7 +143,7 @@ def test_adapters_go_by_any_name_in_every_script(command, name):
     scripts = {script: load_script(script).main.__annotations__ for script in SCRIPTS}
     assert not any(option in options for options in scripts.values() for option in ("aligner_path", "lora_path"))
     for script, options in scripts.items():
-        for option, value in (("path", "a.safetensors"), ("scale", "0.25")):
+        for option, value in (("path", "a.safetensors"), ("scale", "0.25"), ("dir", "store")):
             if f"adapter_{option}" in options:
                 status, out, err = command(script, f"--{name}_{option}", value, "--print_config")
                 assert status == 0, err

@@ -21,13 +21,16 @@ import uvicorn
 from conftest import ROOT, random_aligner
 
 from lit_llama.adapters import load_adapter, save_adapter
+from lit_llama.bias import Bias
 from lit_llama.checkpoint import load_base
 from lit_llama.combine import WeightedSum
 from lit_llama.generation import generate
+from lit_llama.llama_adapter import LLaMAAdapter
+from lit_llama.lora import LoRA
 from lit_llama.prompts import Message, prompt_style
-from lit_llama.serving.http import Access, Gate, _Connection, allowed_hosts, bind
+from lit_llama.serving.http import Access, ApiError, Gate, _Connection, allowed_hosts, bind
 from lit_llama.serving.requests import ChatRequest
-from lit_llama.serving.store import AlignerStore
+from lit_llama.serving.store import AdapterStore
 from lit_llama.serving.worker import Job, Rows
 from lit_llama.tokenizer import Tokenizer
 
@@ -38,8 +41,8 @@ TEXTS = ["Count to 3.", "Hello there", "What is 2 + 2?"]
 class Server:
     """A running server, its address and what it has said on stderr."""
 
-    def __init__(self, base_dir, aligner_dir, *more, until="ready at ", group=False, **options):
-        arguments = {"checkpoint_dir": base_dir, "aligner_dir": aligner_dir, "port": 0, **options}
+    def __init__(self, base_dir, adapter_dir, *more, until="ready at ", group=False, **options):
+        arguments = {"checkpoint_dir": base_dir, "adapter_dir": adapter_dir, "port": 0, **options}
         command = [sys.executable, ROOT / "generate" / "serve.py", *(f"--{k}={v}" for k, v in arguments.items()), *more]
         environment = {**os.environ, "ALIGNER_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
@@ -109,7 +112,7 @@ def client(url, **options):
 
 
 @pytest.fixture(scope="module")
-def aligner_dir(base_dir, tmp_path_factory):
+def adapter_dir(base_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("aligners")
     model = load_base(base_dir)
     for n in (1, 3):
@@ -120,10 +123,10 @@ def aligner_dir(base_dir, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def url(base_dir, aligner_dir):
+def url(base_dir, adapter_dir):
     options = {"max_rows": 4, "max_waiting": 8, "max_length": 200, "max_body_bytes": 20_000}
     with served(
-        base_dir, aligner_dir, "--allowed_origin=http://localhost:3000", "--allowed_host=my-machine", **options
+        base_dir, adapter_dir, "--allowed_origin=http://localhost:3000", "--allowed_host=my-machine", **options
     ) as server:
         yield server.url
 
@@ -150,8 +153,8 @@ def test_models_are_the_files(url):
     assert [model.id for model in client(url).models.list()] == ["base", "team/1", "team/3"]
 
 
-def test_many_at_once_are_what_each_is_alone(url, base_dir, aligner_dir):
-    adapters = {"base": None} | {f"team/{n}": load_adapter(aligner_dir / f"team/{n}.safetensors") for n in (1, 3)}
+def test_many_at_once_are_what_each_is_alone(url, base_dir, adapter_dir):
+    adapters = {"base": None} | {f"team/{n}": load_adapter(adapter_dir / f"team/{n}.safetensors") for n in (1, 3)}
     cases = [(name, text, scale) for name in adapters for text in TEXTS for scale in (1.0, -0.5)][:12]
     with concurrent.futures.ThreadPoolExecutor(len(cases)) as pool:
         asked = [pool.submit(ask, url, n, t, extra_body={"aligner_scale": s}) for n, t, s in cases]
@@ -162,13 +165,45 @@ def test_many_at_once_are_what_each_is_alone(url, base_dir, aligner_dir):
     assert len(set(answers)) > 4
 
 
-def test_one_request_does_not_touch_another(url, base_dir, aligner_dir):
+def test_adapters_of_all_methods_in_one_batch(url, base_dir, adapter_dir):
+    """An Aligner, a LLaMA-Adapter, a LoRA, a bias and the base at once, each as it answers alone."""
+    model = load_base(base_dir)
+    adapters = {"aligner": random_aligner(model.config, 2, init_std=1.0), "llama_adapter": LLaMAAdapter(model.config)}
+    adapters |= {"lora": LoRA(model.config, r=4), "bias": Bias(model.config)}
+    for method, adapter in adapters.items():
+        for parameter in adapter.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        save_adapter(adapter_dir / f"run-{method}/{method}.safetensors", adapter, model, prompt_style="chat")
+    try:
+        names = ["base", *(f"run-{method}" for method in adapters)]
+        assert set(names) <= {model.id for model in client(url).models.list()}
+        cases = [(name, scale) for name in names for scale in (1.0, 0.5)]
+        with concurrent.futures.ThreadPoolExecutor(len(cases)) as pool:
+            asked = [pool.submit(ask, url, n, "Hello there", extra_body={"adapter_scale": s}) for n, s in cases]
+            answers = [future.result().message.content for future in asked]
+    finally:
+        for method in adapters:
+            shutil.rmtree(adapter_dir / f"run-{method}")
+    for (name, scale), answer in zip(cases, answers, strict=True):
+        adapter = WeightedSum((adapters[name.removeprefix("run-")], scale)) if name != "base" else None
+        assert answer == expected(base_dir, user("Hello there"), adapter), name
+    assert len(set(answers)) > len(adapters)
+
+
+def test_the_scale_has_two_names():
+    assert ChatRequest(messages=user("x"), aligner_scale=0.5).adapter_scale == 0.5
+    assert ChatRequest(messages=user("x"), adapter_scale=0.5).adapter_scale == 0.5
+    with pytest.raises(ApiError, match="two names of one field"):
+        ChatRequest(messages=user("x"), adapter_scale=0.5, aligner_scale=0.5)
+
+
+def test_one_request_does_not_touch_another(url, base_dir, adapter_dir):
     """An Aligner that makes logits infinite gets an error of its own; a temperature next to zero is greedy."""
     model = load_base(base_dir)
     bad = random_aligner(model.config, 2)
     for values in bad.parameters():
         torch.nn.init.constant_(values, 3e38)
-    save_adapter(aligner_dir / "bad.safetensors", bad, model)
+    save_adapter(adapter_dir / "bad.safetensors", bad, model)
     try:
         with concurrent.futures.ThreadPoolExecutor(12) as pool:
             good = [pool.submit(ask, url, "team/1", TEXTS[i % 3], temperature=1e-310) for i in range(9)]
@@ -178,14 +213,14 @@ def test_one_request_does_not_touch_another(url, base_dir, aligner_dir):
                     future.result()
             answers = [future.result().message.content for future in good]
     finally:
-        (aligner_dir / "bad.safetensors").unlink()
-    adapter = load_adapter(aligner_dir / "team/1.safetensors")
+        (adapter_dir / "bad.safetensors").unlink()
+    adapter = load_adapter(adapter_dir / "team/1.safetensors")
     assert answers == 3 * [expected(base_dir, user(text), adapter) for text in TEXTS]
 
 
-def test_conversations_and_streams(url, base_dir, aligner_dir):
+def test_conversations_and_streams(url, base_dir, adapter_dir):
     messages = [*user("One?"), {"role": "assistant", "content": "Two."}, *user("Three?")]
-    adapter = load_adapter(aligner_dir / "team/3.safetensors")
+    adapter = load_adapter(adapter_dir / "team/3.safetensors")
     stream = client(url).chat.completions.create(
         model="team/3",
         messages=messages,
@@ -227,11 +262,11 @@ def test_what_cannot_be_answered_is_refused(url):
     turn = {"role": "user", "content": "x"}
     deep = "[" * 15_000
     cases = [
-        ({"model": "nobody"}, 404, "no Aligner named 'nobody'"),
+        ({"model": "nobody"}, 404, "no adapter named 'nobody'"),
         ({"model": "tem/1"}, 404, "team/1"),
-        ({"model": "../secret"}, 404, "no Aligner named"),
+        ({"model": "../secret"}, 404, "no adapter named"),
         ({"model": "broken"}, 404, "not a complete safetensors file"),
-        ({"model": "x" * 300}, 404, "no Aligner named"),
+        ({"model": "x" * 300}, 404, "no adapter named"),
         ({"model": "x" * 3000}, 400, "model: String should have at most"),
         ({"model": "\ud800"}, 400, "model"),
         ({"messages": user("word " * 300)}, 400, "tokens, 1 to 199 are accepted"),
@@ -438,13 +473,13 @@ def test_connections_without_a_request_are_closed(monkeypatch):
     assert answered.endswith(b"ok")
 
 
-def test_files_that_come_change_and_vanish(url, base_dir, aligner_dir):
-    file = aligner_dir / "new.safetensors"
-    shutil.copy(aligner_dir / "team/1.safetensors", file)
+def test_files_that_come_change_and_vanish(url, base_dir, adapter_dir):
+    file = adapter_dir / "new.safetensors"
+    shutil.copy(adapter_dir / "team/1.safetensors", file)
     first = ask(url, "new", "Hello there").message.content
     assert first == expected(base_dir, user("Hello there"), load_adapter(file))
     assert "new" in [model.id for model in client(url).models.list()]
-    shutil.copy(aligner_dir / "team/3.safetensors", file)
+    shutil.copy(adapter_dir / "team/3.safetensors", file)
     assert ask(url, "new", "Hello there").message.content == (
         expected(base_dir, user("Hello there"), load_adapter(file))
     )
@@ -452,7 +487,7 @@ def test_files_that_come_change_and_vanish(url, base_dir, aligner_dir):
     with pytest.raises(openai.NotFoundError, match="not a complete safetensors"):
         ask(url, "new", "x")
     file.unlink()
-    with pytest.raises(openai.NotFoundError, match="no Aligner named"):
+    with pytest.raises(openai.NotFoundError, match="no adapter named"):
         ask(url, "new", "x")
     assert "new" not in [model.id for model in client(url).models.list()]
 
@@ -466,8 +501,8 @@ def test_clients_that_leave_make_room(url, base_dir):
     assert ask(url, "base", "x").message.content == expected(base_dir, user("x"))
 
 
-def test_a_full_queue_and_slow_requests(base_dir, aligner_dir):
-    with served(base_dir, aligner_dir, max_rows=1, max_waiting=1, timeout=0.2, docs=True) as server:
+def test_a_full_queue_and_slow_requests(base_dir, adapter_dir):
+    with served(base_dir, adapter_dir, max_rows=1, max_waiting=1, timeout=0.2, docs=True) as server:
         url = server.url
         statuses = set()
         while 429 not in statuses:  # who comes while two others are being answered, or wait, which they do not for long
@@ -493,9 +528,9 @@ def test_the_servers_temperature_is_that_of_requests_that_do_not_say():
 
 
 @pytest.mark.parametrize("moment", ["the model is being loaded", "ready at "])
-def test_sigterm_ends_it_once_however_often_it_comes(base_dir, aligner_dir, moment):
+def test_sigterm_ends_it_once_however_often_it_comes(base_dir, adapter_dir, moment):
     """While the model is loaded, and while an answer is on its way."""
-    server = Server(base_dir, aligner_dir, until=moment)
+    server = Server(base_dir, adapter_dir, until=moment)
     if moment == "ready at ":
         stream = client(server.url).chat.completions.create(model="base", messages=user("x"), stream=True)
         next(iter(stream))
@@ -509,22 +544,22 @@ def test_sigterm_ends_it_once_however_often_it_comes(base_dir, aligner_dir, mome
     assert "leaked" not in said
 
 
-def test_ctrl_c_ends_it_once(base_dir, aligner_dir):
+def test_ctrl_c_ends_it_once(base_dir, adapter_dir):
     """It goes to both processes."""
-    server = Server(base_dir, aligner_dir, group=True)
+    server = Server(base_dir, adapter_dir, group=True)
     os.killpg(server.process.pid, signal.SIGINT)
     status, said = server.wait()
     assert (status, said.splitlines()[-1]) == (130, "interrupted")
     assert "Traceback" not in said
 
 
-def test_no_process_outlives_the_other(base_dir, aligner_dir):
+def test_no_process_outlives_the_other(base_dir, adapter_dir):
     """Whichever is killed: what holds stderr after that would keep `wait` from returning."""
-    server = Server(base_dir, aligner_dir)
+    server = Server(base_dir, adapter_dir)
     server.process.kill()
     assert server.wait()[0] == -signal.SIGKILL
 
-    server = Server(base_dir, aligner_dir)
+    server = Server(base_dir, adapter_dir)
     listing = subprocess.run(
         ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(server.process.pid)], capture_output=True, text=True
     ).stdout
@@ -536,25 +571,25 @@ def test_no_process_outlives_the_other(base_dir, aligner_dir):
     assert "Traceback" not in said
 
 
-def test_what_cannot_be_served_is_said_at_the_start(base_dir, aligner_dir, tmp_path, command):
+def test_what_cannot_be_served_is_said_at_the_start(base_dir, adapter_dir, tmp_path, command):
     """A template that fails, a port that another program has: before a model is loaded."""
     folder = tmp_path / "base"
     shutil.copytree(base_dir, folder)
     (folder / "chat_template.jinja").write_text("{{ nothing.at.all }}")
-    status, _, said = command("generate/serve.py", checkpoint_dir=folder, aligner_dir=aligner_dir, port=0)
+    status, _, said = command("generate/serve.py", checkpoint_dir=folder, adapter_dir=adapter_dir, port=0)
     assert (status, len(said.splitlines())) == (1, 1)
     assert said.startswith("error: the model's chat template failed")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        status, _, said = command("generate/serve.py", checkpoint_dir=base_dir, aligner_dir=aligner_dir, port=port)
+        status, _, said = command("generate/serve.py", checkpoint_dir=base_dir, adapter_dir=adapter_dir, port=port)
     assert (status, len(said.splitlines())) == (1, 1)
     assert said.startswith(f"error: cannot listen on 127.0.0.1, port {port}")
 
 
-def test_a_failing_step_ends_its_rows_alone(base_dir, aligner_dir, capsys):
+def test_a_failing_step_ends_its_rows_alone(base_dir, adapter_dir, capsys):
     """What no row alone has caused, such as missing memory, ends those that run; the next ones are answered."""
     model = load_base(base_dir)
-    rows = Rows(model, AlignerStore(aligner_dir, model), 2, 50)
+    rows = Rows(model, AdapterStore(adapter_dir, model), 2, 50)
     options = {"max_new_tokens": 3, "stop_ids": frozenset()}
     for number in range(3):
         rows.take(number, Job([5, 6, 7], None, 1.0, 0, options))

@@ -38,7 +38,7 @@ from lit_llama.sampling import GREEDY_BELOW, check_sampling
 from lit_llama.script.errors import explain
 from lit_llama.script.parser import parse
 from lit_llama.seam import Adapter
-from lit_llama.serving.store import AlignerStore
+from lit_llama.serving.store import AdapterStore
 from lit_llama.tokenizer import Tokenizer
 
 DEBUG = "ALIGNER_DEBUG"  # the environment variable that asks for tracebacks
@@ -278,7 +278,7 @@ def answer_with(
         if num_samples > 1 or adapter_scale is not None:
             raise ValueError("--aligner_dir goes with one sample and without scales")
         model, tokenizer = open_base(checkpoint_dir, precision, quantize, compile)
-        store = AlignerStore(aligner_dir, model, allow_other_base)
+        store = AdapterStore(aligner_dir, model, allow_other_base, quantize)
         answer_each(model, tokenizer, prompt_style, store, prompts, output_file, batch_size, seed, **sampling)
         return
     named = next((prompt.aligner for prompt in prompts if prompt.aligner is not None), None)
@@ -307,7 +307,7 @@ def answer_each(
     model: LLaMA,
     tokenizer: Tokenizer,
     prompt_style: str | None,
-    store: AlignerStore,
+    store: AdapterStore,
     prompts: list[Prompt],
     output_file: Path | None,
     batch_size: int,
@@ -334,7 +334,9 @@ def answer_each(
     styles: list[PromptStyle] = []
     by_training: dict[str | None, PromptStyle] = {}
     for i, prompt in enumerate(prompts):
-        aligner, trained = (None, None) if prompt.aligner is None else store.get(prompt.aligner)
+        aligner, trained = None, None
+        if prompt.aligner is not None:
+            aligner, trained = store.get(prompt.aligner), store.style(prompt.aligner)
         if trained not in by_training:
             by_training[trained] = chosen_style(prompt_style, trained, tokenizer)
         style = by_training[trained]

@@ -172,7 +172,7 @@ class _HelpFormatter(jsonargparse.DefaultHelpFormatter):
 
 def _current_name(option: str, known: Collection[str]) -> str:
     """`--adapter_path` for `--aligner_path`, `--lora_path`, ..., and so for scales, where a script has it."""
-    current = re.sub(r"^--(?:aligner|llama_adapter|lora)_(path|scale)$", r"--adapter_\1", option)
+    current = re.sub(r"^--(?:aligner|llama_adapter|lora)_(path|scale|dir)$", r"--adapter_\1", option)
     return current if current in known and option not in known else option
 
 

@@ -1,4 +1,4 @@
-"""OpenAI's API for many Aligners: chat completions, completions and the list of models.
+"""OpenAI's API for many adapters: chat completions, completions and the list of models.
 
 This is the side of the main process: it checks requests, turns messages into tokens and tokens into text. What a client
 asks for is done, or refused by its name. The model is in a process of its own, see `lit_llama.serving.worker`.
@@ -20,11 +20,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from lit_llama.base import style_of
 from lit_llama.generation import TextStream
 from lit_llama.prompts import Message, PromptStyle, prompt_style
-from lit_llama.serving.http import Access, ApiError, Gate
+from lit_llama.serving.http import DOCS, Access, ApiError, Gate
 from lit_llama.serving.requests import BASE, ChatRequest, CompletionRequest, Options
-from lit_llama.serving.store import AlignerStore
+from lit_llama.serving.store import AdapterStore
 from lit_llama.serving.worker import Job, Said, Worker
 from lit_llama.tokenizer import Tokenizer
 
@@ -36,11 +37,14 @@ class Limits:
     """What a server accepts.
 
     Args:
-        max_rows: generated at once.
-        max_waiting: requests that wait for a row, in addition to those.
-        max_length: tokens of a row, prompt included.
-        timeout: seconds for an answer.
-        temperature: of requests that do not say.
+        max_rows: number of requests that are answered at once.
+        max_waiting: number of requests that may wait in addition.
+        max_length: longest row in tokens, prompt included.
+        timeout: seconds that an answer may take.
+        temperature: temperature of requests that do not say one.
+
+    Raises:
+        ValueError: a number is out of range.
     """
 
     max_rows: int = 16
@@ -49,16 +53,17 @@ class Limits:
     timeout: float = 120.0
     temperature: float = 1.0
 
-
-def default_style(tokenizer: Tokenizer) -> str:
-    """Name of the prompt style of the base, and of Aligners whose files name none.
-
-    Raises:
-        ValueError: the base model's chat template fails.
-    """
-    name = "none" if tokenizer.chat_template is None else "chat"
-    prompt_style(name, tokenizer)  # which renders a conversation
-    return name
+    def __post_init__(self) -> None:
+        for name, is_fine in {
+            "max_rows": self.max_rows >= 1,
+            "max_waiting": self.max_waiting >= 0,
+            "max_length": self.max_length >= 1,
+            "timeout": self.timeout > 0,
+        }.items():
+            if not is_fine:
+                raise ValueError(f"--{name} is {getattr(self, name)}, which is too small")
+        if not 0 <= self.temperature <= 2:
+            raise ValueError(f"--temperature is {self.temperature}, it must be from 0 to 2")
 
 
 class Api:
@@ -67,13 +72,13 @@ class Api:
     Args:
         worker: has the model.
         tokenizer: the base model's.
-        store: the Aligners, to tell which there are; its model may be without weights.
+        store: the adapters, to tell which there are; its model may be without weights.
         limits: what is accepted.
     """
 
-    def __init__(self, worker: Worker, tokenizer: Tokenizer, store: AlignerStore, limits: Limits) -> None:
+    def __init__(self, worker: Worker, tokenizer: Tokenizer, store: AdapterStore, limits: Limits) -> None:
         self._worker, self._tokenizer, self._store, self._limits = worker, tokenizer, store, limits
-        self._default_style = default_style(tokenizer)
+        self._styles: dict[str | None, PromptStyle] = {}  # by name; None is the base's own
         self._store_lock = asyncio.Lock()
         self._started = int(time.time())
 
@@ -125,17 +130,11 @@ class Api:
         Raises:
             ApiError: there is no such model, or it cannot be used.
         """
-        trained = None
-        if model != BASE:
-            trained = await self._in_store(self._trained_style, model)
         try:
-            return prompt_style(trained or self._default_style, self._tokenizer)
-        except ValueError as error:
-            raise ApiError(404, f"{model}: {error}", "model_not_found", "model") from None
-
-    def _trained_style(self, model: str) -> str | None:
-        try:
-            return self._store.get(model)[1]
+            name = None if model == BASE else await self._in_store(self._store.style, model)
+            if name not in self._styles:  # what a chat template does is found out by rendering conversations
+                self._styles[name] = style_of(None, name, self._tokenizer)
+            return self._styles[name]
         except ValueError as error:
             raise ApiError(404, self._without_folder(str(error)), "model_not_found", "model") from None
 
@@ -163,7 +162,7 @@ class Api:
         job = Job(
             ids,
             None if body.model == BASE else body.model,
-            body.aligner_scale,
+            body.adapter_scale,
             secrets.randbits(32) if body.seed is None else body.seed % 2**32,
             {"max_new_tokens": longest, "stop_ids": style.stop_ids, **body.sampling(limits.temperature)},
         )
@@ -314,22 +313,16 @@ class Answer:
         return {"prompt_tokens": self._prompt_tokens, "completion_tokens": self._new_tokens, "total_tokens": total}
 
 
-def make_app(api: Api, access: Access, page: Path, docs: bool) -> FastAPI:
+def make_app(api: Api, access: Access, page: Path) -> FastAPI:
     """The whole application: routes, errors, and `Gate` before them.
 
     Args:
-        api: answers.
-        access: who may ask for what.
+        api: answers requests.
+        access: who may ask for what; the API is described where anybody may ask for that.
         page: HTML at "/".
-        docs: describe the API at /docs and /openapi.json.
     """
-    app = FastAPI(
-        title="Aligners",
-        openapi_url="/openapi.json" if docs else None,
-        docs_url="/docs" if docs else None,
-        redoc_url=None,
-        redirect_slashes=False,
-    )
+    docs, openapi = (path if path in access.open_paths else None for path in DOCS)
+    app = FastAPI(title="Adapters", docs_url=docs, openapi_url=openapi, redoc_url=None, redirect_slashes=False)
     readable = ["GET", "HEAD"]
 
     async def health() -> dict[str, str]:
@@ -344,31 +337,34 @@ def make_app(api: Api, access: Access, page: Path, docs: bool) -> FastAPI:
     app.add_api_route("/v1/models/{name:path}", api.model, methods=readable)
     app.add_api_route("/v1/chat/completions", api.chat, methods=["POST"])
     app.add_api_route("/v1/completions", api.complete, methods=["POST"])
-
-    async def refused(_: Request, error: Any) -> JSONResponse:
-        return JSONResponse(error.body, error.status)
-
-    async def no_such_route(request: Request, error: Any) -> JSONResponse:
-        path = request.url.path[:100]
-        known = {404: f"there is nothing at {path}", 405: f"{path} is not asked by {request.method}"}
-        refusal = ApiError(error.status_code, known.get(error.status_code, str(error.detail)))
-        return JSONResponse(refusal.body, refusal.status, error.headers)
-
-    async def malformed(request: Request, error: Any) -> JSONResponse:
-        found = error.errors()
-        param = None
-        if "json" not in request.headers.get("content-type", ""):
-            message = "the body must be JSON, and its Content-Type application/json"
-        elif found[0]["type"] == "json_invalid":
-            message = f"the body is not JSON: {found[0]['ctx']['error']} at character {found[0]['loc'][-1]}"
-        else:
-            message = "; ".join(f"{'.'.join(map(str, one['loc'][1:]))}: {one['msg']}" for one in found[:5])
-            param = next((str(name) for name in found[0]["loc"][1:2]), None)
-        refusal = ApiError(400, message.removeprefix(": "), param=param)
-        return JSONResponse(refusal.body, refusal.status)
-
-    app.add_exception_handler(ApiError, refused)
-    app.add_exception_handler(HTTPException, no_such_route)
-    app.add_exception_handler(RequestValidationError, malformed)
+    app.add_exception_handler(ApiError, _refused)
+    app.add_exception_handler(HTTPException, _no_such_route)
+    app.add_exception_handler(RequestValidationError, _malformed)
     app.add_middleware(Gate, access=access)
     return app
+
+
+async def _refused(_: Request, error: Any) -> JSONResponse:
+    return JSONResponse(error.body, error.status)
+
+
+async def _no_such_route(request: Request, error: Any) -> JSONResponse:
+    path = request.url.path[:100]
+    known = {404: f"there is nothing at {path}", 405: f"{path} does not take the method {request.method}"}
+    refusal = ApiError(error.status_code, known.get(error.status_code, str(error.detail)))
+    return JSONResponse(refusal.body, refusal.status, error.headers)
+
+
+async def _malformed(request: Request, error: Any) -> JSONResponse:
+    """Say what is wrong with a body that is not JSON, or whose fields are not what they should be."""
+    found = error.errors()
+    param = None
+    if "json" not in request.headers.get("content-type", ""):
+        message = "the body must be JSON, and its Content-Type application/json"
+    elif found[0]["type"] == "json_invalid":
+        message = f"the body is not JSON: {found[0]['ctx']['error']} at character {found[0]['loc'][-1]}"
+    else:
+        message = "; ".join(f"{'.'.join(map(str, one['loc'][1:]))}: {one['msg']}" for one in found[:5])
+        param = next((str(name) for name in found[0]["loc"][1:2]), None)
+    refusal = ApiError(400, message.removeprefix(": "), param=param)
+    return JSONResponse(refusal.body, refusal.status)

@@ -23,9 +23,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from lit_llama.serving.worker import ENDING, Worker
 
 HEAD_SECONDS = 10.0  # in which a request's header must have come
+BODY_SECONDS = 10.0  # in which a request's body must have come
 DRAIN_SECONDS = 2.0  # in which the rest of a refused body may come
 GRACE_SECONDS = 5.0  # that answers have left when the server is told to end
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+DOCS = ("/docs", "/openapi.json")  # paths where the API is described, if it is
 
 
 class ApiError(Exception):
@@ -72,6 +74,37 @@ class Access:
     origins: frozenset[str]
     max_body_bytes: int
     body_seconds: float
+
+
+def access_to(
+    host: str,
+    api_key: str | None,
+    more_hosts: list[str],
+    origins: list[str],
+    max_body_bytes: int,
+    timeout: float,
+    docs: bool,
+) -> Access:
+    """Who may ask a server for what.
+
+    Args:
+        host: address that it listens on.
+        api_key: what clients must send as a bearer token, if anything.
+        more_hosts: other names that it has.
+        origins: those of pages elsewhere that may use it.
+        max_body_bytes: longest body.
+        timeout: seconds that an answer may take.
+        docs: describe the API to everybody.
+
+    Raises:
+        ValueError: the longest body is empty.
+    """
+    if max_body_bytes <= 0:
+        raise ValueError(f"--max_body_bytes is {max_body_bytes}, which is too small")
+    open_paths = {"/", "/health", *(DOCS if docs else ())}
+    hosts, any_address = allowed_hosts(host, more_hosts)
+    body_seconds = min(timeout, BODY_SECONDS)
+    return Access(api_key, frozenset(open_paths), hosts, any_address, frozenset(origins), max_body_bytes, body_seconds)
 
 
 def allowed_hosts(host: str, more: list[str]) -> tuple[frozenset[str], bool]:

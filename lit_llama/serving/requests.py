@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from lit_llama.serving.http import ApiError
 
-BASE = "base"  # the model's name for no Aligner
+BASE = "base"  # name of the base model without an adapter
 
 # Fields that change nothing about the answer: who asks, what is kept of it, how it is cached and billed.
 HARMLESS = {
@@ -45,6 +45,11 @@ class Fields(BaseModel):
         if not isinstance(fields, dict):
             return fields
         given = {name: value for name, value in fields.items() if value is not None}
+        if "aligner_scale" in given and "adapter_scale" in cls.model_fields:  # the field's earlier name
+            if "adapter_scale" in given:
+                message = "adapter_scale and aligner_scale are two names of one field: give one of them"
+                raise ApiError(400, message, param="adapter_scale")
+            given["adapter_scale"] = given.pop("aligner_scale")
         for name in given.keys() - cls.model_fields.keys() - HARMLESS:
             if name not in NOT_DONE:
                 near = get_close_matches(name[:100], list(cls.model_fields), n=1)
@@ -105,7 +110,7 @@ class StreamOptions(Fields):
 
 
 class Options(Fields):
-    """What chat completions and completions have in common; `aligner_scale` and `top_k` are this server's own."""
+    """What chat completions and completions have in common; OpenAI's API has no `adapter_scale` and no `top_k`."""
 
     model: Annotated[str, Field(max_length=1000)] = BASE
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -117,7 +122,7 @@ class Options(Fields):
     stop: Annotated[list[Annotated[str, Field(max_length=256)]], Field(max_length=4)] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    aligner_scale: Annotated[float, Field(ge=-10, le=10)] = 1.0
+    adapter_scale: Annotated[float, Field(ge=-10, le=10)] = 1.0
 
     @field_validator("max_tokens", "max_completion_tokens", mode="before")
     @classmethod

@@ -1,122 +1,160 @@
-"""A folder of Aligners, opened by name: thousands of them in memory, as the few numbers that they are."""
+"""A folder of adapters, opened by name: thousands of them in memory, as the few numbers that they are."""
 
+import json
 import os
 import re
 from collections import deque
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
-from sys import intern
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_llama.adapters import read_adapter
-from lit_llama.aligner import Aligner
+from lit_llama.adapters import FORMER_METHODS, METHODS, AnyAdapter, adapter_without_values, check_bits, read_adapter
 from lit_llama.model import LLaMA
 
 Stamp = tuple[int, int, int]
+RUN_FILES = (*METHODS, *FORMER_METHODS)  # what a run's adapter is called in the run's folder, without .safetensors
 
 
-class StoredAligner(NamedTuple):
-    """An Aligner at rest.
+class Kind(NamedTuple):
+    """What adapters that differ in their values alone have in common.
+
+    Args:
+        method: a key of `lit_llama.adapters.METHODS`.
+        sizes: `sizes` of the adapter.
+        style: name of the prompt style to use.
+    """
+
+    method: str
+    sizes: dict[str, Any]
+    style: str
+
+
+class StoredAdapter(NamedTuple):
+    """An adapter at rest.
 
     Args:
         stamp: time of change, size and number of its file; another file of the same name has another one.
-        values: tokens (N, C) and gates (layers, nh), flat, on the CPU; None if the file is not to be used.
-        length: number of prefix tokens N.
-        start_layer: first layer that attends to them.
-        prompt_style: of its training prompts, if known.
-        error: why it is not to be used.
+        kind: shared by all adapters of the kind; None if the file cannot be used.
+        values: all tensors of the adapter's `state_dict`, flat and one after the other, on the CPU.
+        error: why the file cannot be used.
     """
 
     stamp: Stamp
+    kind: Kind | None = None
     values: Tensor | None = None
-    length: int = 0
-    start_layer: int = 0
-    prompt_style: str | None = None
     error: str = ""
 
 
-class AlignerStore:
-    """The Aligners of a folder and of the folders in it, each named by its path without `.safetensors`.
+class AdapterStore:
+    """The adapters of a folder and of the folders in it, each named by its path without `.safetensors`.
 
-    That of a run, `demo/aligner.safetensors`, goes by the name of its folder, `demo`, as well. Earlier runs that a new
-    one has moved to `previous-N`, and the runs of a search for learning rates, are left out.
+    The adapter of a run, such as `demo/aligner.safetensors`, also goes by the name of its folder, `demo`, unless the
+    folder holds adapters of several methods. Earlier runs that a new one has moved to `previous-N`, and the runs of a
+    search for learning rates, are left out.
 
-    They cost 4 bytes a number and some for the bookkeeping; keys and values are made only for rows that are generated.
-    Files that cannot be used do not stop the others: asking for one says what is wrong with it.
+    An adapter costs 4 bytes for each of its numbers, and a little for the bookkeeping; keys and values are computed
+    only for rows that are generated. Files that cannot be used do not stop the others: asking for one says what is
+    wrong with it.
 
     Args:
         folder: where the files are.
         model: the base model that they must belong to; without weights will do, if it has their fingerprint.
-        allow_other_base: accept Aligners of other weights of the same sizes.
+        quantize: how the weights of the base are quantised, or "none", if somebody chose that; then it holds for all
+            adapters. If None, those that were trained on a quantised base are refused.
+        allow_other_base: accept adapters of other weights of the same sizes.
 
     Raises:
         FileNotFoundError: there is no such folder.
     """
 
-    def __init__(self, folder: Path, model: LLaMA, allow_other_base: bool = False) -> None:
+    def __init__(self, folder: Path, model: LLaMA, allow_other_base: bool = False, quantize: str | None = None) -> None:
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder of Aligners")
+            raise FileNotFoundError(f"{folder}: no such folder of adapters")
         self.folder = folder
         self._model = model
         self._allow_other_base = allow_other_base
-        self._stored: dict[str, StoredAligner] = {}
+        self._quantize = quantize
+        self._stored: dict[str, StoredAdapter] = {}
+        self._kinds: dict[str, Kind] = {}
         self.refresh()
 
     def __len__(self) -> int:
         return len(self.names())
 
     def names(self) -> list[str]:
-        """Of the Aligners that can be used, sorted; a run's has the name of its folder, unless a file has it."""
-        usable = [name for name, stored in self._stored.items() if stored.values is not None]
-        short = {name: name.removesuffix("/aligner") for name in usable}
-        return sorted(name if short[name] in self._stored else short[name] for name in usable)
+        """Names of the adapters that can be used, sorted; a run's is that of its folder where that is clear."""
+        return sorted(self._short(name) for name, stored in self._stored.items() if stored.kind is not None)
 
-    def _file(self, name: str) -> str:
-        """Path of an Aligner's file in the folder, without `.safetensors`: its name, or `aligner` in a run's folder.
+    def get(self, name: str) -> AnyAdapter:
+        """An adapter as its file is now, on the model's device.
 
         Raises:
-            ValueError: it is not to be used.
+            ValueError: there is none of that name, or its file cannot be used; the message says why.
         """
-        run = f"{name}/aligner"
-        exists = os.path.isfile  # which takes any name, however long or strange
-        if not exists(self.folder / f"{name}.safetensors") and exists(self.folder / f"{run}.safetensors"):
-            name = run
-        if _is_set_aside(self.folder, name):
-            raise ValueError(f"{name[:100]!r} is of an earlier run or of a search's, which are not Aligners to use")
-        return name
+        stored = self._current(name)
+        if stored.kind is None or stored.values is None:
+            raise ValueError(stored.error)
+        adapter = adapter_without_values(stored.kind.method, stored.kind.sizes)
+        tensors = adapter.state_dict()
+        parts = stored.values.split([tensor.numel() for tensor in tensors.values()])
+        loaded = {name: part.view(tensors[name].shape) for name, part in zip(tensors, parts, strict=True)}
+        adapter.load_state_dict(loaded, assign=True)
+        return adapter.to(self._model.device).requires_grad_(False).eval()
+
+    def style(self, name: str) -> str:
+        """Name of the prompt style to use with an adapter, as its file is now.
+
+        Raises:
+            ValueError: as `get`.
+        """
+        stored = self._current(name)
+        if stored.kind is None:
+            raise ValueError(stored.error)
+        return stored.kind.style
 
     def refresh(self) -> None:
         """Read files that are new or changed, and forget those that are gone."""
-        files = _aligner_files(self.folder)
+        files = _adapter_files(self.folder)
         found = {name: stamp for name, stamp in files if not _is_set_aside(self.folder, name)}
         for name in self._stored.keys() - found.keys():
             del self._stored[name]
         changed = [
             name for name, stamp in found.items() if name not in self._stored or self._stored[name].stamp != stamp
         ]
-        for name in tqdm(changed, desc="Aligners", leave=False, disable=len(changed) < 100):
+        for name in tqdm(changed, desc="adapters", leave=False, disable=len(changed) < 100):
             self._stored[name] = self._read(name, found[name])
 
-    def get(self, name: str) -> tuple[Aligner, str | None]:
-        """An Aligner as its file is now, on the model's device, and the style of its training prompts if known.
+    def _short(self, name: str) -> str:
+        """The shortest name of a stored file: for a run's adapter that of its folder, unless that means another."""
+        run, _, file = name.rpartition("/")
+        is_run = run and file in RUN_FILES and run not in self._stored
+        return run if is_run and sum(f"{run}/{other}" in self._stored for other in RUN_FILES) == 1 else name
+
+    def _file(self, name: str) -> str:
+        """Path of an adapter's file in the folder, without `.safetensors`: its name, or that of the one in a run.
 
         Raises:
-            ValueError: there is none of that name, or its file cannot be used; the message says why.
+            ValueError: it is not to be used.
         """
-        stored = self._current(name)
-        if stored.values is None:
-            raise ValueError(stored.error)
-        aligner = Aligner(self._model.config, stored.length, stored.start_layer)
-        tokens, gates = stored.values.split([aligner.tokens.numel(), aligner.gates.numel()])
-        aligner.tokens.data, aligner.gates.data = tokens.view_as(aligner.tokens), gates.view_as(aligner.gates)
-        return aligner.to(self._model.device).requires_grad_(False).eval(), stored.prompt_style
 
-    def _current(self, name: str) -> StoredAligner:
+        def exists(path: str) -> bool:  # takes any name, however long or strange
+            return os.path.isfile(self.folder / f"{path}.safetensors")
+
+        if not exists(name):
+            in_run = [f"{name}/{file}" for file in RUN_FILES if exists(f"{name}/{file}")]
+            name = in_run[0] if len(in_run) == 1 else name
+        if _is_set_aside(self.folder, name):
+            raise ValueError(
+                f"{name[:100]!r} belongs to an earlier run or to a search for learning rates; these are left out"
+            )
+        return name
+
+    def _current(self, name: str) -> StoredAdapter:
         """What is stored under a name, read again if its file has changed."""
         name = self._file(name)
         path = self.folder / f"{name}.safetensors"
@@ -127,28 +165,30 @@ class AlignerStore:
             stamp = None
         if stamp is None:
             self._stored.pop(name, None)
-            near = get_close_matches(name[:100], self.names(), n=3)
+            inside = [one for one in self.names() if one.startswith(f"{name}/")]
+            near = inside[:3] or get_close_matches(name[:100], self.names(), n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise ValueError(f"no Aligner named {name[:100]!r} among {len(self)}{hint}")
+            raise ValueError(f"no adapter named {name[:100]!r} among {len(self)}{hint}")
         if name not in self._stored or self._stored[name].stamp != stamp:
             self._stored[name] = self._read(name, stamp)
         return self._stored[name]
 
-    def _read(self, name: str, stamp: Stamp) -> StoredAligner:
+    def _read(self, name: str, stamp: Stamp) -> StoredAdapter:
         path = self.folder / f"{name}.safetensors"
         try:
-            aligner, info = read_adapter(path, "aligner", self._model, self._allow_other_base)
+            adapter, info = read_adapter(path, None, self._model, self._allow_other_base)
+            if self._quantize is None:
+                check_bits(path, info, "none")
+            values = torch.cat([tensor.flatten() for tensor in adapter.state_dict().values()])
         except Exception as error:  # whatever is wrong with one file must not stop the others
             # Those who ask are told of the name that they know, not of the folder.
-            return StoredAligner(stamp, error=str(error).replace(str(path), path.name) or type(error).__name__)
-        assert isinstance(aligner, Aligner)
-        values = torch.cat([aligner.tokens.data.flatten(), aligner.gates.data.flatten()])
-        sizes = info.config["length"], info.config["start_layer"]
-        return StoredAligner(stamp, values, *sizes, info.prompt_style and intern(info.prompt_style))
+            return StoredAdapter(stamp, error=str(error).replace(str(path), path.name) or type(error).__name__)
+        kind = Kind(info.method, info.config, info.style)
+        return StoredAdapter(stamp, self._kinds.setdefault(json.dumps(kind), kind), values)
 
 
 def _is_set_aside(folder: Path, name: str) -> bool:
-    """Whether an Aligner is of an earlier run, which a new one has moved away, or of a search for learning rates."""
+    """Whether a file belongs to an earlier run, which a new one has moved away, or to a search for learning rates."""
     *folders, _ = name.split("/")
     for i, part in enumerate(folders):
         if re.fullmatch(r"previous-\d+", part):
@@ -158,7 +198,7 @@ def _is_set_aside(folder: Path, name: str) -> bool:
     return False
 
 
-def _aligner_files(folder: Path) -> Iterator[tuple[str, Stamp]]:
+def _adapter_files(folder: Path) -> Iterator[tuple[str, Stamp]]:
     """Name and stamp of each file, in this folder and in those in it.
 
     Links to folders are followed after all that lies in the folder itself, and each folder is visited once, so that a

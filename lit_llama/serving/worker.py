@@ -23,42 +23,42 @@ from typing import Any, Literal, NamedTuple
 import torch
 from tqdm import tqdm
 
-from lit_llama.base import open_base
+from lit_llama.base import Bits, open_base
 from lit_llama.combine import WeightedSum
 from lit_llama.decoder import Decoder, GenerationRequest
-from lit_llama.devices.layouts import WeightOnly
 from lit_llama.devices.precision import Precision
-from lit_llama.devices.quantization import Quantize
 from lit_llama.model import LLaMA
 from lit_llama.seam import Adapter
-from lit_llama.serving.store import AlignerStore
+from lit_llama.serving.store import AdapterStore
 
 ENDING = "the server is ending: try again later"
 
 
 @dataclass(frozen=True)
 class Opening:
-    """What a worker needs in order to open the model.
+    """What a worker needs to know in order to open the model.
 
     Args:
         checkpoint_dir: folder of the base model.
-        aligner_dir: folder of the Aligners.
-        precision: of the base model.
-        quantize: keep its weights in fewer bits.
-        compile: compile the decoding step.
-        allow_other_base: accept Aligners of other weights of the same sizes.
-        max_rows: generated at once.
-        max_length: tokens of a row, prompt included.
+        adapter_dir: folder of the adapters.
+        max_rows: number of requests that are answered at once.
+        max_length: longest row in tokens, prompt included.
+        precision: number format of the base; "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
+        quantize: keep the weights in fewer bits: "nf4" or "int8", by bitsandbytes, to save memory; "int4-weights" or
+            "int8-weights", by torchao on a GPU, for speed. If this is not given, adapters that were trained on a
+            quantised base are refused; "none" accepts them on whole weights.
+        compile: compile the decoding step, with CUDA graphs on a GPU; this takes a while at the first requests.
+        allow_other_base: accept adapters that were trained on other weights.
     """
 
     checkpoint_dir: Path
-    aligner_dir: Path
-    precision: Precision
-    quantize: Quantize | WeightOnly | None
-    compile: bool
-    allow_other_base: bool
-    max_rows: int
-    max_length: int
+    adapter_dir: Path
+    max_rows: int = 16
+    max_length: int = 2048
+    precision: Precision = "auto"
+    quantize: Bits | None = None
+    compile: bool = False
+    allow_other_base: bool = False
 
 
 class Job(NamedTuple):
@@ -66,14 +66,14 @@ class Job(NamedTuple):
 
     Args:
         prompt: token ids.
-        aligner: its name in the folder; None is the base model alone.
-        scale: what its gates are multiplied by.
+        adapter: name of an adapter in the folder; None is the base model alone.
+        scale: number that the adapter is multiplied by.
         seed: of sampling, 0 to 2**64 - 1.
         options: other arguments of `lit_llama.decoder.GenerationRequest`.
     """
 
     prompt: list[int]
-    aligner: str | None
+    adapter: str | None
     scale: float
     seed: int
     options: dict[str, Any]
@@ -240,7 +240,7 @@ def work(connection: Connection, opening: Opening) -> None:
             compile=opening.compile,
             for_generation=True,
         ).model
-        store = AlignerStore(opening.aligner_dir, model, opening.allow_other_base)
+        store = AdapterStore(opening.adapter_dir, model, opening.allow_other_base, opening.quantize)
         rows = Rows(model, store, opening.max_rows, opening.max_length)
     except Exception as error:  # whatever it is, the main process says it in one line
         connection.send(str(error) or type(error).__name__)
@@ -259,12 +259,12 @@ class Rows:
 
     Args:
         model: the base model.
-        store: the Aligners.
+        store: the adapters.
         max_rows: generated at once.
         max_length: tokens of a row, prompt included.
     """
 
-    def __init__(self, model: LLaMA, store: AlignerStore, max_rows: int, max_length: int) -> None:
+    def __init__(self, model: LLaMA, store: AdapterStore, max_rows: int, max_length: int) -> None:
         self._model, self._store, self._sizes = model, store, (max_rows, max_length)
         self._decoder = Decoder(model, *self._sizes)
         self._waiting: deque[tuple[int, Job]] = deque()
@@ -326,8 +326,8 @@ class Rows:
 
     def _request(self, job: Job) -> GenerationRequest:
         adapter: Adapter | None = None
-        if job.aligner is not None:
-            adapter, _ = self._store.get(job.aligner)
+        if job.adapter is not None:
+            adapter = self._store.get(job.adapter)
             if job.scale != 1:
                 adapter = WeightedSum((adapter, job.scale))
         generator = torch.Generator(self._model.device).manual_seed(job.seed)
