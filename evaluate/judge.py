@@ -1,7 +1,7 @@
 """Which of two models answers better? A language model judges each pair of answers, in both orders.
 
     export OPENAI_API_KEY=... OPENAI_BASE_URL=https://api.openai.com/v1
-    python evaluate/judge.py --judge_model gpt-4o --dry_run true
+    python evaluate/judge.py --judge_model gpt-4o --dry_run
     python evaluate/judge.py --judge_model gpt-4o --answers_dir out/vicuna --model aligned --model base
 
 Any endpoint that speaks OpenAI's chat-completions API will do, `generate/serve.py` too. The answers are those of

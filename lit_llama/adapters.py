@@ -324,7 +324,7 @@ def check_base(path: Path, info: AdapterInfo, model: LLaMA, allow_other_base: bo
     if info.base_fingerprint and info.base_fingerprint != model.fingerprint:
         message = f"{path} was trained on {info.base_name}, whose weights are not those of {model.config.name}"
         if not allow_other_base:
-            raise ValueError(f"{message}; --allow_other_base true uses it all the same")
+            raise ValueError(f"{message}; --allow_other_base uses it all the same")
         warnings.warn(message, stacklevel=2)
 
 

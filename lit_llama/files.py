@@ -124,7 +124,7 @@ def check_new_folder(path: Path, overwrite: bool = False, known_by: str = "") ->
         return
     if not overwrite:
         raise ValueError(
-            f"{path} exists: choose another folder to write to, remove it, or replace it with --overwrite true"
+            f"{path} exists: choose another folder to write to, remove it, or replace it with --overwrite"
         )
     if not (path / known_by).is_file() or path.is_symlink():
         raise ValueError(

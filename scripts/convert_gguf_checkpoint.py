@@ -53,7 +53,7 @@ def main(
     with atomic_folder(output_dir, overwrite, CONFIG_FILE) as folder:
         write_tokenizer(fields, folder, gguf_path)
         write_base(folder, config, tensors, NAMES, source, getattr(torch, dtype))
-    print(f"base model: {output_dir} (scripts that open it check it with --verify true)", file=sys.stderr)
+    print(f"base model: {output_dir} (scripts that open it check it with --verify)", file=sys.stderr)
 
 
 def write_tokenizer(fields: dict[str, Any], folder: Path, place: object) -> None:

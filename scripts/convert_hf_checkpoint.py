@@ -39,7 +39,7 @@ def main(checkpoint_dir: Path, output_dir: Path, dtype: DType | None = None, ove
     with atomic_folder(output_dir, overwrite, CONFIG_FILE) as folder:
         copy_tokenizer(checkpoint_dir, folder)
         write_base(folder, config, tensors, NAMES, source, dtype and getattr(torch, dtype), halved_rotary=True)
-    print(f"base model: {output_dir} (scripts that open it check it with --verify true)", file=sys.stderr)
+    print(f"base model: {output_dir} (scripts that open it check it with --verify)", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def main(
         copy_tokenizer(checkpoint_dir if beside else checkpoint_dir.parent, folder)
         source = {"format": "meta", "from": checkpoint_dir.name}
         write_base(folder, config, tensors, NAMES, source, dtype and getattr(torch, dtype))
-    print(f"base model: {output_dir} (scripts that open it check it with --verify true)", file=sys.stderr)
+    print(f"base model: {output_dir} (scripts that open it check it with --verify)", file=sys.stderr)
 
 
 class MergedTensors(Mapping[str, torch.Tensor]):

@@ -55,7 +55,7 @@ def main(
             quantised.
     """
     if output_path.exists() and not overwrite:
-        raise ValueError(f"{output_path} exists; --overwrite true replaces it")
+        raise ValueError(f"{output_path} exists; --overwrite replaces it")
     reader, fields = open_gguf(gguf_path)
     weights = GGUFTensors(reader)
     if any(name.endswith((".attn_v.bias", ".attn_output.bias")) for name in weights):

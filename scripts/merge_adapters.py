@@ -36,7 +36,7 @@ def main(
         overwrite: replace the file if there is one.
     """
     if output_path.exists() and not overwrite:
-        raise ValueError(f"{output_path} exists; --overwrite true replaces it")
+        raise ValueError(f"{output_path} exists; --overwrite replaces it")
     scales = adapter_scale or [1.0]
     if len(scales) not in (1, len(adapter_path)):
         raise ValueError(f"{len(scales)} scales for {len(adapter_path)} adapters: give one for each, or one for all")

@@ -180,7 +180,7 @@ def test_existing_folder_is_not_overwritten(command, tmp_path, base_dir):
         output_dir=tmp_path / "data",
     )
     assert status == 1
-    assert "exists: choose another folder to write to, remove it, or replace it with --overwrite true" in err
+    assert "exists: choose another folder to write to, remove it, or replace it with --overwrite" in err
     assert (tmp_path / "data" / "precious").read_text() == "x"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "data"]
 

@@ -283,7 +283,7 @@ def test_gguf_refusals(tmp_path, command):
     content = output.read_bytes()
     options = {"gguf_path": path, "output_path": output, "aligner_path": one, "aligner_scale": 0.5}
     status, _, err = command(script, **options)
-    assert (status, "--overwrite true" in err, output.read_bytes()) == (1, True, content)
+    assert (status, "--overwrite" in err, output.read_bytes()) == (1, True, content)
     assert (
         command(
             script, "--overwrite=true", "--aligner_scale=0.5", gguf_path=path, output_path=output, aligner_path=one

@@ -56,7 +56,7 @@ def test_an_aligner_turned_down(tmp_path, model, command, length):
     torch.testing.assert_close(found, model(ids, WeightedSum((aligner, 0.25))), atol=1e-6, rtol=0)
     assert adapter_info(tmp_path / "b.safetensors").base_fingerprint == model.fingerprint
     status, _, err = command(SCRIPT, **options)
-    assert (status, "--overwrite true" in err) == (1, True)
+    assert (status, "--overwrite" in err) == (1, True)
 
 
 def test_what_is_not_exact_is_refused(tmp_path, model, command):
