@@ -13,8 +13,8 @@ random: speed does not depend on what they say. Every row generates the same num
 | `llama.cpp` | the GGUF file, if llama-cpp-python is installed; one row only |
 | `none`, `aligner-N`, `lora-R` | this project, with no adapter, an Aligner of N tokens, a LoRA of rank R |
 | `aligner-N-each` | a different Aligner of N tokens for each row |
-| `int8-weights`, `int4-weights` | this project without an adapter, `--quantize` |
-| `compiled`, `int4-weights-compiled`, ... | the same with `--compile` |
+| `int8-fast`, `int4-fast` | this project without an adapter, `--quantize` |
+| `compiled`, `int4-fast-compiled`, ... | the same with `--compile` |
 """
 
 import statistics
@@ -40,7 +40,7 @@ from lit_llama.script.command_line import open_base, run
 from lit_llama.seam import Adapter
 from lit_llama.tables import markdown
 
-ENGINES = ["transformers", "llama.cpp", "none", "aligner-1", "aligner-10", "lora-8", "int8-weights", "int4-weights"]
+ENGINES = ["transformers", "llama.cpp", "none", "aligner-1", "aligner-10", "lora-8", "int8-fast", "int4-fast"]
 
 
 class Speed(NamedTuple):
@@ -122,11 +122,11 @@ def open_engine(
         return llama_cpp_engine(gguf_path)
     compiled = name.endswith("compiled")
     name = name.removesuffix("compiled").removesuffix("-") or "none"
-    quantize = name if name in ("int8-weights", "int4-weights") else None
+    quantize = name if name in ("int8-fast", "int4-fast") else None
     model, _ = open_base(checkpoint_dir, precision, quantize, compiled)
     kind, _, rest = name.partition("-")
     size = rest.removesuffix("-each")
-    if name in ("none", "int8-weights", "int4-weights"):
+    if name in ("none", "int8-fast", "int4-fast"):
         adapters: list[Adapter | None] = [None] * rows
     elif kind == "aligner" and size.isdecimal():
         one = random_aligner(config, int(size), model.device)

@@ -47,8 +47,8 @@ def main(
         num_samples: answers to each prompt.
         seed: of sampling.
         precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
-        quantize: keep the weights in fewer bits: "nf4" or "int8" by bitsandbytes, to save memory; "int4-weights" or
-            "int8-weights", by torchao on a GPU, for speed.
+        quantize: keep the weights in fewer bits: "nf4" or "int8" to save memory
+            (by bitsandbytes), "int4-fast" or "int8-fast" for speed.
         compile: compile the decoding step, with CUDA graphs on a GPU; takes a while, so for long work.
         output_file: also write prompt, response and model as JSON Lines here.
     """

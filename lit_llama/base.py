@@ -271,7 +271,7 @@ def _load(
 ) -> LLaMA:
     if bits in ("nf4", "int8"):
         if compile:
-            raise ValueError(f"--compile does not go with bitsandbytes' {bits}: use int4-weights or int8-weights")
+            raise ValueError(f"--compile does not go with bitsandbytes' {bits}: use int4-fast or int8-fast")
         return load_base(checkpoint_dir, dtype, device, mesh=mesh, quantize=bits)
     if bits != "none":
         dtype = dtype or torch.bfloat16  # what its kernels compute in

@@ -123,9 +123,7 @@ def check_new_folder(path: Path, overwrite: bool = False, known_by: str = "") ->
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:
-        raise ValueError(
-            f"{path} exists: choose another folder to write to, remove it, or replace it with --overwrite"
-        )
+        raise ValueError(f"{path} exists: choose another folder to write to, remove it, or replace it with --overwrite")
     if not (path / known_by).is_file() or path.is_symlink():
         raise ValueError(
             f"{path} exists and is not replaced, because it holds no {known_by}, so it is not a folder of the kind "

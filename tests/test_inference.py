@@ -42,7 +42,7 @@ def test_fewer_bits_are_rounded_weights(rows):
         assert (layer(weight)(x).float() - expected).abs().mean() < 0.5 * (expected - x.float() @ weight.T).abs().mean()
 
 
-@pytest.mark.parametrize("quantize", ["int8-weights", "int4-weights"])
+@pytest.mark.parametrize("quantize", ["int8-fast", "int4-fast"])
 def test_generation_with_fewer_bits(command, base_dir, quantize):
     options = {"checkpoint_dir": base_dir, "prompt": "Count to 3.", "max_new_tokens": 8}
     status, _, err = command("generate/base.py", quantize=quantize, **options)
@@ -51,7 +51,7 @@ def test_generation_with_fewer_bits(command, base_dir, quantize):
     with torch.no_grad():
         both = [open_base(base_dir, "bf16-true", each)[0](ids).float().flatten() for each in (None, quantize)]
     correlation = torch.corrcoef(torch.stack(both))[0, 1]
-    assert (0.99 if quantize == "int8-weights" else 0.8) < correlation < 1
+    assert (0.99 if quantize == "int8-fast" else 0.8) < correlation < 1
 
 
 def test_compiled_decoding_gives_the_same_tokens():
@@ -81,7 +81,7 @@ def test_torchao_rounds_weights():
     step = linear.weight.abs().amax(1) / 127  # (out)
     x = torch.randn(2, linear.in_features)
     expected = linear(x)
-    quantize_by_torchao(model, "int8-weights")
+    quantize_by_torchao(model, "int8-fast")
     moved = (model.transformer.h[1].mlp.c_proj(x) - expected).abs()
     assert 0 < moved.max()
     assert (moved <= 1.01 * x.abs().sum(1)[:, None] * step / 2).all()

@@ -7,6 +7,7 @@ from typing import Literal
 
 import pytest
 import torch
+from conftest import load_script
 
 from lit_llama.script.command_line import run
 from lit_llama.script.errors import explain
@@ -97,6 +98,15 @@ def test_files_of_options_know_other_names(method, tmp_path):
     options = parse(script, ["--config", str(file), "--batch_size", "2"])
     found = (str(options["adapter_path"]), options["adapter_scale"], options["resume"], options["batch_size"])
     assert found == ("out/demo", 0.5, True, 2)
+
+
+@pytest.mark.parametrize("name", ["int8-fast", "int8-weights"])
+def test_former_names_of_quantisations(name, tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_text(f"quantize: {name}\n")
+    for args in (["--quantize", name], [f"--quantize={name}"], ["--config", str(file)]):
+        assert parse(load_script("generate/base.py").main, args)["quantize"] == "int8-fast"
+    assert parse(load_script("generate/base.py").main, ["--quantize", "nf4"])["quantize"] == "nf4"
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "a: [", "unknown: 1", "batch_size: two"])

@@ -331,7 +331,7 @@ def test_unknown_option_is_refused(command, base_dir):
         ("--seed=x", "--seed x: expected NUMBER"),
         ("--top_k=2.5", "--top_k 2.5: expected NUMBER"),
         ("--adapter_scale=a", "--adapter_scale ['a']: expected NUMBER"),
-        ("--quantize=3", "--quantize 3: there are 'nf4', 'int8', 'int8-weights', 'int4-weights'"),
+        ("--quantize=3", "--quantize 3: there are 'nf4', 'int8', 'int8-fast', 'int4-fast'"),
         ("--compile=maybe", "--compile maybe: there are 'true', 'false'"),
     ],
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 from lit_llama.files import require_extra
 from lit_llama.model import LLaMA
 
-WeightOnly = Literal["int8-weights", "int4-weights"]
+WeightOnly = Literal["int8-fast", "int4-fast"]
 GROUP = 32  # weights that share a scale in 4 bits
 
 
@@ -76,7 +76,7 @@ class Int4Linear(nn.Module):
         if weight.size(1) % GROUP or weight.size(0) % 16:
             raise ValueError(
                 f"the base has a layer of {weight.size(1)} inputs and {weight.size(0)} outputs; 4-bit weights need "
-                f"multiples of {GROUP} and 16: use int8-weights"
+                f"multiples of {GROUP} and 16: use int8-fast"
             )
         groups = weight.float().unflatten(1, (-1, GROUP))  # (out, groups, 32)
         low, high = groups.amin(2), groups.amax(2)
@@ -124,7 +124,7 @@ def quantize_weights(model: LLaMA, weight_only: WeightOnly) -> LLaMA:
         ValueError: layers are too narrow for 4 bits.
     """
     if model.device.type == "cpu":
-        _replace(model, Int8Linear if weight_only == "int8-weights" else Int4Linear, Int8Linear)
+        _replace(model, Int8Linear if weight_only == "int8-fast" else Int4Linear, Int8Linear)
     else:
         quantize_by_torchao(model, weight_only)
     return model
@@ -133,7 +133,7 @@ def quantize_weights(model: LLaMA, weight_only: WeightOnly) -> LLaMA:
 def quantize_by_torchao(model: LLaMA, weight_only: WeightOnly) -> None:
     """`quantize_weights` of the blocks on any device that torchao supports."""
     torchao = require_extra("torchao.quantization", "quantize")
-    if weight_only == "int8-weights":
+    if weight_only == "int8-fast":
         config = torchao.Int8WeightOnlyConfig()
     else:
         config = torchao.Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d")

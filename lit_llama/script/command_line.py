@@ -266,8 +266,8 @@ def answer_with(
         num_samples: answers to each prompt.
         seed: of sampling.
         precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
-        quantize: keep the base's weights in fewer bits: "nf4" or "int8" by bitsandbytes, to save memory;
-            "int4-weights" or "int8-weights", by torchao on a GPU, for speed; if not given, as the adapter was trained.
+        quantize: keep the base's weights in fewer bits: "nf4" or "int8" to save memory
+            (by bitsandbytes), "int4-fast" or "int8-fast" for speed; if not given, as the adapter was trained.
         compile: compile the decoding step, with CUDA graphs on a GPU; takes a while, so for long work.
         output_file: also write prompt, response and model as JSON Lines here.
         allow_other_base: use the adapter on other weights than those it was trained on.
@@ -540,7 +540,7 @@ def open_base(
     device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), PRECISIONS[precision]
     if quantize in ("nf4", "int8"):
         if compile:
-            raise ValueError(f"--compile does not go with bitsandbytes' {quantize}: use int4-weights or int8-weights")
+            raise ValueError(f"--compile does not go with bitsandbytes' {quantize}: use int4-fast or int8-fast")
         return load_base(checkpoint_dir, dtype, device, quantize=quantize), tokenizer
     if quantize is not None:
         dtype = dtype or torch.bfloat16  # what its kernels compute in

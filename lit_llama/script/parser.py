@@ -6,8 +6,9 @@ parser of jsonargparse takes, these are understood:
     --resume                  a keyword that is true or false needs no value; --resume true and --no_resume work, too
     --prompt A --prompt B     a keyword that is a list may be given again and again
     --aligner_path A          another name of --adapter_path, as --lora_path is; and so for --adapter_scale
+    --quantize int8-weights   the former name of int8-fast, and int4-weights that of int4-fast
 
-The other names are also understood in the file of --config.
+Other and former names are also understood in the file of --config.
 """
 
 import argparse
@@ -139,7 +140,7 @@ class _Parser(jsonargparse.ArgumentParser):
         if isinstance(options, dict):
             known = {f"--{action.dest}" for action in self._actions}
             renamed = {_current_name(f"--{key}", known)[2:]: value for key, value in options.items()}
-            content = yaml.safe_dump(renamed)
+            content = yaml.safe_dump({key: _current_value(f"--{key}", value) for key, value in renamed.items()})
         return super().parse_string(content, *args, **kwargs)
 
 
@@ -176,6 +177,12 @@ def _current_name(option: str, known: Collection[str]) -> str:
     return current if current in known and option not in known else option
 
 
+def _current_value(option: str, value: Any) -> Any:
+    """The name that a quantisation for speed has now."""
+    is_name = option == "--quantize" and isinstance(value, str)
+    return re.sub("^(int[48])-weights$", r"\1-fast", value) if is_name else value
+
+
 def _plain_options(parser: _Parser, args: list[str]) -> list[str]:
     """The command line as the parser takes it: current names, a value for each flag, each list option once."""
     actions = {name: action for action in parser._actions for name in action.option_strings}
@@ -193,6 +200,8 @@ def _plain_options(parser: _Parser, args: list[str]) -> list[str]:
             plain.append(f"{option}=true")
         elif option in actions and "list[" in str(_annotation(actions[option])):
             lists.setdefault(option, []).append(value if equals or not remaining else remaining.popleft())
+        elif option == "--quantize" and (equals or remaining):
+            plain.append(f"{option}={_current_value(option, value if equals else remaining.popleft())}")
         else:
             plain.append(option + equals + value)
     return plain + [f"{option}=[{', '.join(map(_quoted, values))}]" for option, values in lists.items()]
