@@ -1,4 +1,4 @@
-"""Tokenised data sets on disk, and the batches made of them.
+"""Tokenised data sets on disk, and the batches made of them; `lit_llama.data_writing` writes them.
 
 A data set is a folder: `dataset.json` says what it is, and each split is three raw little-endian arrays that are
 memory-mapped, never unpickled:
@@ -10,28 +10,23 @@ memory-mapped, never unpickled:
 An item of a data set for supervised tuning is one example; one of preference pairs is two, chosen and rejected.
 """
 
-import contextlib
 import hashlib
 import itertools
-from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lit_llama.checkpoint import read_config
-from lit_llama.files import atomic_folder, read_json, write_json
+from lit_llama.files import read_json
 from lit_llama.prompts import Message, PromptStyle, ScoredTurns, prompt_style
 from lit_llama.tokenizer import Tokenizer
 
 FORMAT_VERSION = 2
 DATASET_FILE = "dataset.json"
-TooLong = Literal["truncate", "skip"]
 
 
 class Example(NamedTuple):
@@ -47,7 +42,7 @@ class Example(NamedTuple):
 
 
 Kind = Literal["supervised", "pairs"]
-_PER_ITEM = {"supervised": 1, "pairs": 2}
+PER_ITEM = {"supervised": 1, "pairs": 2}
 Conversation = Sequence[Message]
 Item = Sequence[Conversation]  # what is learned together: one conversation, or the chosen and the rejected one
 
@@ -82,178 +77,7 @@ def tokenize(
     return examples
 
 
-@dataclass
-class SplitSummary:
-    """What became of the items of a split.
-
-    Args:
-        lengths: tokens in each example that was written.
-        sha256: of the token ids and of which are scored.
-        scored_tokens: tokens that the loss scores.
-        truncated: items cut at the window's end, and so without the token that ends the response.
-        skipped: items left out: too long, or with a prompt that fills the window alone.
-        equal: pairs left out because chosen and rejected are the same tokens within the window.
-        items: a hash of the text of each item that was written.
-        answers: a hash of its answer, of a pair the chosen one.
-    """
-
-    lengths: list[int] = field(default_factory=list)
-    sha256: str = ""
-    scored_tokens: int = 0
-    truncated: int = 0
-    skipped: int = 0
-    equal: int = 0
-    items: "array[int]" = field(default_factory=lambda: array("q"))
-    answers: "array[int]" = field(default_factory=lambda: array("q"))
-
-    def header(self) -> dict[str, Any]:
-        """What `dataset.json` says of the split."""
-        return {
-            "examples": len(self.lengths),
-            "tokens": sum(self.lengths),
-            "scored_tokens": self.scored_tokens,
-            "longest": max(self.lengths),
-            "sha256": self.sha256,
-        }
-
-
-def write_dataset(
-    folder: Path,
-    items: Iterable[tuple[str, Item]],
-    tokenizer: Tokenizer,
-    style: PromptStyle,
-    max_seq_length: int,
-    too_long: TooLong,
-    source: str,
-    *,
-    kind: Kind = "supervised",
-    scored_turns: ScoredTurns = "all",
-    total: int | None = None,
-    overwrite: bool = False,
-) -> dict[str, SplitSummary]:
-    """Tokenise a data set and write it, all or nothing, holding a thousand items in memory at a time.
-
-    Args:
-        folder: the data set.
-        items: each with the name of its split, "train" or "validation".
-        tokenizer: the base model's.
-        style: how prompts are made.
-        max_seq_length: window in tokens.
-        too_long: whether longer examples are truncated or skipped.
-        source: where the text came from, recorded in `dataset.json`.
-        kind: items of one conversation ("supervised"), or of a chosen and a rejected one ("pairs").
-        scored_turns: of a conversation's responses, "all" are scored or the "last".
-        total: how many items there are, for the progress bar.
-        overwrite: replace the data set in `folder` if there is one.
-
-    Returns:
-        What became of each split.
-
-    Raises:
-        ValueError: no example of a split is left, the folder exists, or the window is too small.
-    """
-    check_window(max_seq_length)
-    items, per_item = iter(items), _PER_ITEM[kind]
-    with atomic_folder(folder, overwrite, DATASET_FILE) as temporary, contextlib.ExitStack() as stack:
-        writers = {
-            split: stack.enter_context(_SplitWriter(temporary, split, tokenizer, max_seq_length, too_long))
-            for split in ("train", "validation")
-        }
-        progress = stack.enter_context(tqdm(total=total, desc="tokenising", unit="example", leave=False))
-        while chunk := list(itertools.islice(items, 1000)):
-            conversations = [conversation for _, item in chunk for conversation in item]
-            examples = iter(tokenize(tokenizer, style, conversations, scored_turns))
-            for split, item in chunk:
-                assert len(item) == per_item, f"an item of {len(item)} conversations in a data set of {kind}"
-                if writers[split].write([next(examples) for _ in item]):
-                    summary = writers[split].summary
-                    summary.items.append(hash(tuple(map(tuple, item))))
-                    summary.answers.append(hash(item[0][-1].content.strip()))
-            progress.update(len(chunk))
-        summaries = {split: writer.finish() for split, writer in writers.items()}
-        for split, summary in summaries.items():
-            if not summary.lengths:
-                equal = f", {summary.equal} pairs equal within the window" if summary.equal else ""
-                raise ValueError(
-                    f"{source}: no {split} example is left ({summary.skipped} too long{equal}): "
-                    "give more data or a larger --max_seq_length"
-                )
-        header = {
-            "format_version": FORMAT_VERSION,
-            "kind": kind,
-            "tokenizer": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            "prompt_style": style.name,
-            "prompt_fingerprint": style.fingerprint,
-            "scored_turns": scored_turns,
-            "max_seq_length": max_seq_length,
-            "source": source,
-            "splits": {split: summary.header() for split, summary in summaries.items()},
-        }
-        write_json(temporary / DATASET_FILE, header)
-    return summaries
-
-
-def check_window(max_seq_length: int) -> None:
-    """Refuse a window that has no place for a prompt and a response.
-
-    Raises:
-        ValueError: it is too small.
-    """
-    if max_seq_length < 2:
-        raise ValueError(f"--max_seq_length is {max_seq_length}, it must be at least 2")
-
-
-class _SplitWriter:
-    """The files of one split, as they are written."""
-
-    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, max_seq_length: int, too_long: TooLong) -> None:
-        self._offsets_path = folder / f"{split}.offsets.bin"
-        self._files = [open(folder / f"{split}.{name}.bin", "wb") for name in ("ids", "scored")]  # noqa: SIM115
-        self._dtypes = _id_dtype(tokenizer.vocab_size), "u1"
-        self._max_seq_length, self._too_long = max_seq_length, too_long
-        self._digest = hashlib.sha256()
-        self.summary = SplitSummary()
-
-    def __enter__(self) -> "_SplitWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._files:
-            file.close()
-
-    def write(self, item: list[Example]) -> bool:
-        """Add the examples of one item, or leave all of them out; whether they were added."""
-        window, was_cut = self._max_seq_length, False
-        if any(len(example.ids) > window for example in item):
-            item = [Example(ids[:window], scored[:window]) for ids, scored in item]
-            if self._too_long == "skip" or not all(example.scored.any() for example in item):
-                self.summary.skipped += 1
-                return False
-            was_cut = True
-        if len(item) == 2 and np.array_equal(item[0].ids, item[1].ids):
-            self.summary.equal += 1
-            return False
-        self.summary.truncated += was_cut
-        for example in item:
-            for file, values, dtype in zip(self._files, example, self._dtypes, strict=True):
-                data = values.astype(dtype).tobytes()
-                file.write(data)
-                self._digest.update(data)
-            self.summary.lengths.append(len(example.ids))
-            self.summary.scored_tokens += int(example.scored.sum())
-        return True
-
-    def finish(self) -> SplitSummary:
-        """Close the files and say what is in them."""
-        self.__exit__()
-        offsets = np.concatenate([[0], np.cumsum(self.summary.lengths)])
-        self._offsets_path.write_bytes(offsets.astype("<i8").tobytes())
-        self.summary.sha256 = self._digest.hexdigest()
-        return self.summary
-
-
-def _id_dtype(vocab_size: int) -> str:
+def id_dtype(vocab_size: int) -> str:
     return "<u2" if vocab_size <= 2**16 else "<u4"
 
 
@@ -379,10 +203,10 @@ class TokenDataset:
                 f"{folder} has {split} examples of up to {sizes['longest']} tokens, --max_seq_length is "
                 f"{max_seq_length}: raise it, or prepare the data again with --max_seq_length {max_seq_length}"
             )
-        self._ids = self._map(folder / f"{split}.ids.bin", _id_dtype(self.header["vocab_size"]), sizes["tokens"])
+        self._ids = self._map(folder / f"{split}.ids.bin", id_dtype(self.header["vocab_size"]), sizes["tokens"])
         self._scored = self._map(folder / f"{split}.scored.bin", "u1", sizes["tokens"])
         self._offsets = self._map(folder / f"{split}.offsets.bin", "<i8", sizes["examples"] + 1)
-        self._per_item = _PER_ITEM[kind]
+        self._per_item = PER_ITEM[kind]
         self.sha256: str = sizes["sha256"]
         self._check(folder / f"{split}.offsets.bin", sizes)
         self.lengths = np.diff(self._offsets[:: self._per_item])
@@ -441,35 +265,6 @@ class TokenDataset:
         """The token ids of an item before its first scored one."""
         ids, scored = self[index][0]
         return ids[: scored.argmax()].tolist()
-
-
-def hold_out(dataset: TokenDataset, tokenizer: Tokenizer, folder: Path, share: float, seed: int = 1337) -> None:
-    """Write a data set made of a training split alone, for choices that the validation split must not see.
-
-    Args:
-        dataset: whose items are used.
-        tokenizer: the one it was made with.
-        folder: the new data set; must not exist yet.
-        share: of the items that becomes the new validation split, drawn at random.
-        seed: of the draw.
-
-    Raises:
-        ValueError: there is too little data.
-    """
-    count = round(share * len(dataset))
-    if not 0 < count < len(dataset):
-        raise ValueError(f"{share:.0%} of {len(dataset)} items cannot be held out: give more data")
-    order = np.random.default_rng(seed).permutation(len(dataset))
-    window = dataset.header["max_seq_length"]
-    with atomic_folder(folder) as temporary:
-        splits = {}
-        for split, indices in (("train", order[count:]), ("validation", order[:count])):
-            with _SplitWriter(temporary, split, tokenizer, window, "truncate") as writer:
-                for index in indices:
-                    writer.write(dataset[index])
-                splits[split] = writer.finish().header()
-        source = f"training split of {dataset.header['source']}"
-        write_json(temporary / DATASET_FILE, {**dataset.header, "source": source, "splits": splits})
 
 
 def open_data(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from lit_llama.files import check_file, require_extra
+from lit_llama.json_text import DECODER, PIECE, JSONText
 
 TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 PACKED_SUFFIXES = (".gz", ".xz", ".bz2", ".zst")
@@ -42,7 +43,6 @@ _NOT_RECORDS = {
 _LISTS_OF_RECORDS = {"choices", "chosen", "rejected", "completion", "conversation", "conversations", "history", "input"}
 _LISTS_OF_RECORDS |= {"messages", "non_preferred_output", "preferred_output", "prompt", "tools", "turns"}
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-_PIECE = 2**20  # bytes of text that are read at once
 _ROWS = 1000  # rows of a table that are read at once
 
 Bad = Callable[[str, str], object]
@@ -117,7 +117,7 @@ def _read_file(path: Path, bad: Bad) -> Iterator[tuple[str, Any]]:
     if name.endswith((".csv", ".tsv")):
         return _csv_rows(path, bad)
     with _unpacked(path) as file:
-        is_array = file.read(_PIECE).lstrip().startswith(b"[")
+        is_array = file.read(PIECE).lstrip().startswith(b"[")
     if is_array:
         return _array(path)
     return _lines(path, bad) if name.endswith((".jsonl", ".ndjson")) or _is_lines(path) else _wrapped(path)
@@ -146,21 +146,13 @@ def _unpacked(path: Path) -> Iterator[BinaryIO]:
         raise ValueError(f"{path} is not a complete {kind} file ({error})") from None
 
 
-def _whole(digits: str) -> int | str:
-    """An integer, or its digits where Python would refuse to convert so many of them."""
-    return int(digits) if len(digits) < 4000 else digits
-
-
-_DECODER = json.JSONDecoder(parse_constant=lambda _: None, parse_int=_whole)
-
-
 def _lines(path: Path, bad: Bad) -> Iterator[tuple[str, Any]]:
     with _unpacked(path) as file:
         for number, line in enumerate(file, start=1):
             place = f"{path}, line {number}"
             try:
                 text = line.decode().strip()
-                value = _DECODER.decode(text) if text else None
+                value = DECODER.decode(text) if text else None
             except UnicodeDecodeError as error:
                 bad(place, f"byte 0x{line[error.start]:02x} is not UTF-8")
             except json.JSONDecodeError as error:
@@ -172,108 +164,9 @@ def _lines(path: Path, bad: Bad) -> Iterator[tuple[str, Any]]:
                     yield place, value
 
 
-class _JSONText:
-    """Values in a JSON text, one after the other, from a file that is read in pieces."""
-
-    def __init__(self, path: Path, file: BinaryIO) -> None:
-        self._path, self._file = path, file
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._text, self._at = "", 0
-        self._line = 1  # of the beginning of the text that is held
-        self._is_whole = False
-
-    def _more(self) -> bool:
-        """Read another piece, forgetting what was taken; whether there is one."""
-        if self._is_whole:
-            return False
-        piece = self._file.read(max(_PIECE, len(self._text) - self._at))  # as much again, so that work stays linear
-        self._line += self._text.count("\n", 0, self._at)
-        self._text, self._at = self._text[self._at :], 0
-        try:
-            self._text += self._decoder.decode(piece, final=not piece)
-        except UnicodeDecodeError as error:
-            line = self._line + self._text.count("\n") + error.object[: error.start].count(b"\n")
-            byte = error.object[error.start]
-            raise ValueError(f"{self._path}, line {line}: byte 0x{byte:02x} is not UTF-8") from None
-        self._is_whole = not piece
-        return bool(piece)
-
-    def peek(self) -> str:
-        """The next character that is not white space; at the end of the file ""."""
-        while True:
-            while self._at < len(self._text) and self._text[self._at] in " \t\r\n":
-                self._at += 1
-            if self._at < len(self._text):
-                return self._text[self._at]
-            if not self._more():
-                return ""
-
-    def take(self, characters: str) -> str:
-        """Take the next character, one of these."""
-        found = self.peek()
-        if not found or found not in characters:
-            wanted = " or ".join(map(repr, characters))
-            self._fail(f"expected {wanted}, found {repr(found) if found else 'the end of the file'}", self._at)
-        self._at += 1
-        return found
-
-    def value(self) -> Any:
-        """Take the next value."""
-        self.peek()
-        while True:
-            try:
-                value, end = _DECODER.raw_decode(self._text, self._at)
-            except json.JSONDecodeError as error:
-                # A value that goes on in the next piece fails at the end of this one, or where an open string begins.
-                is_cut = error.msg.startswith("Unterminated string") or error.pos > len(self._text) - 16
-                if not (is_cut and self._more()):
-                    self._fail(error.msg, error.pos)
-            except RecursionError:
-                self._fail("nested too deeply", self._at)
-            else:
-                if end < len(self._text) or not self._more():  # a number may go on in the next piece
-                    self._at = end
-                    return value
-
-    def _fail(self, reason: str, at: int) -> NoReturn:
-        line = self._line + self._text.count("\n", 0, at)
-        raise ValueError(f"{self._path}, line {line}: not JSON ({reason})")
-
-    def entries(self) -> Iterator[Any]:
-        """Take the values of an array, from its "[" to its "]"."""
-        self.take("[")
-        if self.peek() == "]":
-            self.take("]")
-            return
-        while True:
-            yield self.value()
-            if self.take(",]") == "]":
-                return
-
-    def members(self) -> Iterator[str]:
-        """The keys of an object, from its "{" to its "}"; the caller takes each value before it goes on."""
-        self.take("{")
-        if self.peek() == "}":
-            self.take("}")
-            return
-        while True:
-            if self.peek() != '"':
-                self._fail("expected a key in double quotes", self._at)
-            key = self.value()
-            self.take(":")
-            yield key
-            if self.take(",}") == "}":
-                return
-
-    def end(self) -> None:
-        """Make sure that nothing follows."""
-        if self.peek():
-            self._fail("Extra data", self._at)
-
-
 def _array(path: Path) -> Iterator[tuple[str, Any]]:
     with _unpacked(path) as file:
-        text = _JSONText(path, file)
+        text = JSONText(path, file)
         for number, value in enumerate(text.entries(), start=1):
             yield f"{path}, example {number}", value
         text.end()
@@ -283,7 +176,7 @@ def _is_lines(path: Path) -> bool:
     """Whether a file that is no array holds an object per line, and not one object."""
     try:
         with _unpacked(path) as file:
-            text = _JSONText(path, file)
+            text = JSONText(path, file)
             if text.peek() == "{":
                 _lists(text)
             elif text.peek():
@@ -296,7 +189,7 @@ def _is_lines(path: Path) -> bool:
         return starts == [b"{", b"{"]
 
 
-def _lists(text: _JSONText) -> dict[str, bool]:
+def _lists(text: JSONText) -> dict[str, bool]:
     """The keys of an object, and whether each has a list of objects; the values are not held."""
     keys = {}
     for key in text.members():
@@ -311,7 +204,7 @@ def _lists(text: _JSONText) -> dict[str, bool]:
 def _wrapped(path: Path) -> Iterator[tuple[str, Any]]:
     """The entries of the one list in an object, or the object itself if it is a record."""
     with _unpacked(path) as file:
-        text = _JSONText(path, file)
+        text = JSONText(path, file)
         if not text.peek():
             return
         keys = _lists(text)
@@ -322,7 +215,7 @@ def _wrapped(path: Path) -> Iterator[tuple[str, Any]]:
             f"{path} holds an object with several lists ({', '.join(lists)}): write one of them to a file of its own"
         )
     with _unpacked(path) as file:
-        text = _JSONText(path, file)
+        text = JSONText(path, file)
         if is_record:
             yield f"{path}, example 1", text.value()
             return

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lit_llama.adapters import adapter_info, load_adapter
-from lit_llama.data import hold_out, open_data
+from lit_llama.data import open_data
+from lit_llama.data_writing import hold_out
 from lit_llama.devices.precision import Precision
 from lit_llama.evaluation.forms import FORMS
 from lit_llama.figures import picture

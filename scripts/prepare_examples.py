@@ -10,7 +10,8 @@ evaluate/form.py asks them.
 from pathlib import Path
 from typing import Literal
 
-from lit_llama.data import Item, write_dataset
+from lit_llama.data import Item
+from lit_llama.data_writing import write_dataset
 from lit_llama.evaluation.forms import FORMS
 from lit_llama.prompts import Message, chosen_style
 from lit_llama.records import read_records

@@ -11,7 +11,8 @@ import pytest
 from conftest import ROOT, load_script
 
 from lit_llama.adapters import adapter_info
-from lit_llama.data import TokenDataset, hold_out
+from lit_llama.data import TokenDataset
+from lit_llama.data_writing import hold_out
 from lit_llama.script.command_line import run
 from lit_llama.tokenizer import Tokenizer
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from conftest import load_script
 
-from lit_llama.data import TokenDataset, collate, step_batches, steps_per_epoch, tokenize, write_dataset
+from lit_llama.data import TokenDataset, collate, step_batches, steps_per_epoch, tokenize
+from lit_llama.data_writing import write_dataset
 from lit_llama.prompts import Message, prompt_style
 from lit_llama.records import read_records
 from lit_llama.tokenizer import Tokenizer

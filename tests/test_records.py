@@ -13,7 +13,7 @@ import pandas
 import pytest
 import zstandard
 
-from lit_llama import records
+from lit_llama import json_text, records
 from lit_llama.records import read_csv, read_records
 
 ROWS = [{"instruction": f"Say {n} “🙂”.", "output": f"{n}\n"} for n in range(1200)]
@@ -50,7 +50,8 @@ def written(folder, name):
 @pytest.mark.parametrize("piece", [50, 2**20])
 def test_formats(tmp_path, monkeypatch, kind, packing, piece):
     """The same rows from every kind of file, wherever the pieces in which it is read end."""
-    monkeypatch.setattr(records, "_PIECE", piece)
+    monkeypatch.setattr(json_text, "PIECE", piece)
+    monkeypatch.setattr(records, "PIECE", piece)
     for start in ("a", "bom"):
         assert values(written(tmp_path, f"{start}.{kind}{packing}")) == ROWS
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lit_llama.data import DATASET_FILE, Item, Kind, ScoredTurns, SplitSummary, TooLong, check_window, write_dataset
+from lit_llama.data import DATASET_FILE, Item, Kind, ScoredTurns
+from lit_llama.data_writing import SplitSummary, TooLong, check_window, write_dataset
 from lit_llama.files import check_new_folder, require_extra
 from lit_llama.prompts import PromptStyle, chosen_style
 from lit_llama.records import read_records

@@ -1,0 +1,237 @@
+"""Writing tokenised data sets: conversations in, the arrays that `lit_llama.data` reads out.
+
+A data set is written whole or not at all, a thousand items at a time, so that memory does not grow with it.
+"""
+
+import contextlib
+import hashlib
+import itertools
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from lit_llama.data import (
+    DATASET_FILE,
+    FORMAT_VERSION,
+    PER_ITEM,
+    Example,
+    Item,
+    Kind,
+    TokenDataset,
+    id_dtype,
+    tokenize,
+)
+from lit_llama.files import atomic_folder, write_json
+from lit_llama.prompts import PromptStyle, ScoredTurns
+from lit_llama.tokenizer import Tokenizer
+
+TooLong = Literal["truncate", "skip"]
+
+
+@dataclass
+class SplitSummary:
+    """What became of the items of a split.
+
+    Args:
+        lengths: tokens in each example that was written.
+        sha256: of the token ids and of which are scored.
+        scored_tokens: tokens that the loss scores.
+        truncated: items cut at the window's end, and so without the token that ends the response.
+        skipped: items left out: too long, or with a prompt that fills the window alone.
+        equal: pairs left out because chosen and rejected are the same tokens within the window.
+        items: a hash of the text of each item that was written.
+        answers: a hash of its answer, of a pair the chosen one.
+    """
+
+    lengths: list[int] = field(default_factory=list)
+    sha256: str = ""
+    scored_tokens: int = 0
+    truncated: int = 0
+    skipped: int = 0
+    equal: int = 0
+    items: "array[int]" = field(default_factory=lambda: array("q"))
+    answers: "array[int]" = field(default_factory=lambda: array("q"))
+
+    def header(self) -> dict[str, Any]:
+        """What `dataset.json` says of the split."""
+        return {
+            "examples": len(self.lengths),
+            "tokens": sum(self.lengths),
+            "scored_tokens": self.scored_tokens,
+            "longest": max(self.lengths),
+            "sha256": self.sha256,
+        }
+
+
+def write_dataset(
+    folder: Path,
+    items: Iterable[tuple[str, Item]],
+    tokenizer: Tokenizer,
+    style: PromptStyle,
+    max_seq_length: int,
+    too_long: TooLong,
+    source: str,
+    *,
+    kind: Kind = "supervised",
+    scored_turns: ScoredTurns = "all",
+    total: int | None = None,
+    overwrite: bool = False,
+) -> dict[str, SplitSummary]:
+    """Tokenise a data set and write it, all or nothing, holding a thousand items in memory at a time.
+
+    Args:
+        folder: the data set.
+        items: each with the name of its split, "train" or "validation".
+        tokenizer: the base model's.
+        style: how prompts are made.
+        max_seq_length: window in tokens.
+        too_long: whether longer examples are truncated or skipped.
+        source: where the text came from, recorded in `dataset.json`.
+        kind: items of one conversation ("supervised"), or of a chosen and a rejected one ("pairs").
+        scored_turns: of a conversation's responses, "all" are scored or the "last".
+        total: how many items there are, for the progress bar.
+        overwrite: replace the data set in `folder` if there is one.
+
+    Returns:
+        What became of each split.
+
+    Raises:
+        ValueError: no example of a split is left, the folder exists, or the window is too small.
+    """
+    check_window(max_seq_length)
+    items, per_item = iter(items), PER_ITEM[kind]
+    with atomic_folder(folder, overwrite, DATASET_FILE) as temporary, contextlib.ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(_SplitWriter(temporary, split, tokenizer, max_seq_length, too_long))
+            for split in ("train", "validation")
+        }
+        progress = stack.enter_context(tqdm(total=total, desc="tokenising", unit="example", leave=False))
+        while chunk := list(itertools.islice(items, 1000)):
+            conversations = [conversation for _, item in chunk for conversation in item]
+            examples = iter(tokenize(tokenizer, style, conversations, scored_turns))
+            for split, item in chunk:
+                assert len(item) == per_item, f"an item of {len(item)} conversations in a data set of {kind}"
+                if writers[split].write([next(examples) for _ in item]):
+                    summary = writers[split].summary
+                    summary.items.append(hash(tuple(map(tuple, item))))
+                    summary.answers.append(hash(item[0][-1].content.strip()))
+            progress.update(len(chunk))
+        summaries = {split: writer.finish() for split, writer in writers.items()}
+        _check_nothing_is_empty(summaries, source)
+        header = {
+            "format_version": FORMAT_VERSION,
+            "kind": kind,
+            "tokenizer": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "prompt_style": style.name,
+            "prompt_fingerprint": style.fingerprint,
+            "scored_turns": scored_turns,
+            "max_seq_length": max_seq_length,
+            "source": source,
+            "splits": {split: summary.header() for split, summary in summaries.items()},
+        }
+        write_json(temporary / DATASET_FILE, header)
+    return summaries
+
+
+def _check_nothing_is_empty(summaries: dict[str, SplitSummary], source: str) -> None:
+    for split, summary in summaries.items():
+        if not summary.lengths:
+            equal = f", {summary.equal} pairs equal within the window" if summary.equal else ""
+            raise ValueError(
+                f"{source}: no {split} example is left ({summary.skipped} too long{equal}): "
+                "give more data or a larger --max_seq_length"
+            )
+
+
+def check_window(max_seq_length: int) -> None:
+    """Refuse a window that has no place for a prompt and a response.
+
+    Raises:
+        ValueError: it is too small.
+    """
+    if max_seq_length < 2:
+        raise ValueError(f"--max_seq_length is {max_seq_length}, it must be at least 2")
+
+
+class _SplitWriter:
+    """The files of one split, as they are written."""
+
+    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, max_seq_length: int, too_long: TooLong) -> None:
+        self._offsets_path = folder / f"{split}.offsets.bin"
+        self._files = [open(folder / f"{split}.{name}.bin", "wb") for name in ("ids", "scored")]  # noqa: SIM115
+        self._dtypes = id_dtype(tokenizer.vocab_size), "u1"
+        self._max_seq_length, self._too_long = max_seq_length, too_long
+        self._digest = hashlib.sha256()
+        self.summary = SplitSummary()
+
+    def __enter__(self) -> "_SplitWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files:
+            file.close()
+
+    def write(self, item: list[Example]) -> bool:
+        """Add the examples of one item, or leave all of them out; whether they were added."""
+        window, was_cut = self._max_seq_length, False
+        if any(len(example.ids) > window for example in item):
+            item = [Example(ids[:window], scored[:window]) for ids, scored in item]
+            if self._too_long == "skip" or not all(example.scored.any() for example in item):
+                self.summary.skipped += 1
+                return False
+            was_cut = True
+        if len(item) == 2 and np.array_equal(item[0].ids, item[1].ids):
+            self.summary.equal += 1
+            return False
+        self.summary.truncated += was_cut
+        for example in item:
+            for file, values, dtype in zip(self._files, example, self._dtypes, strict=True):
+                data = values.astype(dtype).tobytes()
+                file.write(data)
+                self._digest.update(data)
+            self.summary.lengths.append(len(example.ids))
+            self.summary.scored_tokens += int(example.scored.sum())
+        return True
+
+    def finish(self) -> SplitSummary:
+        """Close the files and say what is in them."""
+        self.__exit__()
+        offsets = np.concatenate([[0], np.cumsum(self.summary.lengths)])
+        self._offsets_path.write_bytes(offsets.astype("<i8").tobytes())
+        self.summary.sha256 = self._digest.hexdigest()
+        return self.summary
+
+
+def hold_out(dataset: TokenDataset, tokenizer: Tokenizer, folder: Path, share: float, seed: int = 1337) -> None:
+    """Write a data set made of a training split alone, for choices that the validation split must not see.
+
+    Args:
+        dataset: whose items are used.
+        tokenizer: the one it was made with.
+        folder: the new data set; must not exist yet.
+        share: of the items that becomes the new validation split, drawn at random.
+        seed: of the draw.
+
+    Raises:
+        ValueError: there is too little data.
+    """
+    count = round(share * len(dataset))
+    if not 0 < count < len(dataset):
+        raise ValueError(f"{share:.0%} of {len(dataset)} items cannot be held out: give more data")
+    order = np.random.default_rng(seed).permutation(len(dataset))
+    window = dataset.header["max_seq_length"]
+    with atomic_folder(folder) as temporary:
+        splits = {}
+        for split, indices in (("train", order[count:]), ("validation", order[:count])):
+            with _SplitWriter(temporary, split, tokenizer, window, "truncate") as writer:
+                for index in indices:
+                    writer.write(dataset[index])
+                splits[split] = writer.finish().header()
+        source = f"training split of {dataset.header['source']}"
+        write_json(temporary / DATASET_FILE, {**dataset.header, "source": source, "splits": splits})
