@@ -44,8 +44,8 @@ class Opening:
         max_rows: number of requests that are answered at once.
         max_length: longest row in tokens, prompt included.
         precision: number format of the base; "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
-        quantize: keep the weights in fewer bits: "nf4" or "int8", by bitsandbytes, to save memory; "int4-weights" or
-            "int8-weights", by torchao on a GPU, for speed. If this is not given, adapters that were trained on a
+        quantize: keep the weights in fewer bits: "nf4" or "int8", by bitsandbytes, to save memory; "int4-fast" or
+            "int8-fast", by torchao on a GPU, for speed. If this is not given, adapters that were trained on a
             quantised base are refused; "none" accepts them on whole weights.
         compile: compile the decoding step, with CUDA graphs on a GPU; this takes a while at the first requests.
         allow_other_base: accept adapters that were trained on other weights.
