@@ -13,8 +13,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, load_script
 
+from lit_llama import open_base, save_adapter
+from lit_llama.checkpoint import read_config
+from lit_llama.lora import LoRA
 from lit_llama.script.command_line import parse
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -111,6 +115,25 @@ def test_what_a_notebook_imports_is_light():
 def test_what_is_not_there_is_not_imported():
     with pytest.raises(ImportError, match="nothing_of_this_name"):
         exec("from lit_llama import nothing_of_this_name", {})
+
+
+@pytest.mark.parametrize("page", ["inference.md", "baselines.md", "many_aligners.md"])
+def test_the_python_blocks_of(page, clone, base_dir, aligner_path, capsys):
+    lora = LoRA(read_config(base_dir))
+    torch.nn.init.normal_(next(p for name, p in lora.named_parameters() if not p.any()), std=0.1)
+    save_adapter("out/lora/lora.safetensors", lora, open_base(base_dir))
+    for run in ("demo", "captain"):
+        (clone / "out" / run).symlink_to(aligner_path.parent)
+    [block] = blocks("python", (ROOT / "howto" / page).read_text(encoding="utf-8"))
+    names = {}
+    exec(compile(block, page, "exec"), names)
+    if page == "baselines.md":  # put in and taken out again
+        ids = torch.arange(5, 15)[None]
+        base = open_base(base_dir).model
+        torch.testing.assert_close(names["model"](ids), base(ids), atol=1e-5, rtol=0)
+        assert not torch.equal(base(ids, names["lora"]), base(ids))
+    else:
+        assert capsys.readouterr().out
 
 
 PAGES = [path for pattern in ("*.md", "howto/*.md", "examples/*.md") for path in sorted(ROOT.glob(pattern))]
