@@ -24,7 +24,6 @@ HUB_FILES = (
 
 
 def main(
-    data_path: Path | None = None,
     output_dir: Path = Path("data/beaver"),
     kind: Kind = "pairs",
     chosen_by: Literal["safer", "better"] = "safer",
@@ -32,24 +31,22 @@ def main(
     validation_share: float = 0.05,
     **options: Any,
 ) -> None:
-    """Prepare.
+    """Prepare a data set.
 
     Args:
-        data_path: JSON, JSON Lines, CSV (perhaps packed), parquet, a folder of such files or one of `save_to_disk`; if
-            not given, the public dataset is fetched from the Hugging Face hub.
-        output_dir: the folder to write.
-        kind: "pairs" for preference tuning, or the chosen answers alone for "supervised" tuning.
-        chosen_by: the chosen answer is that of "safer_response_id" or of "better_response_id", the more helpful one.
-        prompt_style: "beaver", "alpaca", "hh", "chat" (the model's own template) or "none".
+        output_dir: folder to write.
+        kind: "pairs" for preference tuning, or "supervised" for tuning on the chosen answers alone.
+        chosen_by: what decides which answer is the chosen one: "safer_response_id", or "better_response_id", the more
+            helpful one.
+        prompt_style: name of the prompt style: "beaver", "alpaca", "hh", "chat" (the model's own template) or "none".
         validation_share: share of the examples that is kept for validation, drawn at random.
-        options: those of every such script, see `prepare`.
+        options: options of all such scripts, see `prepare`.
     """
     prepare(
         functools.partial(read, kind=kind, chosen_by=chosen_by),
         kind,
         "last",
         HUB_FILES,
-        data_path,
         output_dir=output_dir,
         prompt_style=prompt_style,
         validation_share=validation_share,

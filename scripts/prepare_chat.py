@@ -20,30 +20,27 @@ HUB_FILES = ("anon8231489123/ShareGPT_Vicuna_unfiltered", ["ShareGPT_V3_unfilter
 
 
 def main(
-    data_path: Path | None = None,
     output_dir: Path = Path("data/chat"),
     prompt_style: str = "chat",
     validation_share: float = 0.05,
     scored_turns: ScoredTurns = "all",
     **options: Any,
 ) -> None:
-    """Prepare.
+    """Prepare a data set.
 
     Args:
-        data_path: JSON, JSON Lines, CSV (perhaps packed), parquet, a folder of such files or one of `save_to_disk`; if
-            not given, the public dataset is fetched from the Hugging Face hub.
-        output_dir: the folder to write.
-        prompt_style: "chat" (the model's own template), "hh" or "beaver"; the others have place for one turn only.
+        output_dir: folder to write.
+        prompt_style: name of the prompt style: "chat" (the model's own template), "hh" or "beaver"; the others have
+            room for one turn only.
         validation_share: share of the examples that is kept for validation, drawn at random.
-        scored_turns: of the assistant's turns, "all" are scored or the "last".
-        options: those of every such script, see `prepare`.
+        scored_turns: which of the assistant's turns are learned, "all" or the "last".
+        options: options of all such scripts, see `prepare`.
     """
     prepare(
         read_conversation,
         "supervised",
         scored_turns,
         HUB_FILES,
-        data_path,
         output_dir=output_dir,
         prompt_style=prompt_style,
         validation_share=validation_share,

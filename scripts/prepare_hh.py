@@ -21,30 +21,26 @@ HUB_FILES = ("Anthropic/hh-rlhf", ["harmless-base/train.jsonl.gz"])
 
 
 def main(
-    data_path: Path | None = None,
     output_dir: Path = Path("data/hh"),
     kind: Kind = "pairs",
     prompt_style: str = "hh",
     validation_share: float = 0.05,
     **options: Any,
 ) -> None:
-    """Prepare.
+    """Prepare a data set.
 
     Args:
-        data_path: JSON, JSON Lines, CSV (perhaps packed), parquet, a folder of such files or one of `save_to_disk`; if
-            not given, the public dataset is fetched from the Hugging Face hub.
-        output_dir: the folder to write.
-        kind: "pairs" for preference tuning, or the chosen answers alone for "supervised" tuning.
-        prompt_style: "hh", "beaver" or "chat"; the others have place for one turn only.
+        output_dir: folder to write.
+        kind: "pairs" for preference tuning, or "supervised" for tuning on the chosen answers alone.
+        prompt_style: name of the prompt style: "hh", "beaver" or "chat"; the others have room for one turn only.
         validation_share: share of the examples that is kept for validation, drawn at random.
-        options: those of every such script, see `prepare`.
+        options: options of all such scripts, see `prepare`.
     """
     prepare(
         functools.partial(read_preference, kind=kind),
         kind,
         "last",
         HUB_FILES,
-        data_path,
         output_dir=output_dir,
         prompt_style=prompt_style,
         validation_share=validation_share,

@@ -18,28 +18,25 @@ HUB_FILES = ("meta-math/MetaMathQA", ["MetaMathQA-395K.json"])
 
 
 def main(
-    data_path: Path | None = None,
     output_dir: Path = Path("data/metamath"),
     prompt_style: str = "metamath",
     validation_share: float = 0.01,
     **options: Any,
 ) -> None:
-    """Prepare.
+    """Prepare a data set.
 
     Args:
-        data_path: JSON, JSON Lines, CSV (perhaps packed), parquet, a folder of such files or one of `save_to_disk`; if
-            not given, the public dataset is fetched from the Hugging Face hub.
-        output_dir: the folder to write.
-        prompt_style: "alpaca", "metamath", "beaver", "hh", "chat" (the model's own template) or "none".
+        output_dir: folder to write.
+        prompt_style: name of the prompt style: "alpaca", "metamath", "beaver", "hh", "chat" (the model's own template)
+            or "none".
         validation_share: share of the examples that is kept for validation, drawn at random.
-        options: those of every such script, see `prepare`.
+        options: options of all such scripts, see `prepare`.
     """
     prepare(
         read_conversation,
         "supervised",
         "last",
         HUB_FILES,
-        data_path,
         output_dir=output_dir,
         prompt_style=prompt_style,
         validation_share=validation_share,

@@ -193,7 +193,7 @@ def test_split_is_seeded(tmp_path, base_dir, tokenizer):
 
     def validation(folder, seed):
         paths = {"checkpoint_dir": base_dir, "output_dir": tmp_path / folder}
-        prepare(tmp_path / "a.json", validation_share=0.25, seed=seed, **paths)
+        prepare(data_path=tmp_path / "a.json", validation_share=0.25, seed=seed, **paths)
         dataset = TokenDataset(tmp_path / folder, "validation", tokenizer)
         assert len(dataset) == 5
         return [dataset[i][0].ids.tolist() for i in range(5)]
@@ -262,7 +262,7 @@ def prepare(script, rows, folder, base_dir, **options):
     folder.mkdir(exist_ok=True)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {"output_dir": folder / "data", "validation_share": 0.5, "checkpoint_dir": base_dir} | options
-    load_script(f"scripts/prepare_{script}.py").main(folder / "rows.jsonl", **options)
+    load_script(f"scripts/prepare_{script}.py").main(data_path=folder / "rows.jsonl", **options)
     return folder / "data"
 
 
@@ -544,7 +544,7 @@ def test_gzipped_files_in_a_folder(tmp_path, base_dir, tokenizer):
     with gzip.open(tmp_path / "raw" / "b.json.gz", "wt", encoding="utf-8-sig") as file:
         json.dump([row, row], file)
     paths = {"output_dir": tmp_path / "data", "checkpoint_dir": base_dir}
-    load_script("scripts/prepare_alpaca.py").main(tmp_path / "raw", validation_share=0.25, **paths)
+    load_script("scripts/prepare_alpaca.py").main(data_path=tmp_path / "raw", validation_share=0.25, **paths)
     assert len(TokenDataset(tmp_path / "data", "train", tokenizer)) == 3
 
 
@@ -636,3 +636,22 @@ def test_broken_gzip_and_empty_folder(command, tmp_path, base_dir):
         status, _, err = command("scripts/prepare_alpaca.py", **paths)
         assert (status, err.count("\n")) == (1, 1)
         assert message in err
+
+
+def test_any_table_of_instructions(command, tmp_path, base_dir, tokenizer):
+    """Columns of any names, which need not be those that a layout knows."""
+    rows = [{"q": f"Count to {n}.", "about": "slowly", "who": "You count.", "a": n, "question": "no"} for n in range(9)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"data_path": tmp_path / "a.jsonl", "checkpoint_dir": base_dir, "output_dir": tmp_path / "data"}
+    columns = {"instruction_column": "q", "response_column": "a", "input_column": "about", "system_column": "who"}
+    status, _, err = command("scripts/prepare_instructions.py", **options, **columns)
+    assert status == 0, err
+    assert "9 records: the column 'question' is not used" in err
+    train = TokenDataset(tmp_path / "data", "train", tokenizer)
+    texts = [tokenizer.decode(train[i][0].ids.tolist()) for i in range(len(train))]
+    assert len(texts) == 8
+    assert all("You count." in text and "Count to" in text and "slowly" in text for text in texts)
+    columns["response_column"] = "answer"
+    status, _, err = command("scripts/prepare_instructions.py", "--overwrite", **options, **columns)
+    assert status == 1
+    assert "expected a column named 'answer', found ['a', 'about', 'q', 'question', 'who']" in err

@@ -109,6 +109,32 @@ def read_conversation(columns: Columns) -> Item:
     return [_opened(columns, turns)]
 
 
+def read_columns(
+    columns: Columns, instruction: str, response: str, input: str | None = None, system: str | None = None
+) -> Item:
+    """The conversation of one turn in a record whose columns are known by name.
+
+    Args:
+        columns: the record.
+        instruction: name of the column of what the user says.
+        response: name of the column of the answer.
+        input: name of the column of the text that the instruction is about, if there is one.
+        system: name of the column of the system prompt, if there is one.
+
+    Raises:
+        LeftOutError: nothing in it can be learned.
+        ValueError: the record lacks one of these columns.
+    """
+    names = [name for name in (instruction, response, input, system) if name is not None]
+    if missing := [name for name in names if not columns.has(name)]:
+        raise columns.lack(f"a column named {_either(missing)}")
+    asked, about, told, answer = (
+        "" if name is None else content_text(columns.find(name)) for name in (instruction, input, system, response)
+    )
+    opening = [Message("system", told)] if told else []
+    return [[*opening, Message("user", asked, about), Message("assistant", answer)]]
+
+
 def read_preference(columns: Columns, kind: Kind) -> Item:
     """The conversation with the chosen and with the rejected answer, or with the chosen one alone.
 

@@ -25,12 +25,12 @@ def prepare(
     read: Read,
     kind: Kind,
     scored_turns: ScoredTurns,
-    hub_files: tuple[str, Sequence[str]],
-    data_path: Path | None,
+    hub_files: tuple[str, Sequence[str]] | None,
     *,
     output_dir: Path,
     prompt_style: str,
     validation_share: float,
+    data_path: Path | None = None,
     checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
     max_seq_length: int = 512,
     too_long: TooLong = "truncate",
@@ -44,23 +44,27 @@ def prepare(
     The records are read twice, to count them and to write them, and never held.
 
     Args:
-        read: one record to its item: a conversation, or the chosen and the rejected one; raises `LeftOutError` for a
+        read: makes an item of a record: a conversation, or the chosen and the rejected one; raises `LeftOutError` for a
             record that cannot be learned from and `ValueError` for one that is malformed.
         kind: what `read` returns.
-        scored_turns: of a conversation's responses, "all" are scored or the "last".
-        hub_files: dataset and files on the Hugging Face hub, fetched if there is no `data_path`.
-        data_path: JSON, JSON Lines, CSV (perhaps packed), parquet, a folder of such files or one of `save_to_disk`.
-        output_dir: the folder to write.
-        prompt_style: by name.
-        validation_share: share of the items drawn for validation.
-        checkpoint_dir: folder of the base model, for its tokenizer.
-        max_seq_length: window in tokens.
-        too_long: "truncate" longer examples at the window's end or "skip" them; either way they are counted.
-        seed: of the draw of validation examples.
-        max_bad_share: records that are malformed or that the prompt style refuses are left out; the run ends if they
-            are more than this share.
-        strict: end at the first such record.
-        overwrite: replace the data set in `output_dir` if there is one.
+        scored_turns: which of a conversation's responses are scored, "all" or the "last".
+        hub_files: dataset and files on the Hugging Face hub that are fetched if there is no `data_path`; None if the
+            script always has one.
+        output_dir: folder to write.
+        prompt_style: name of the prompt style.
+        validation_share: share of the examples that is kept for validation, drawn at random.
+        data_path: file of records: JSON, JSON Lines, CSV (these may be compressed) or parquet; or a folder of such
+            files, or one that `save_to_disk` wrote. If it is not given, the public dataset is fetched from the Hugging
+            Face hub.
+        checkpoint_dir: folder of the base model, whose tokenizer is used.
+        max_seq_length: length of the longest example, in tokens.
+        too_long: what happens to longer examples: "truncate" cuts their ends off, "skip" leaves them out. Both are
+            counted.
+        seed: seed of the draw of validation examples.
+        max_bad_share: largest share of records that may be unusable (malformed, or without a place in the prompt
+            style). They are left out and counted; with more of them, nothing is written.
+        strict: stop at the first unusable record.
+        overwrite: replace the data set in `--output_dir` if there is one.
 
     Raises:
         FileNotFoundError: something is missing.
@@ -77,7 +81,11 @@ def prepare(
     check_new_folder(output_dir, overwrite, DATASET_FILE)
     tokenizer = Tokenizer(checkpoint_dir)
     style = chosen_style(prompt_style, None, tokenizer)
-    paths = [data_path] if data_path else fetch_dataset(*hub_files)
+    if data_path is not None:
+        paths = [data_path]
+    else:
+        assert hub_files is not None, "a script that fetches nothing asks for --data_path"
+        paths = fetch_dataset(*hub_files)
     source = ", ".join(path.name for path in paths)
     survey = _survey(paths, read, style, scored_turns, strict)
     survey.check(source, max_bad_share)
