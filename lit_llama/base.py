@@ -17,7 +17,7 @@ import torch
 from lit_llama.adapters import AdapterInfo, AnyAdapter, adapter_fingerprint, check_base, check_bits, read_adapter
 from lit_llama.checkpoint import load_base, read_config
 from lit_llama.combine import WeightedSum
-from lit_llama.devices.layouts import WeightOnly, compile_decoding, lay_out, quantize_weights
+from lit_llama.devices.layouts import WeightOnly, compile_decoding, lay_out, quantize_for_inference
 from lit_llama.devices.precision import PRECISIONS, Precision
 from lit_llama.devices.quantization import Quantize
 from lit_llama.generation import respond, stream_text
@@ -277,7 +277,7 @@ def _load(
         dtype = dtype or torch.bfloat16  # what its kernels compute in
     model = load_base(checkpoint_dir, dtype, device, mesh=mesh)
     if bits != "none":
-        quantize_weights(model, bits)
+        quantize_for_inference(model, bits)
     elif for_generation and device.type == "cpu" and not compile:  # the compiler lays out what it needs
         lay_out(model)
     if compile:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from lit_llama.config import PRESETS, LLaMAConfig
 from lit_llama.devices.precision import default_dtype
-from lit_llama.devices.quantization import Quantize, is_quantized, quantize_layers, quantize_weight
+from lit_llama.devices.quantization import Quantize, is_quantized, load_quantized, use_quantized_layers
 from lit_llama.devices.sharding import local_rows, shard
 from lit_llama.fields import check_object, naming, take
 from lit_llama.files import read_json
@@ -147,7 +147,7 @@ def load_base(
     if mesh is not None:
         shard(model, mesh)
     if quantize is not None:
-        quantize_layers(model, quantize, dtype)
+        use_quantized_layers(model, quantize, dtype)
     weights: dict[str, Tensor] = {}
     digest = hashlib.sha256()
     for name, shape in sorted(expected.items()):
@@ -158,7 +158,7 @@ def load_base(
         if mesh is not None:
             weights[name] = local_rows(tensor, model.get_parameter(name), dtype)
         elif is_quantized(layer):
-            quantize_weight(layer, tensor, device, dtype)
+            load_quantized(layer, tensor, device, dtype)
         else:
             weights[name] = tensor.to(device=device, dtype=dtype)
     model.load_state_dict(weights, assign=True, strict=quantize is None)  # names were compared above

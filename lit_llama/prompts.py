@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from tqdm import tqdm
+
 from lit_llama.chat_template import one_moment, render_chat, render_undated
 from lit_llama.tokenizer import Tokenizer
 
@@ -231,10 +233,8 @@ def chosen_style(asked: str | None, trained: str | None, tokenizer: Tokenizer, d
     """
     style = prompt_style(asked or trained or default, tokenizer)
     if asked not in (None, trained, "chat", "none") and tokenizer.chat_template is not None:
-        print(
-            f"hint: this base model has a chat template: --prompt_style chat may suit it better than {asked}",
-            file=sys.stderr,
-        )
+        hint = f"hint: this base model has a chat template: --prompt_style chat may suit it better than {asked}"
+        tqdm.write(hint, file=sys.stderr)
     return style
 
 

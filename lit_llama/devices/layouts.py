@@ -94,7 +94,7 @@ class Int4Linear(nn.Module):
 
 
 def lay_out(model: LLaMA) -> LLaMA:
-    """Lay out a base model's linear layers anew, in place, for inference on a CPU; elsewhere leave them as they are.
+    """Change the memory layout of a base model's linear layers in place, for inference on a CPU; do nothing elsewhere.
 
     Args:
         model: with whole float32 or bfloat16 weights.
@@ -107,7 +107,7 @@ def lay_out(model: LLaMA) -> LLaMA:
     return model
 
 
-def quantize_weights(model: LLaMA, weight_only: WeightOnly) -> LLaMA:
+def quantize_for_inference(model: LLaMA, weight_only: WeightOnly) -> LLaMA:
     """Keep the weights of a base model's linear layers in 8 or 4 bits, in place, for inference.
 
     On a CPU by torch's own kernels, the head in 8 bits; elsewhere by torchao, the head as it is.
@@ -131,7 +131,7 @@ def quantize_weights(model: LLaMA, weight_only: WeightOnly) -> LLaMA:
 
 
 def quantize_by_torchao(model: LLaMA, weight_only: WeightOnly) -> None:
-    """`quantize_weights` of the blocks on any device that torchao supports."""
+    """`quantize_for_inference` of the blocks on any device that torchao supports."""
     torchao = require_extra("torchao.quantization", "quantize")
     if weight_only == "int8-fast":
         config = torchao.Int8WeightOnlyConfig()

@@ -19,8 +19,10 @@ Quantize = Literal["nf4", "int8"]
 _BLOCK = 64  # weights that share a scale in 4 bits
 
 
-def quantize_layers(model: LLaMA, quantize: Quantize, dtype: torch.dtype) -> None:
-    """Replace the linear layers of all blocks; the embedding, the head and the norms stay as they are.
+def use_quantized_layers(model: LLaMA, quantize: Quantize, dtype: torch.dtype) -> None:
+    """Replace the linear layers of all blocks by empty quantised ones, which `load_quantized` fills.
+
+    The embedding, the head and the norms stay as they are.
 
     Args:
         model: on the meta device; changed in place.
@@ -50,20 +52,20 @@ def quantize_layers(model: LLaMA, quantize: Quantize, dtype: torch.dtype) -> Non
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Whether a layer is one that `quantize_layers` made."""
+    """Whether a layer is one that `use_quantized_layers` made."""
     return type(layer).__module__.startswith("bitsandbytes.")
 
 
 def bits_of(model: LLaMA) -> Quantize | None:
-    """How `quantize_layers` changed a model's layers; None if it did not."""
+    """How `use_quantized_layers` changed a model's layers; None if it did not."""
     layer = model.get_submodule("transformer.h.0.attn.c_attn")
     if not is_quantized(layer):
         return None
     return "nf4" if type(layer).__name__ == "Linear4bit" else "int8"
 
 
-def quantize_weight(layer: nn.Module, weight: Tensor, device: torch.device, dtype: torch.dtype) -> None:
-    """Give a layer that `quantize_layers` made its weight, quantised on the device.
+def load_quantized(layer: nn.Module, weight: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+    """Quantise a weight on the device and put it into a layer that `use_quantized_layers` made.
 
     Raises:
         ValueError: bitsandbytes does not support the device.

@@ -26,7 +26,7 @@ from lit_llama.adapters import AdapterInfo, Method, adapter_file, adapter_finger
 from lit_llama.checkpoint import load_base, read_config, verify_base
 from lit_llama.combine import WeightedSum
 from lit_llama.decoder import GenerationRequest, check_prompts
-from lit_llama.devices.layouts import WeightOnly, compile_decoding, lay_out, quantize_weights
+from lit_llama.devices.layouts import WeightOnly, compile_decoding, lay_out, quantize_for_inference
 from lit_llama.devices.precision import PRECISIONS, Precision
 from lit_llama.devices.quantization import Quantize
 from lit_llama.evaluation.answers import Column, as_question, prompt_rows
@@ -546,7 +546,7 @@ def open_base(
         dtype = dtype or torch.bfloat16  # what its kernels compute in
     model = load_base(checkpoint_dir, dtype, device)
     if quantize is not None:
-        quantize_weights(model, quantize)
+        quantize_for_inference(model, quantize)
     elif device.type == "cpu" and not compile:  # the compiler lays out what it needs
         lay_out(model)
     if compile:

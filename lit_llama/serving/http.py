@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
+from tqdm import tqdm
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lit_llama.serving.worker import ENDING, Worker
@@ -119,7 +120,7 @@ def allowed_hosts(host: str, more: list[str]) -> tuple[frozenset[str], bool]:
 
 
 class Gate:
-    """ASGI middleware that lets through what `Access` allows, and answers with an error object whatever goes wrong."""
+    """ASGI middleware that lets through what `Access` allows, and answers what goes wrong with an error object."""
 
     def __init__(self, app: Any, access: Access) -> None:
         self._app, self._access = app, access
@@ -159,7 +160,7 @@ class Gate:
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             request = f"{scope['method']} {scope['path']!r:.100}"
-            print(f"error: {request}: {error!r:.500} ({place.filename}:{place.lineno})", file=sys.stderr)
+            tqdm.write(f"error: {request}: {error!r:.500} ({place.filename}:{place.lineno})", file=sys.stderr)
             refusal = ApiError(500, "the server failed on this request; its log says more")
         if not has_begun:
             await _refuse(refusal, receive, tracked_send)
@@ -169,8 +170,8 @@ class Gate:
         if not self._is_allowed_host(host):
             raise ApiError(
                 403,
-                f"this server is not to be asked as {host[:100]!r}; if that is a name of it, start it with "
-                "--allowed_host and the name",
+                f"this server does not answer under the name {host[:100]!r}; if that is one of its names, start it "
+                "with --allowed_host and the name",
                 "host_not_allowed",
             )
         if b"origin" in headers and not is_from_page:
@@ -269,7 +270,7 @@ async def _refuse(error: ApiError, receive: Any, send: Any) -> None:
 
 
 class _Connection(H11Protocol):
-    """uvicorn's, which closes connections on which no whole header comes: uvicorn itself waits for ever."""
+    """uvicorn's protocol, which also closes connections on which no whole header comes: uvicorn waits for ever."""
 
     _patience: asyncio.TimerHandle | None = None
 
@@ -304,7 +305,7 @@ class _Connection(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, with the worker beside it, signals handled by `ending`, and a word when it is ready."""
+    """uvicorn's server, which also listens to the worker, leaves signals to `Ending` and says when it is ready."""
 
     def __init__(self, config: uvicorn.Config, worker: Worker, address: str) -> None:
         super().__init__(config)
@@ -318,7 +319,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._worker.listen(self._lost_worker)
         await super().startup(sockets)
-        print(f"ready at {self._address}", file=sys.stderr, flush=True)
+        tqdm.write(f"ready at {self._address}", file=sys.stderr)
 
     def _lost_worker(self) -> None:
         self.has_lost_worker = self.should_exit = True
@@ -357,7 +358,7 @@ class Ending:
 
 
 def bind(host: str, port: int) -> tuple[socket.socket, str]:
-    """Take a port, without listening yet: who comes before the model is loaded is refused.
+    """Take a port without listening on it yet: clients that come before the model is loaded are refused.
 
     Args:
         host: name or address to listen on.
@@ -367,7 +368,7 @@ def bind(host: str, port: int) -> tuple[socket.socket, str]:
         The socket, and its address for people.
 
     Raises:
-        ValueError: the port cannot be had.
+        ValueError: the port cannot be taken.
     """
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:

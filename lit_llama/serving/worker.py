@@ -242,7 +242,7 @@ def work(connection: Connection, opening: Opening) -> None:
         ).model
         store = AdapterStore(opening.adapter_dir, model, opening.allow_other_base, opening.quantize)
         rows = Rows(model, store, opening.max_rows, opening.max_length)
-    except Exception as error:  # whatever it is, the main process says it in one line
+    except Exception as error:  # of any kind: the main process says it in one line
         connection.send(str(error) or type(error).__name__)
         return
     connection.send(None)
@@ -260,8 +260,8 @@ class Rows:
     Args:
         model: the base model.
         store: the adapters.
-        max_rows: generated at once.
-        max_length: tokens of a row, prompt included.
+        max_rows: number of rows that are generated at once.
+        max_length: longest row in tokens, prompt included.
     """
 
     def __init__(self, model: LLaMA, store: AdapterStore, max_rows: int, max_length: int) -> None:
@@ -316,7 +316,7 @@ class Rows:
 
     def _fail(self, error: Exception, *joining: int) -> list[tuple[int, Said]]:
         """End all rows by an error that no row alone has caused: memory, the device. Later ones find a new decoder."""
-        print(f"error: the model failed: {type(error).__name__}: {error}", file=sys.stderr)
+        tqdm.write(f"error: the model failed: {type(error).__name__}: {error}", file=sys.stderr)
         reason = f"the model failed ({type(error).__name__}); the server's log says more"
         failed = [(number, Said(error=reason)) for number in (*self._numbers.values(), *joining)]
         self._numbers.clear()
