@@ -206,7 +206,7 @@ def test_prompts_name_their_aligner_in_a_folder(command, base_dir, aligner_path,
     assert (status, "trained.safetensors is not a complete safetensors file" in err) == (1, True)
     (tmp_path / "store" / "trained.safetensors").unlink()
     status, _, err = command("generate/aligner.py", **options, **folder)
-    assert (status, "no Aligner named 'trained'" in err) == (1, True)
+    assert (status, "no adapter named 'trained'" in err) == (1, True)
 
 
 def test_prompts_from_files_and_standard_input(command, base_dir, tmp_path, monkeypatch):
