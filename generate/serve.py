@@ -66,6 +66,7 @@ def main(
         allowed_origin: origin of pages elsewhere that may use the server from a browser, such as
             http://localhost:3000; may be repeated. "*" accepts any origin.
         docs: describe the API at /docs and /openapi.json, to anyone, with or without the key.
+        options: how the base model and its adapters are opened and answered with, see `Opening`.
     """
     for module in ("fastapi", "uvicorn"):
         require_extra(module, "serve")
