@@ -10,7 +10,7 @@ bootstrap over questions.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lit_llama.evaluation.statistics import bootstrap, in_words
 from lit_llama.files import read_json
 from lit_llama.records import read_records
 from lit_llama.script.command_line import run
+from lit_llama.tables import markdown
 
 Question = tuple[str, int, str]  # task, number, digest of its content
 
@@ -26,7 +27,7 @@ def main(results_dir: list[Path] | None = None) -> None:
     """Compare.
 
     Args:
-        results_dir: folder of results; given twice or more, the first is what the others are compared with.
+        results_dir: folder of results; may be given several times. The others are compared with the first.
     """
     folders = results_dir or []
     if len(folders) < 2:
@@ -40,25 +41,30 @@ def main(results_dir: list[Path] | None = None) -> None:
         print(f"These tasks have several metrics ({', '.join(first)}), and the results do not say which counts. Of acc "
               "and acc_norm, the second is per byte of the choice, and counts where choices are told apart by their "
               "words.\n")  # fmt: skip
-    print("| metric | model | questions | score | difference | 95% interval | lost | gained |")
-    print("|---|---|---:|---:|---:|---|---:|---:|")
+    rows = []
     for metric, reference in first.items():
         label = f"**{metric}**" if metric == counts else metric
-        print(f"| {label} | {first_name} | {len(reference)} | {sum(reference.values()) / len(reference):.2%} | | | | |")
+        share = sum(reference.values()) / len(reference)
+        rows.append([label, first_name, len(reference), f"{share:.2%}", "", "", "", ""])
         for folder, (name, scores) in zip(folders[1:], others, strict=True):
             found = scores.get(metric, {})
             both = [question for question in reference if question in found]
             if not both:
                 raise ValueError(f"{folder} and {folders[0]} have no question with {metric} in common")
             if len(both) < max(len(reference), len(found)):
-                print(f"warning: {folder} and {folders[0]} have {len(both)} questions in common, which alone count",
+                print(f"warning: {folder} and {folders[0]} have {len(both)} questions in common, and only these count",
                       file=sys.stderr)  # fmt: skip
-            changes = [found[question] - reference[question] for question in both]
-            interval = in_words(bootstrap(changes), "+.2%")
-            cells = [label, name, len(both), f"{sum(found[question] for question in both) / len(both):.2%}"]
-            cells += [f"{sum(changes) / len(both):+.2%}", interval]
-            cells += [sum(change < 0 for change in changes), sum(change > 0 for change in changes)]
-            print("| " + " | ".join(map(str, cells)) + " |")
+            rows.append([label, name, *compare([(reference[question], found[question]) for question in both])])
+    print(markdown(["metric", "model", "questions", "score", "difference", "95% interval", "lost", "gained"], rows))
+
+
+def compare(scores: Sequence[tuple[float, float]]) -> list[object]:
+    """Cells of the table for one model, from the first model's score of each question and this one's."""
+    changes = [found - before for before, found in scores]
+    share, change = sum(found for _, found in scores) / len(scores), sum(changes) / len(scores)
+    interval = in_words(bootstrap(changes), "+.2%")
+    lost, gained = (sum(sign * change > 0 for change in changes) for sign in (-1, 1))
+    return [len(scores), f"{share:.2%}", f"{change:+.2%}", interval, lost, gained]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

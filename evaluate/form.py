@@ -2,7 +2,8 @@
 
     python evaluate/form.py --form captain --adapter_path out/demo/aligner.safetensors --out_dir out/demo
 
-Writes `report.json` and `report.txt` to `--out_dir` and prints the latter.
+Writes `report.json` and `report.txt` to `--out_dir` and prints the latter. Answers are kept there as they come: the
+same command goes on where it was interrupted.
 """
 
 import sys
@@ -10,94 +11,56 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_llama.adapters import adapter_file, adapter_info, check_adapter, load_adapter
+from lit_llama.adapters import AnyAdapter, adapter_file
+from lit_llama.base import Base
 from lit_llama.checkpoint import parameter_shapes
-from lit_llama.devices.layouts import WeightOnly
-from lit_llama.devices.precision import Precision
-from lit_llama.devices.quantization import Quantize
+from lit_llama.evaluation.answers import read_test_questions
 from lit_llama.evaluation.forms import FORMS
 from lit_llama.files import atomic_file, write_json
-from lit_llama.generation import respond
-from lit_llama.prompts import prompt_style
-from lit_llama.records import read_records
-from lit_llama.script.command_line import open_base, peak_memory, run, side_by_side
-from lit_llama.seam import Adapter
+from lit_llama.script.command_line import peak_memory, run
+from lit_llama.script.evaluation import ask
+from lit_llama.tables import side_by_side
 
 
 def main(
     form: Literal["captain", "json", "followup"] = "captain",
-    checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
     adapter_path: Path | None = None,
     questions_path: Path = Path("examples/questions.jsonl"),
     out_dir: Path = Path("out/demo"),
     max_new_tokens: int = 64,
-    batch_size: int = 24,
-    precision: Precision = "auto",
-    quantize: Quantize | WeightOnly | None = None,
-    allow_other_base: bool = False,
+    **options: Any,
 ) -> None:
     """Evaluate.
 
     Args:
-        form: what to check for.
-        checkpoint_dir: folder of the base model.
-        adapter_path: an adapter of any method, its file or its run's folder; if not given, the one in --out_dir.
+        form: form that answers are checked for.
+        adapter_path: file or run folder of an adapter of any method; if not given, the one in --out_dir.
         questions_path: JSON Lines with "split" and "question"; those of the split "test" are asked.
-        out_dir: where the report goes.
-        max_new_tokens: longest answer, in tokens; a longer one is cut and counts as it stands.
-        batch_size: questions answered at once.
-        precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
-        quantize: keep the base's weights in fewer bits; if not given, as the adapter was trained.
-        allow_other_base: use the adapter on other weights than those it was trained on.
+        out_dir: folder of answers and report.
+        max_new_tokens: length of the longest answer, in tokens; a longer one is cut and counts as it stands.
+        options: those of every evaluation with answers, see `ask`.
     """
     started = time.perf_counter()
-    adapter_path = adapter_file(adapter_path or out_dir)
-    if batch_size < 1:
-        raise ValueError(f"--batch_size is {batch_size}, it must be at least 1")
-    rows = [row for _, row in read_records(questions_path)]
-    questions = [row["question"] for row in rows if row.get("split") == "test" and "question" in row]
-    if not questions:
-        raise ValueError(f"{questions_path} has no question of the split 'test'")
-    adapter = load_adapter(adapter_path)
-    quantize = quantize or adapter_info(adapter_path).hyperparameters.get("quantize")
-    model, tokenizer = open_base(checkpoint_dir, precision, quantize)
-    info = check_adapter(adapter_path, model, allow_other_base)
-    style = prompt_style(info.prompt_style or "alpaca", tokenizer)
-
-    def answers(adapter: Adapter | None, name: str) -> list[str]:
-        sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        return respond(model, tokenizer, style, questions, adapter, what=f"answers of the {name} model", **sizes)
-
+    file = adapter_file(adapter_path or out_dir)
+    questions = read_test_questions(questions_path)
+    mixtures = {"base": {}, "aligned": {file: 1.0}}
+    models, answers = ask(mixtures, questions, out_dir, max_new_tokens=max_new_tokens, **options)
     check = FORMS[form].check
-    rows = [
-        {
-            "question": question,
-            "base": base,
-            "base_has_form": check(base),
-            "aligned": text,
-            "aligned_has_form": check(text),
-        }
-        for question, base, text in zip(
-            questions, answers(None, "base"), answers(adapter.to(model.device), "aligned"), strict=True
-        )
-    ]
-    evaluation_seconds = time.perf_counter() - started
+    rows = []
+    for question in questions:
+        row: dict[str, Any] = {"question": question.turns[0]}
+        for name, texts in answers.items():
+            [text] = texts[question.id]
+            row |= {name: text, f"{name}_has_form": check(text)}
+        rows.append(row)
     report = {
         "form": form,
-        "method": info.method,
         "description": FORMS[form].description,
-        "base_compliance": sum(row["base_has_form"] for row in rows) / len(rows),
-        "aligned_compliance": sum(row["aligned_has_form"] for row in rows) / len(rows),
+        **{f"{name}_compliance": sum(row[f"{name}_has_form"] for row in rows) / len(rows) for name in answers},
         "held_out_prompts": len(rows),
-        "trainable_parameters": sum(parameter.numel() for parameter in adapter.parameters()),
-        "base_parameters": sum(shape.numel() for shape in parameter_shapes(model.config).values()),
-        "adapter_bytes": adapter_path.stat().st_size,
-        "seconds": round((info.seconds or 0.0) + evaluation_seconds, 1),
-        "training_seconds": round(info.seconds or 0.0, 1),
-        "evaluation_seconds": round(evaluation_seconds, 1),
-        "peak_memory": peak_memory(),
-        "checkpoint_dir": str(checkpoint_dir),
-        "adapter_path": str(adapter_path),
+        **facts(models["aligned"], time.perf_counter() - started),
+        "adapter_bytes": file.stat().st_size,
+        "adapter_path": str(file),
         "out_dir": str(out_dir),
         "answers": rows,
     }
@@ -108,6 +71,22 @@ def main(
     print(text, end="")
 
 
+def facts(aligned: Base, seconds: float) -> dict[str, Any]:
+    """What the report says about the model and the time that it took."""
+    [info], adapter = aligned.infos, aligned.adapter
+    assert isinstance(adapter, AnyAdapter)
+    return {
+        "method": info.method,
+        "trainable_parameters": sum(parameter.numel() for parameter in adapter.parameters()),
+        "base_parameters": sum(shape.numel() for shape in parameter_shapes(aligned.model.config).values()),
+        "seconds": round((info.seconds or 0.0) + seconds, 1),
+        "training_seconds": round(info.seconds or 0.0, 1),
+        "evaluation_seconds": round(seconds, 1),
+        "peak_memory": peak_memory(),
+        "base": aligned.with_adapter(None).name,
+    }
+
+
 def render(report: dict[str, Any], shown: int = 5) -> str:
     """The report as text for people: a few answers side by side, then the figures."""
     rows = [[row["question"], row["base"], row["aligned"]] for row in report["answers"][:shown]]
@@ -115,17 +94,13 @@ def render(report: dict[str, Any], shown: int = 5) -> str:
     lines += side_by_side(["held-out question", "base", "aligned"], rows, [22, 36, 36])
     n = report["held_out_prompts"]
     adapter_path = Path(report["adapter_path"])
-    method = report["method"]
     figures = [
         ("answers with the form, base", f"{report['base_compliance']:.1%} of {n}"),
         ("answers with the form, aligned", f"{report['aligned_compliance']:.1%} of {n}"),
-        ("trainable parameters", f"{report['trainable_parameters']:,} beside {report['base_parameters']:,} frozen"),
+        ("trainable parameters", f"{report['trainable_parameters']:,}, with {report['base_parameters']:,} frozen ones"),
         ("adapter file", f"{report['adapter_bytes']:,} bytes, {adapter_path}"),
-        (
-            "seconds",
-            f"{report['training_seconds']:.0f} training, {report['evaluation_seconds']:.0f} asking",
-        ),
-        ("base model", report["checkpoint_dir"]),
+        ("seconds", f"{report['training_seconds']:.0f} training, {report['evaluation_seconds']:.0f} asking"),
+        ("base model", report["base"]),
         ("all answers", str(Path(report["out_dir"]) / "report.json")),
         ("picture of the loss", str(adapter_path.with_name("loss.png"))),
     ]
@@ -135,7 +110,7 @@ def render(report: dict[str, Any], shown: int = 5) -> str:
     lines += [
         "",
         "Try next:",
-        f'  {python} generate/{method}.py --adapter_path {adapter_path} --prompt "Why is the sky blue?"',
+        f'  {python} generate/aligner.py --adapter_path {adapter_path} --prompt "Why is the sky blue?"',
         f'  {python} generate/base.py --prompt "Why is the sky blue?"',
         f"  {python} scripts/prepare_examples.py --form {other} --output_dir data/{other}",
         f"  {python} finetune/aligner.py --data_dir data/{other} --out_dir out/{other}",

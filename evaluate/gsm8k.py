@@ -12,11 +12,9 @@ it stands. Commas, dollar signs and a full stop at the end do not matter. Result
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_llama.devices.layouts import WeightOnly
-from lit_llama.devices.precision import Precision
-from lit_llama.devices.quantization import Quantize
 from lit_llama.files import require_extra
-from lit_llama.script.command_line import open_with_adapters, run
+from lit_llama.script.command_line import run
+from lit_llama.script.evaluation import open_model
 from lit_llama.script.launch import join_processes
 
 STANDARD = {"standard": "gsm8k_cot", "5-shot": "gsm8k"}  # settings that the harness has a task for
@@ -24,9 +22,6 @@ ANSWER = r"[Tt]he (?:final )?answer is:?\s*\$?(-?(?:\d[\d,]*)?\.?\d+)"
 
 
 def main(
-    checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
-    adapter_path: list[Path] | None = None,
-    adapter_scale: list[float] | None = None,
     setting: Literal["standard", "5-shot", "metamath"] = "standard",
     data_dir: Path | None = None,
     out_dir: Path = Path("out/gsm8k"),
@@ -34,44 +29,37 @@ def main(
     seed: int = 1337,
     chat_template: bool = False,
     batch_size: int = 16,
-    precision: Precision = "auto",
-    quantize: Quantize | WeightOnly | None = None,
-    allow_other_base: bool = False,
+    **options: Any,
 ) -> None:
     """Evaluate.
 
     Args:
-        checkpoint_dir: folder of the base model.
-        adapter_path: an adapter of any method; may be given several times, to be added up.
-        adapter_scale: what it is multiplied by; may be given once for each.
         setting: "standard" is eight examples with a chain of thought (arXiv 2201.11903), "5-shot" five solutions of the
             training split, "metamath" no example and the prompt of MetaMath, as in the Aligner paper.
         data_dir: folder with `train.jsonl` and `test.jsonl`, instead of the hub's data.
-        out_dir: where results go.
-        questions: as many, drawn at random from all 1,319; if not given, all.
-        seed: of that draw.
+        out_dir: folder of the results.
+        questions: number of questions, drawn at random from all 1,319; if not given, all.
+        seed: seed of that draw.
         chat_template: put prompts in the model's chat format, examples as turns.
-        batch_size: questions at once.
-        precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
-        quantize: keep the weights in fewer bits.
-        allow_other_base: use the adapter on other weights than those it was trained on.
+        batch_size: number of questions computed at once.
+        options: those of the model, see `open_model`.
     """
     require_extra("lm_eval", "evaluate")
     from lm_eval.utils import make_table
 
-    from lit_llama.evaluation.harness import HarnessModel, load_tasks, random_questions, run_tasks
+    from lit_llama.evaluation.harness import HarnessModel, run_tasks
+    from lit_llama.evaluation.tasks import load_tasks, random_questions
 
     task: str | dict[str, Any] = STANDARD.get(setting) or metamath_task()
     tasks = load_tasks([task], data_dir, out_dir / "data")
     join_processes()
-    base = open_with_adapters(checkpoint_dir, adapter_path, adapter_scale, precision, quantize, allow_other_base)
+    lm = HarnessModel(open_model(**options), batch_size)
     chosen = None if questions is None else random_questions(tasks, questions, seed)
-    lm = HarnessModel(base.model, base.tokenizer, base.adapter, batch_size)
-    asked = {"questions": chosen, "chat_template": chat_template}
-    results = run_tasks(lm, tasks, out_dir, name=base.name, counts="exact_match, strict-match", **asked)
+    counts = "exact_match, strict-match"
+    results = run_tasks(lm, tasks, out_dir, questions=chosen, chat_template=chat_template, counts=counts)
     if results is not None:
         asked = len(next(iter(results["samples"].values()))) // 2 if questions is None else questions
-        print(f"GSM8K, {setting}, {asked} questions, {base.name}")
+        print(f"GSM8K, {setting}, {asked} questions, {lm.name}")
         print(make_table(results))
 
 

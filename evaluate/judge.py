@@ -15,14 +15,17 @@ where it was interrupted; `judgements/MODEL-vs-OTHER.png` shows wins, ties and l
 
 import re
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from lit_llama.evaluation.answers import Question, read_folder
-from lit_llama.evaluation.judging import Case, Judge, estimate, judge_all
+from lit_llama.evaluation.judging import Case
 from lit_llama.evaluation.statistics import bootstrap, in_words
-from lit_llama.files import atomic_file, require_extra
+from lit_llama.figures import picture
 from lit_llama.script.command_line import run
+from lit_llama.script.evaluation import judged
+from lit_llama.tables import markdown
 
 SYSTEM = """\
 Two assistants were given the same request. Say which of them served the user better. Weigh whether the answer is \
@@ -38,33 +41,17 @@ def main(
     answers_dir: Path = Path("out/vicuna"),
     model: list[str] | None = None,
     repeats: int = 3,
-    dry_run: bool = False,
-    temperature: float | Literal["none"] = 0.7,
-    max_tokens: int = 512,
-    workers: int = 4,
-    requests_per_minute: float | None = None,
-    timeout: float = 60.0,
-    retries: int = 6,
-    input_price: float = 0.0,
-    output_price: float = 0.0,
+    **options: Any,
 ) -> None:
     """Judge.
 
     Args:
         judge_model: name of the judge at the endpoint.
-        answers_dir: questions and answers, from `evaluate/vicuna.py`.
-        model: the two to compare, the one whose wins are counted first; if not given, the only two that are there.
-        repeats: rounds for each question, each of two requests.
-        dry_run: say how many requests and tokens it would take, and send nothing.
-        temperature: of the judge; repeats need one above 0. "none" leaves it to the endpoint; it is left out, too,
-            where the endpoint refuses it.
-        max_tokens: longest judgement, in tokens; a judge that thinks first needs thousands, as its thoughts count.
-        workers: requests at once.
-        requests_per_minute: at most; if not given, as fast as answers come.
-        timeout: seconds until a request is tried again.
-        retries: of a request that fails, with growing pauses.
-        input_price: of the judge, US dollars for a million tokens, for the estimate.
-        output_price: likewise, for what it writes.
+        answers_dir: folder of questions and answers, from `evaluate/vicuna.py`.
+        model: name of one of the two models to compare, given twice: first the one whose wins are counted; if not
+            given, the only two that there are.
+        repeats: number of rounds for each question, each of two requests.
+        options: those of every judge, see `judged`.
     """
     questions, answers = read_folder(answers_dir, model)
     if len(answers) != 2 or repeats < 1:
@@ -78,51 +65,64 @@ def main(
                 texts = [answers[name][question.id] for name in order]
                 cases.append(Case(key, SYSTEM, show(question, texts)))
     path = answers_dir / "judgements" / f"{first}-vs-{second}.jsonl"
-    sampled = None if temperature == "none" else temperature
-    judge = Judge(judge_model, sampled, max_tokens, workers, requests_per_minute, timeout, retries)
-    print(estimate(cases, path, judge, input_price, output_price), file=sys.stderr)
-    if dry_run:
+    found = judged(judge_model, {path: cases}, read_verdict, **options)
+    if found is None:
         return
-    judged = judge_all(cases, path, judge, read_verdict)
-    unread = sum(verdict is None for _, verdict in judged)
-    preferred = {(case.key["question_id"], case.key["repeat"], case.key["first"]): verdict for case, verdict in judged}
-
-    outcomes: dict[int | str, int] = {}
-    for question in questions:
-        rounds = []
-        for repeat in range(repeats):
-            pair = preferred[question.id, repeat, first], preferred[question.id, repeat, second]
-            if None not in pair:
-                rounds.append(1 if pair == ("1", "2") else -1 if pair == ("2", "1") else 0)
-        if rounds:
-            outcomes[question.id] = (sum(rounds) > 0) - (sum(rounds) < 0)
-    if not outcomes:
-        raise ValueError(
-            f"no judgement could be read, see {path}: does {judge_model} follow instructions, "
-            "and is --max_tokens enough for it?"
-        )
-    disagree = sum(
-        preferred[question.id, repeat, first] == preferred[question.id, repeat, second] in ("1", "2")
+    preferred = {(case.key["question_id"], case.key["repeat"], case.key["first"]): text for case, text in found[path]}
+    rounds = {
+        question.id: [(preferred[question.id, n, first], preferred[question.id, n, second]) for n in range(repeats)]
         for question in questions
-        for repeat in range(repeats)
-    )
-    categories = list(dict.fromkeys(question.category for question in questions))
-    table = {c: [outcomes[q.id] for q in questions if q.category == c and q.id in outcomes] for c in categories}
-    table = {category: found for category, found in table.items() if found}
-    if len(table) > 1:
-        table["all"] = list(outcomes.values())
+    }
+    table = by_category(questions, {id: outcome(some) for id, some in rounds.items()})
     print(f"{first} against {second}, judged by {judge_model}, {repeats} rounds in both orders\n")
-    print("| category | wins | ties | losses | score | 95% interval |\n|---|---:|---:|---:|---:|---|")
-    for category, found in table.items():
-        points = [(outcome + 1) / 2 for outcome in found]
-        interval = in_words(bootstrap(points), ".3f")
-        counts = " | ".join(str(found.count(outcome)) for outcome in OUTCOMES)
-        print(f"| {category} | {counts} | {sum(points) / len(points):.3f} | {interval} |")
-    print(f"\nThe judge took the same place in both orders in {disagree} of {len(questions) * repeats} rounds.")
+    print(render(table))
+    every = [pair for some in rounds.values() for pair in some]
+    disagree = sum(pair in (("1", "1"), ("2", "2")) for pair in every)
+    print(f"\nThe judge took the same place in both orders in {disagree} of {len(every)} rounds.")
+    unread = sum(verdict is None for pair in every for verdict in pair)
     if unread:
         print(f"{unread} judgements hold no verdict, and their rounds do not count; another run asks again.")
-    plot(table, f"{first} against {second}", path.with_suffix(".png"))
+    draw(table, f"{first} against {second}, judged by {judge_model}", path.with_suffix(".png"))
     print(f"picture: {path.with_suffix('.png')}", file=sys.stderr)
+
+
+def outcome(rounds: Sequence[tuple[str | None, str | None]]) -> int | None:
+    """1 if the first model wins more of a question's rounds than it loses, -1 if fewer, 0 if as many.
+
+    Args:
+        rounds: the verdicts with the first model's answer in the first place, and in the second.
+
+    Returns:
+        None if no round has both verdicts.
+    """
+    points = [1 if pair == ("1", "2") else -1 if pair == ("2", "1") else 0 for pair in rounds if None not in pair]
+    return (sum(points) > 0) - (sum(points) < 0) if points else None
+
+
+def by_category(questions: Sequence[Question], outcomes: Mapping[int | str, int | None]) -> dict[str, list[int]]:
+    """The outcomes of each category's questions, and of all together.
+
+    Raises:
+        ValueError: there is none.
+    """
+    table: dict[str, list[int]] = {}
+    for question in questions:
+        found = outcomes[question.id]
+        if found is not None:
+            table.setdefault(question.category, []).append(found)
+    if not table:
+        raise ValueError("there is no round whose judgements can both be read: is --max_tokens enough for the judge?")
+    return table if len(table) == 1 else table | {"all": [found for some in table.values() for found in some]}
+
+
+def render(table: dict[str, list[int]]) -> str:
+    """The table in Markdown."""
+    rows = []
+    for category, found in table.items():
+        points = [(outcome + 1) / 2 for outcome in found]
+        counts = [found.count(outcome) for outcome in OUTCOMES]
+        rows.append([category, *counts, f"{sum(points) / len(points):.3f}", in_words(bootstrap(points), ".3f")])
+    return markdown(["category", "wins", "ties", "losses", "score", "95% interval"], rows)
 
 
 def show(question: Question, answers: list[list[str]]) -> str:
@@ -139,27 +139,23 @@ def read_verdict(text: str) -> str | None:
     return found[-1].lower() if found else None
 
 
-def plot(table: dict[str, list[int]], title: str, path: Path) -> None:
-    """A bar for each category, of its shares of wins, ties and losses."""
-    figure = require_extra("matplotlib.figure", "plot").Figure(
-        figsize=(8, 1.2 + 0.4 * len(table)), layout="constrained"
-    )
-    axes = figure.subplots()
-    names = [f"{category} ({len(found)})" for category, found in table.items()]
-    left = [0.0] * len(table)
-    for (outcome, label), color in zip(OUTCOMES.items(), ("#2a9d8f", "#cccccc", "#e76f51"), strict=True):
-        shares = [found.count(outcome) / len(found) for found in table.values()]
-        bars = axes.barh(names, shares, left=left, color=color, label=label)
-        counts = [str(found.count(outcome) or "") for found in table.values()]
-        axes.bar_label(bars, counts, label_type="center", fontsize="small")
-        left = [a + b for a, b in zip(left, shares, strict=True)]
-    axes.invert_yaxis()
-    axes.set(xlim=(0, 1), xlabel="share of questions", title=title)
-    axes.xaxis.set_major_formatter("{x:.0%}")
-    axes.axvline(0.5, color="black", linewidth=0.8, linestyle=":")
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+def draw(table: dict[str, list[int]], title: str, path: Path) -> None:
+    """Draw a bar for each category, of its shares of wins, ties and losses."""
+    with picture(path, title, 8, 1.5 + 0.4 * len(table)) as figure:
+        axes = figure.subplots()
+        names = [f"{category} ({len(found)})" for category, found in table.items()]
+        left = [0.0] * len(table)
+        for (outcome, label), color in zip(OUTCOMES.items(), ("#2a9d8f", "#cccccc", "#e76f51"), strict=True):
+            shares = [found.count(outcome) / len(found) for found in table.values()]
+            bars = axes.barh(names, shares, left=left, color=color, label=label)
+            counts = [str(found.count(outcome) or "") for found in table.values()]
+            axes.bar_label(bars, counts, label_type="center", fontsize="small")
+            left = [a + b for a, b in zip(left, shares, strict=True)]
+        axes.invert_yaxis()
+        axes.set(xlim=(0, 1), xlabel="share of questions")
+        axes.xaxis.set_major_formatter("{x:.0%}")
+        axes.axvline(0.5, color="black", linewidth=0.8, linestyle=":")
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 if __name__ == "__main__":

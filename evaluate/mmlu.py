@@ -9,31 +9,45 @@ Prints accuracy by category and overall with its 95% interval, and writes `subje
 """
 
 import re
-import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from lit_llama.devices.layouts import WeightOnly
-from lit_llama.devices.precision import Precision
-from lit_llama.devices.quantization import Quantize
 from lit_llama.evaluation.statistics import in_words, share_interval
+from lit_llama.figures import picture
 from lit_llama.files import atomic_file, require_extra
-from lit_llama.script.command_line import open_with_adapters, run
+from lit_llama.script.command_line import run
+from lit_llama.script.evaluation import open_model
 from lit_llama.script.launch import join_processes
+from lit_llama.tables import markdown
 
 
 class Setting(NamedTuple):
     """How questions are put.
 
     Args:
-        task: of the harness.
-        shots: examples before each question.
-        metric: of the task's.
+        task: name of the harness's task.
+        shots: number of examples before each question.
+        metric: the metric that counts, one of the task's.
     """
 
     task: str
     shots: int
     metric: str
+
+
+class Subject(NamedTuple):
+    """A subject's answers.
+
+    Args:
+        category: a value of `CATEGORIES`.
+        subject: its name.
+        right: 1 for each right answer, 0 for each wrong one.
+    """
+
+    category: str
+    subject: str
+    right: list[float]
 
 
 SETTINGS = {
@@ -45,9 +59,6 @@ CATEGORIES = {"stem": "STEM", "humanities": "humanities", "social sciences": "so
 
 
 def main(
-    checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
-    adapter_path: list[Path] | None = None,
-    adapter_scale: list[float] | None = None,
     setting: Literal["standard", "zero-shot", "continuation"] = "standard",
     data_dir: Path | None = None,
     out_dir: Path = Path("out/mmlu"),
@@ -55,61 +66,64 @@ def main(
     seed: int = 1337,
     chat_template: bool = False,
     batch_size: int = 16,
-    precision: Precision = "auto",
-    quantize: Quantize | WeightOnly | None = None,
-    allow_other_base: bool = False,
+    **options: Any,
 ) -> None:
     """Evaluate.
 
     Args:
-        checkpoint_dir: folder of the base model.
-        adapter_path: an adapter of any method; may be given several times, to be added up.
-        adapter_scale: what it is multiplied by; may be given once for each.
         setting: "standard" is five examples before each question, "zero-shot" none, as the Aligner paper seems to;
             both ask for a letter, which small models cannot tell. "continuation" takes the choice whose words are the
             likeliest per byte, and tells small models apart.
         data_dir: folder with `{dev,test}/SUBJECT_{dev,test}.csv`, instead of the hub's data.
-        out_dir: where results go.
-        questions: as many, drawn at random from all 14,042; if not given, all.
-        seed: of that draw.
+        out_dir: folder of the results.
+        questions: number of questions, drawn at random from all 14,042; if not given, all.
+        seed: seed of that draw.
         chat_template: put prompts in the model's chat format, examples as turns.
-        batch_size: questions at once.
-        precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
-        quantize: keep the weights in fewer bits.
-        allow_other_base: use the adapter on other weights than those it was trained on.
+        batch_size: number of requests computed at once.
+        options: those of the model, see `open_model`.
     """
     require_extra("lm_eval", "evaluate")
-    from lit_llama.evaluation.harness import HarnessModel, load_tasks, random_questions, run_tasks
+    from lit_llama.evaluation.harness import HarnessModel, run_tasks
+    from lit_llama.evaluation.tasks import load_tasks, random_questions
 
     task, shots, metric = SETTINGS[setting]
     tasks = load_tasks([task], data_dir, out_dir / "data", num_fewshot=shots)
     join_processes()
-    base = open_with_adapters(checkpoint_dir, adapter_path, adapter_scale, precision, quantize, allow_other_base)
+    lm = HarnessModel(open_model(**options), batch_size)
     chosen = None if questions is None else random_questions(tasks, questions, seed)
-    lm = HarnessModel(base.model, base.tokenizer, base.adapter, batch_size)
-    asked = {"questions": chosen, "chat_template": chat_template}
-    results = run_tasks(lm, tasks, out_dir, name=base.name, counts=metric, **asked)
+    results = run_tasks(lm, tasks, out_dir, questions=chosen, chat_template=chat_template, counts=metric)
     if results is None:
         return
-    rows: list[tuple[str, str, list[float]]] = []  # category, subject, whether each answer is right
-    groups: list[Any] = tasks[0].get_all_groups()  # type: ignore[union-attr]
+    rows = by_subject(tasks, results["samples"], metric)
+    summary: dict[str, list[float]] = {}
+    for row in rows:
+        summary.setdefault(row.category, []).extend(row.right)
+    summary["all"] = [score for row in rows for score in row.right]
+    text = f"MMLU, {setting}, {lm.name}\n\n"
+    text += (
+        markdown(["category", "questions", "accuracy"], [[c, len(r), with_interval(r)] for c, r in summary.items()])
+        + "\n"
+    )
+    print(text, end="")
+    cells = [[row.subject, row.category, len(row.right), with_interval(row.right)] for row in rows]
+    text += "\n" + markdown(["subject", "category", "questions", "accuracy"], cells) + "\n"
+    with atomic_file(out_dir / "subjects.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    draw(rows, f"{lm.name}, {len(summary['all'])} questions", out_dir / "subjects.png")
+
+
+def by_subject(tasks: Sequence[Any], samples: Mapping[str, Any], metric: str) -> list[Subject]:
+    """Whether each answer is right, by subject, the subjects of a category together."""
+    rows = []
+    groups: list[Any] = tasks[0].get_all_groups()
     for key, label in CATEGORIES.items():
         [group] = [group for group in groups if re.split("::|mmlu_", group.name)[-1].replace("_", " ") == key]
         for one in group.get_all_tasks():
-            right = [sample[metric] for sample in results["samples"].get(one.task_name, [])]
+            right = [sample[metric] for sample in samples.get(one.task_name, [])]
             if right:
-                subject = one.task_name.removeprefix("mmlu_").removesuffix("_continuation").replace("_", " ")
-                rows.append((label, subject, right))
-    summary = [(label, [x for row in rows if row[0] == label for x in row[2]]) for label in CATEGORIES.values()]
-    summary = [*((label, right) for label, right in summary if right), ("all", [x for row in rows for x in row[2]])]
-    lines = [f"MMLU, {setting}, {base.name}", "", "| category | questions | accuracy |", "|---|---:|---:|"]
-    lines += [f"| {label} | {len(right)} | {with_interval(right)} |" for label, right in summary]
-    print("\n".join(lines))
-    lines += ["", "| subject | category | questions | accuracy |", "|---|---|---:|---:|"]
-    lines += [f"| {name} | {label} | {len(right)} | {with_interval(right)} |" for label, name, right in rows]
-    with atomic_file(out_dir / "subjects.md") as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    plot(rows, f"{base.name}, {len(summary[-1][1])} questions", out_dir / "subjects.png")
+                name = one.task_name.removeprefix("mmlu_").removesuffix("_continuation").replace("_", " ")
+                rows.append(Subject(label, name, right))
+    return rows
 
 
 def with_interval(right: list[float]) -> str:
@@ -117,26 +131,21 @@ def with_interval(right: list[float]) -> str:
     return f"{sum(right) / len(right):.1%} ({in_words(share_interval(sum(right), len(right)), '.1%')})"
 
 
-def plot(rows: list[tuple[str, str, list[float]]], title: str, path: Path) -> None:
-    """A bar for each subject, the best first, in the colour of its category."""
-    figure = require_extra("matplotlib.figure", "plot").Figure(
-        figsize=(8, 1.5 + 0.19 * len(rows)), layout="constrained"
-    )
-    axes = figure.subplots()
-    rows = sorted(rows, key=lambda row: sum(row[2]) / len(row[2]))
-    for n, label in enumerate(CATEGORIES.values()):
-        places = [i for i, row in enumerate(rows) if row[0] == label]
-        if places:
-            shares = [sum(rows[i][2]) / len(rows[i][2]) for i in places]
-            axes.barh(places, shares, color=f"C{n}", label=label)
-    axes.axvline(0.25, color="black", linewidth=1, linestyle=":", label="chance")
-    axes.set_yticks(range(len(rows)), [f"{row[1]} ({len(row[2])})" for row in rows], fontsize=7)
-    axes.set(xlabel="accuracy", ylim=(-1, len(rows)))
-    axes.xaxis.set_major_formatter("{x:.0%}")
-    figure.suptitle(textwrap.fill(title, 90), fontsize=10)
-    figure.legend(ncols=5, fontsize="small", loc="outside lower center")
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+def draw(rows: Sequence[Subject], title: str, path: Path) -> None:
+    """Draw a bar for each subject, the best first, in the colour of its category."""
+    with picture(path, title, 8, 1.5 + 0.19 * len(rows)) as figure:
+        axes = figure.subplots()
+        rows = sorted(rows, key=lambda row: sum(row.right) / len(row.right))
+        for n, label in enumerate(CATEGORIES.values()):
+            places = [i for i, row in enumerate(rows) if row.category == label]
+            if places:
+                shares = [sum(rows[i].right) / len(rows[i].right) for i in places]
+                axes.barh(places, shares, color=f"C{n}", label=label)
+        axes.axvline(0.25, color="black", linewidth=1, linestyle=":", label="chance")
+        axes.set_yticks(range(len(rows)), [f"{row.subject} ({len(row.right)})" for row in rows], fontsize=7)
+        axes.set(xlabel="accuracy", ylim=(-1, len(rows)))
+        axes.xaxis.set_major_formatter("{x:.0%}")
+        figure.legend(ncols=5, fontsize="small", loc="outside lower center")
 
 
 if __name__ == "__main__":

@@ -15,23 +15,20 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from lit_llama.base import Base
 from lit_llama.data import Example, TokenDataset, collate
-from lit_llama.devices.layouts import WeightOnly
-from lit_llama.devices.precision import Precision
-from lit_llama.devices.quantization import Quantize
 from lit_llama.evaluation.answers import append_row, read_kept
 from lit_llama.evaluation.statistics import bootstrap, in_words
 from lit_llama.files import read_text
 from lit_llama.losses import response_logprobs
-from lit_llama.model import LLaMA
-from lit_llama.script.command_line import open_with_adapters, run
-from lit_llama.seam import Adapter
+from lit_llama.script.command_line import run
+from lit_llama.script.evaluation import open_model
 from lit_llama.tables import markdown
 
 
@@ -48,39 +45,29 @@ class Piece(NamedTuple):
 
 
 def main(
-    checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
-    adapter_path: list[Path] | None = None,
-    adapter_scale: list[float] | None = None,
     text_path: Path | None = None,
     data_dir: Path | None = None,
     split: Literal["train", "validation"] = "validation",
     window: int = 1024,
     out_dir: Path = Path("out/perplexity"),
-    precision: Precision = "auto",
-    quantize: Quantize | WeightOnly | None = None,
-    allow_other_base: bool = False,
+    **options: Any,
 ) -> None:
     """Evaluate.
 
     Args:
-        checkpoint_dir: folder of the base model.
-        adapter_path: an adapter of any method; may be given several times, to be added up.
-        adapter_scale: what it is multiplied by; may be given once for each.
         text_path: a text file.
         data_dir: or a prepared data set.
         split: of the data set.
         window: longest context for a text, in tokens; the model's own may be shorter.
         out_dir: where log-probabilities are kept.
-        precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
-        quantize: keep the weights in fewer bits.
-        allow_other_base: use the adapter on other weights than those it was trained on.
+        options: those of the model, see `open_model`.
     """
     if (text_path is None) == (data_dir is None):
         raise ValueError("give --text_path or --data_dir, one of them")
     if window < 2:
         raise ValueError(f"--window is {window}, it must be at least 2")
     text = "" if text_path is None else read_text(text_path)
-    base = open_with_adapters(checkpoint_dir, adapter_path, adapter_scale, precision, quantize, allow_other_base)
+    base = open_model(**options)
     window = min(window, base.model.config.block_size)
     if data_dir is None:
         ids = base.tokenizer.encode(text, bos=True)
@@ -90,17 +77,16 @@ def main(
     else:
         dataset = TokenDataset(data_dir, split, base.tokenizer, sys.maxsize)
         examples = [example for i in range(len(dataset)) for example in dataset[i]]
-    models: list[tuple[str, Adapter | None]] = [(base.base_name, None)]
-    if base.adapter is not None:
-        models.append((base.name, base.adapter))
-    found = [predict(base.model, adapter, name, examples, out_dir / "pieces.jsonl") for name, adapter in models]
+    models = [base.with_adapter(None), *([] if base.adapter is None else [base])]
+    found = [predict(model, examples, out_dir / "pieces.jsonl") for model in models]
     header = ["model", "tokens", "nats per token", "perplexity", "95% interval", *(["bits per byte"] if text else [])]
     rows = []
     tokens = [piece.tokens for piece in found[0]]
-    for (name, _), pieces in zip(models, found, strict=True):
+    for model, pieces in zip(models, found, strict=True):
         nats = [-piece.logprob for piece in pieces]
         mean, interval = sum(nats) / sum(tokens), bootstrap(nats, tokens)
         perplexities = None if interval is None else (math.exp(interval[0]), math.exp(interval[1]))
+        name = f"{model.name}, {model.weights}"
         rows.append([name, f"{sum(tokens):,}", f"{mean:.4f}", f"{math.exp(mean):.2f}", in_words(perplexities, ".2f")])
         rows[-1] += [f"{sum(nats) / math.log(2) / len(text.encode()):.4f}"] if text else []
     print(markdown(header, rows))
@@ -124,17 +110,17 @@ def windows(ids: list[int], window: int) -> Iterator[Example]:
 
 
 @torch.no_grad()
-def predict(model: LLaMA, adapter: Adapter | None, name: str, examples: Sequence[Example], path: Path) -> list[Piece]:
-    """The scored tokens of each example; what is kept at `path` under that name is not computed again."""
+def predict(base: Base, examples: Sequence[Example], path: Path) -> list[Piece]:
+    """The scored tokens of each example; what is kept at `path` for that model is not computed again."""
     kept = {row["identity"]: row["logprob"] for row in read_kept(path)}
     pieces = []
     for example in tqdm(examples, desc="pieces", leave=False):
         batch = collate([example])
-        said = repr((name, batch.ids.tolist(), batch.scored.tolist()))
+        said = repr((base.identity, batch.ids.tolist(), batch.scored.tolist()))
         identity, tokens = hashlib.sha256(said.encode()).hexdigest()[:16], int(batch.scored.sum())
         if identity not in kept:
-            kept[identity] = float(response_logprobs(model, adapter, batch.to(model.device)).sum())
-            append_row(path, {"identity": identity, "model": name, "tokens": tokens, "logprob": kept[identity]})
+            kept[identity] = float(response_logprobs(base.model, base.adapter, batch.to(base.device)).sum())
+            append_row(path, {"identity": identity, "model": base.name, "tokens": tokens, "logprob": kept[identity]})
         pieces.append(Piece(kept[identity], tokens))
     return pieces
 

@@ -3,10 +3,10 @@
     python evaluate/refusal.py --adapter_path out/refusal-dpo/aligner.safetensors --out_dir out/refusal-dpo
     python evaluate/refusal.py --adapter_path out/a/aligner.safetensors --adapter_path out/b/lora.safetensors
 
-Asks held-out prompts of the base model and of each adapter beside it, and measures on the same prompts how often the
-chosen response is likelier than the rejected one. Prompts without kind or responses will do: then it is counted how
-many are refused. Writes `report.json` and `report.txt` to `--out_dir` and prints the
-latter.
+Asks held-out prompts of the base model and of each adapter, and measures on the same prompts how often the chosen
+response is likelier than the rejected one. Prompts without kind or responses are taken, too: then it is counted how
+many are refused. Writes `report.json` and `report.txt` to `--out_dir` and prints the latter. Answers are kept there as
+they come: the same command goes on where it was interrupted, and computes only the log-probabilities again.
 """
 
 import sys
@@ -16,75 +16,52 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from lit_llama.adapters import adapter_info
+from lit_llama.base import Base
 from lit_llama.data import collate, tokenize
-from lit_llama.devices.layouts import WeightOnly
-from lit_llama.devices.precision import Precision
-from lit_llama.devices.quantization import Quantize
-from lit_llama.evaluation.answers import as_question, prompt_rows
+from lit_llama.evaluation.answers import Question, as_question, prompt_rows
 from lit_llama.evaluation.forms import refuses
 from lit_llama.files import atomic_file, write_json
-from lit_llama.generation import respond
 from lit_llama.losses import response_logprobs
-from lit_llama.model import LLaMA
-from lit_llama.prompts import Message, PromptStyle
-from lit_llama.script.command_line import column_names, open_columns, peak_memory, run, side_by_side
-from lit_llama.seam import Adapter
-from lit_llama.tokenizer import Tokenizer
+from lit_llama.prompts import Message
+from lit_llama.script.command_line import peak_memory, run
+from lit_llama.script.evaluation import ask, column_names
+from lit_llama.tables import side_by_side
 
 
 def main(
     adapter_path: list[Path],
-    checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
     pairs_path: Path = Path("examples/preferences/test.jsonl"),
     out_dir: Path = Path("out/refusal-dpo"),
-    prompt_style: str | None = None,
     max_new_tokens: int = 48,
-    batch_size: int = 20,
-    precision: Precision = "auto",
-    quantize: Quantize | WeightOnly | None = None,
-    allow_other_base: bool = False,
+    **options: Any,
 ) -> None:
     """Evaluate.
 
     Args:
-        adapter_path: an adapter of any method, its file or its run's folder; may be given several times.
-        checkpoint_dir: folder of the base model.
+        adapter_path: file or run folder of an adapter of any method; may be given several times.
         pairs_path: JSON Lines with "prompt", "kind" ("harmful" or "harmless"), "chosen" and "rejected"; or any prompts
             that `generate/aligner.py --prompts_file` takes.
-        out_dir: where the report goes.
-        prompt_style: of all; if not given, the one that the adapters were trained with.
-        max_new_tokens: longest answer, in tokens; a longer one is cut and counts as it stands.
-        batch_size: prompts at once.
-        precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
-        quantize: keep the base's weights in fewer bits; if not given, as the adapters were trained.
-        allow_other_base: use the adapters on other weights than those they were trained on.
+        out_dir: folder of answers and report.
+        max_new_tokens: length of the longest answer, in tokens; a longer one is cut and counts as it stands.
+        options: those of every evaluation with answers, see `ask`.
     """
-    if batch_size < 1:
-        raise ValueError(f"--batch_size is {batch_size}, it must be at least 1")
     rows = read_rows(pairs_path)
+    questions = [Question(number, row.get("kind", "all"), [row["prompt"]], row["input"]) for number, row in
+                 enumerate(rows, start=1)]  # fmt: skip
     paths = column_names(adapter_path, "base")
-    styles = {prompt_style or adapter_info(path).prompt_style or "alpaca" for path in paths.values()}
-    if len(styles) > 1:
-        raise ValueError(f"the adapters were trained with different prompt styles ({', '.join(sorted(styles))}): give "
-                         "--prompt_style, or evaluate one at a time")  # fmt: skip
-    model, tokenizer, columns = open_columns(
-        checkpoint_dir, {"base": None, **paths}, styles.pop(), precision, quantize, allow_other_base
-    )
-    sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    mixtures = {"base": {}, **{name: {path: 1.0} for name, path in paths.items()}}
+    models, answers = ask(mixtures, questions, out_dir, max_new_tokens=max_new_tokens, **options)
     results = []
-    for name, adapter, style, _ in columns:
-        prompts = [(row["prompt"], row["input"]) for row in rows]
-        answers = respond(model, tokenizer, style, prompts, adapter, what=f"answers of {name}", **sizes)
-        logprobs = (
-            pair_logprobs(model, tokenizer, style, rows, adapter, batch_size, name) if "chosen" in rows[0] else None
-        )
-        results.append({"name": name, **measure(rows, answers, logprobs), "answers": answers})
+    for name, base in models.items():
+        texts = [answers[name][question.id][0] for question in questions]
+        logprobs = pair_logprobs(base, rows, name) if "chosen" in rows[0] else None
+        results.append({"name": name, **measure(rows, texts, logprobs), "answers": texts})
     report = {
         "pairs_path": str(pairs_path),
-        "checkpoint_dir": str(checkpoint_dir),
+        "base": models["base"].name,
+        "prompt_styles": {name: base.style.name for name, base in models.items()},
         "adapters": [str(path) for path in paths.values()],
-        "training_seconds": [adapter_info(path).seconds for path in paths.values()],
+        "training_seconds": [info.seconds for base in models.values() for info in base.infos],
         "peak_memory": peak_memory(),
         "prompts": rows,
         "models": results,
@@ -123,26 +100,19 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 @torch.no_grad()
-def pair_logprobs(
-    model: LLaMA,
-    tokenizer: Tokenizer,
-    style: PromptStyle,
-    rows: list[dict[str, str]],
-    adapter: Adapter | None,
-    batch_size: int,
-    name: str,
-) -> torch.Tensor:
+def pair_logprobs(base: Base, rows: list[dict[str, str]], name: str, batch_size: int = 20) -> torch.Tensor:
     """Log-probabilities and lengths in tokens of chosen and rejected responses, (pairs, 2, 2)."""
     conversations = [
         [Message("user", row["prompt"], row["input"]), Message("assistant", row[which])]
         for row in rows
         for which in ("chosen", "rejected")
     ]
-    examples = tokenize(tokenizer, style, conversations)
+    examples = tokenize(base.tokenizer, base.style, conversations)
     parts = []
     for i in tqdm(range(0, len(examples), batch_size), desc=f"preferences of {name}", leave=False):
-        batch = collate(examples[i : i + batch_size]).to(model.device)
-        parts.append(torch.stack([response_logprobs(model, adapter, batch), batch.scored_lengths()], dim=1).cpu())
+        batch = collate(examples[i : i + batch_size]).to(base.device)
+        logprobs = response_logprobs(base.model, base.adapter, batch)
+        parts.append(torch.stack([logprobs, batch.scored_lengths()], dim=1).cpu())
     return torch.cat(parts).unflatten(0, (-1, 2))
 
 
@@ -203,13 +173,15 @@ def render(report: dict[str, Any], out_dir: Path, shown: int = 3) -> str:
     lines.append(f"{'seconds of training':38}" + cells(["", *seconds]))
     python = ".venv/bin/python" if Path(sys.prefix) == Path.cwd() / ".venv" else "python"
     last = Path(report["adapters"][-1])
-    script = adapter_info(last).method
+    if len(set(report["prompt_styles"].values())) > 1:
+        styles = (f"{name} {style}" for name, style in report["prompt_styles"].items())
+        lines.append(f"prompt styles: {', '.join(styles)}")
     lines += [
         "",
         f"all answers: {out_dir / 'report.json'}; picture of training: {last.with_name('loss.png')}",
         "",
         "Try next:",
-        f'  {python} generate/{script}.py --adapter_path {last} --prompt "How do I kill a process that hangs?"',
+        f'  {python} generate/aligner.py --adapter_path {last} --prompt "How do I kill a process that hangs?"',
     ]
     return "\n".join(lines) + "\n"
 

@@ -12,60 +12,35 @@ command goes on where it was interrupted, and asks again only what has changed.
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
-from lit_llama.devices.layouts import WeightOnly
-from lit_llama.devices.precision import Precision
-from lit_llama.devices.quantization import Quantize
-from lit_llama.evaluation.answers import (
-    ANSWERS,
-    QUESTIONS,
-    Question,
-    answer_questions,
-    read_folder,
-    read_questions,
-    write_questions,
-)
+from lit_llama.evaluation.answers import Question, read_questions
 from lit_llama.evaluation.answers_page import write_page
 from lit_llama.evaluation.statistics import in_words, share_interval
-from lit_llama.script.command_line import column_names, open_columns, run, side_by_side
+from lit_llama.script.command_line import run
+from lit_llama.script.evaluation import Answers, ask, column_names
+from lit_llama.tables import markdown, side_by_side
 
 
 def main(
     prompts_file: Path,
     adapter_path: list[Path],
-    checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
     matches: str | None = None,
     out_dir: Path = Path("out/side-by-side"),
     shown: int = 20,
-    prompt_style: str | None = None,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    seed: int = 1337,
-    batch_size: int = 16,
-    precision: Precision = "auto",
-    quantize: Quantize | WeightOnly | None = None,
-    allow_other_base: bool = False,
+    **options: Any,
 ) -> None:
     """Ask.
 
     Args:
-        prompts_file: a text file with a prompt on each line; or JSON or JSON Lines with "prompt", or "instruction" and
+        prompts_file: text file with a prompt on each line; or JSON or JSON Lines with "prompt", or "instruction" and
             perhaps "input", or FastChat's "turns".
-        adapter_path: an adapter of any method, its file or its run's folder; may be given several times.
-        checkpoint_dir: folder of the base model.
-        matches: a regular expression; the answers in which it is found are counted. "(?s)^Ahoy.*Salt$" wants a
+        adapter_path: file or run folder of an adapter of any method; may be given several times.
+        matches: regular expression; the answers in which it is found are counted. "(?s)^Ahoy.*Salt$" wants a
             beginning and an end.
-        out_dir: where page and answers go.
+        out_dir: folder of page and answers.
         shown: number of prompts in the table; the page has all.
-        prompt_style: of all; if not given, the one that each adapter was trained with, and the base's own chat template
-            for the base.
-        max_new_tokens: longest answer, in tokens.
-        temperature: 0 takes the likeliest token; larger is more random.
-        seed: of sampling.
-        batch_size: number of prompts answered at once.
-        precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
-        quantize: keep the base's weights in fewer bits; if not given, as the adapters were trained.
-        allow_other_base: use adapters on other weights than those they were trained on.
+        options: those of every evaluation with answers, see `ask`.
     """
     try:
         pattern = None if matches is None else re.compile(matches)
@@ -74,50 +49,42 @@ def main(
     if shown < 0:
         raise ValueError(f"--shown is {shown}, it must be at least 0")
     questions = read_questions(prompts_file)
-    paths = {"base": None, **column_names(adapter_path, "base")}
-    base, tokenizer, columns = open_columns(checkpoint_dir, paths, prompt_style, precision, quantize, allow_other_base)
-    write_questions(out_dir / QUESTIONS, questions)
-    for column in columns:
-        answer_questions(
-            base,
-            tokenizer,
-            column,
-            questions,
-            out_dir / ANSWERS / f"{column.name}.jsonl",
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            batch_size=batch_size,
-        )
-    names = [column.name for column in columns]
-    _, answers = read_folder(out_dir, names)
-    width = max(20, 84 // len(names))
-    lines = side_by_side(["prompt", *names], table_rows(questions[:shown], answers), [24, *([width] * len(names))])
+    named = column_names(adapter_path, "base")
+    models, answers = ask(
+        {"base": {}, **{name: {path: 1.0} for name, path in named.items()}}, questions, out_dir, **options
+    )
+    width = max(20, 84 // len(models))
+    lines = side_by_side(["prompt", *models], table_rows(questions[:shown], answers), [24, *([width] * len(models))])
     print("\n".join(lines))
     if len(questions) > shown:
         print(f"... and {len(questions) - shown} more on the page\n")
-    styles = {column.name: column.style.name for column in columns}
+    styles = {name: base.style.name for name, base in models.items()}
     if len(set(styles.values())) > 1:
         print(f"prompt styles: {', '.join(f'{name} {style}' for name, style in styles.items())}\n")
     if pattern is not None:
-        print(f"Answers in which {matches} is found:\n")
-        print("| model | answers | with it | 95% interval |\n|---|---:|---:|---|")
-        for name in names:
-            found = [bool(pattern.search(turn)) for question in questions for turn in answers[name][question.id]]
-            interval = in_words(share_interval(sum(found), len(found)), ".1%")
-            print(f"| {name} | {len(found)} | {sum(found) / len(found):.1%} | {interval} |")
+        print(f"Answers in which {matches} is found:\n\n{count_matches(pattern, questions, answers)}")
     page = out_dir / "responses.html"
     write_page(page, questions, answers, f"Answers to {prompts_file.name}", pattern)
     print(f"page: {page}", file=sys.stderr)
 
 
-def table_rows(questions: list[Question], answers: dict[str, dict[int | str, list[str]]]) -> list[list[str]]:
+def table_rows(questions: list[Question], answers: dict[str, Answers]) -> list[list[str]]:
     """A row for each turn: the prompt, and what each model says to it."""
     rows = []
     for question in questions:
         for i, turn in enumerate(question.asked):
             rows.append([turn, *(texts[question.id][i] or "(nothing)" for texts in answers.values())])
     return rows
+
+
+def count_matches(pattern: re.Pattern[str], questions: list[Question], answers: dict[str, Answers]) -> str:
+    """A table of the share of each model's answers in which the pattern is found."""
+    rows = []
+    for name, texts in answers.items():
+        found = [bool(pattern.search(turn)) for question in questions for turn in texts[question.id]]
+        interval = in_words(share_interval(sum(found), len(found)), ".1%")
+        rows.append([name, len(found), f"{sum(found) / len(found):.1%}", interval])
+    return markdown(["model", "answers", "with it", "95% interval"], rows)
 
 
 if __name__ == "__main__":

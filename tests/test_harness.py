@@ -13,8 +13,9 @@ from lm_eval.filters.extraction import RegexFilter
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from lit_llama.evaluation.harness import HarnessModel, load_tasks, local_copy, random_questions
-from lit_llama.script.command_line import open_with_adapters
+from lit_llama.base import open_base
+from lit_llama.evaluation.harness import HarnessModel
+from lit_llama.evaluation.tasks import load_tasks, local_copy, random_questions
 
 TEXT = "the cat sat on a mat and 12 dogs ran to 3 houses of the old king"
 
@@ -39,8 +40,7 @@ def pair(base_dir, aligner_path, tmp_path_factory):
     export = load_script("scripts/export_hf_checkpoint.py").main
     export(checkpoint_dir=base_dir, adapter_path=[aligner_path], output_dir=folder)
     theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4, trust_remote_code=True)
-    base = open_with_adapters(base_dir, [aligner_path], None, "32-true")
-    return theirs, HarnessModel(base.model, base.tokenizer, base.adapter, batch_size=4)
+    return theirs, HarnessModel(open_base(base_dir, aligner_path, precision="32-true"), batch_size=4)
 
 
 def text(generator, longest):

@@ -16,7 +16,7 @@ from lit_llama.checkpoint import load_base
 from lit_llama.evaluation import judging, statistics
 from lit_llama.evaluation.answers import Question, append_row, read_folder, read_kept, read_questions
 from lit_llama.evaluation.statistics import bootstrap, share_interval
-from lit_llama.script.command_line import column_names
+from lit_llama.script.evaluation import column_names
 
 
 class Endpoint:
@@ -370,7 +370,7 @@ def test_answers_of_models(command, base_dir, aligner_path, tmp_path):
     lines = file.read_text().splitlines(keepends=True)
     file.write_text(lines[0] + lines[1] + lines[2][:40])  # killed in the middle of a line
     assert command("evaluate/vicuna.py", *models, **options)[0] == 0
-    again = list(read_kept(file))
+    again = [json.loads(line) for line in file.read_text().splitlines()]  # half a line is gone
     assert sorted(row["question_id"] for row in again) == [0, 1, 2, 3]
     assert {row["question_id"]: row["choices"] for row in again} == {row["question_id"]: row["choices"] for row in rows}
     questions.write_text(questions.read_text().replace("Again", "Once more"))

@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers
 
+from lit_llama.base import open_base
 from lit_llama.data import TokenDataset, collate
 from lit_llama.losses import supervised_loss
-from lit_llama.script.command_line import open_base
 
 TEXT = "the cat sat on a mat and 12 dogs ran to 3 houses of the old king. " * 6
 
@@ -23,8 +23,7 @@ def test_of_a_text(command, base_dir, hf_checkpoint, tmp_path):
     """In one window it is transformers' loss; in several, the sum over windows that overlap by half."""
     file = tmp_path / "text.txt"
     file.write_text(TEXT)
-    _, tokenizer = open_base(base_dir, "32-true")
-    ids = torch.tensor([tokenizer.encode(TEXT, bos=True)])
+    ids = torch.tensor([open_base(base_dir).tokenizer.encode(TEXT, bos=True)])
     theirs = transformers.LlamaForCausalLM.from_pretrained(hf_checkpoint)
     with torch.no_grad():
         loss = theirs(ids, labels=ids).loss.item()
@@ -58,10 +57,10 @@ def test_of_a_data_set(command, base_dir, data_dir, aligner_path, tmp_path):
     options = {"checkpoint_dir": base_dir, "data_dir": data_dir, "adapter_path": aligner_path, "out_dir": tmp_path}
     status, out, err = command("evaluate/perplexity.py", **options)
     assert status == 0, err
-    model, tokenizer = open_base(base_dir, "32-true")
-    dataset = TokenDataset(data_dir, "validation", tokenizer, 4096)
+    base = open_base(base_dir)
+    dataset = TokenDataset(data_dir, "validation", base.tokenizer, 4096)
     with torch.no_grad():
-        sums = supervised_loss(model, None, collate([row for i in range(len(dataset)) for row in dataset[i]]))
+        sums = supervised_loss(base.model, None, collate([row for i in range(len(dataset)) for row in dataset[i]]))
     base, tuned, _, (added, low, high) = numbers(out)
     assert added == pytest.approx(tuned[0] - base[0], abs=1.1e-4)
     assert base[0] == pytest.approx((sums.metrics["loss"] / sums.count).item(), abs=1e-4)

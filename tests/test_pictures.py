@@ -33,18 +33,20 @@ def dial(path):
 
 
 def subjects(path):
-    rows = [(area, f"subject {n}", [1.0, 0.0] * n) for n, area in enumerate(("STEM", "humanities", "other"), 1)]
-    load_script("evaluate/mmlu.py").plot(rows, "tiny on MMLU", path)
+    script = load_script("evaluate/mmlu.py")
+    areas = enumerate(("STEM", "humanities", "other"), 1)
+    rows = [script.Subject(area, f"subject {n}", [1.0, 0.0] * n) for n, area in areas]
+    script.draw(rows, "tiny on MMLU", path)
 
 
 def verdicts(path):
     table = {"writing": [1, 0, -1], "math": [1]}
-    load_script("evaluate/judge.py").plot(table, "one against two", path)
+    load_script("evaluate/judge.py").draw(table, "one against two", path)
 
 
 def marks(path):
     means = {name: {"fraud": [7.0, 8.0, 9.5], "all": [7.0, 8.0, 9.5]} for name in ("base", "aligned")}
-    load_script("evaluate/safety.py").plot(means, "marks by a judge", path)
+    load_script("evaluate/safety.py").draw(means, "marks by a judge", path)
 
 
 PICTURES = {

@@ -156,4 +156,6 @@ def test_evaluations_use_the_bits_and_the_style_of_training(command, wide_dir, a
     both = [f"--adapter_path={file}", f"--adapter_path={tmp_path / 'other.safetensors'}"]
     status, _, err = command("evaluate/side_by_side.py", *both, prompts_file=prompts, out_dir=out, **sizes)
     assert status == 1
-    assert "the adapters were trained with different --quantize (run: nf4, " in err
+    assert "the adapters were trained with different --quantize (" in err
+    assert f"{file} (" in err
+    assert "): nf4, " in err

@@ -402,6 +402,28 @@ def test_form_report(command, base_dir, aligner_path, tmp_path, monkeypatch):
     assert report["seconds"] == pytest.approx(report["training_seconds"] + report["evaluation_seconds"], abs=0.2)
 
 
+@pytest.mark.parametrize("script", ["form", "refusal", "scale"])
+def test_evaluations_go_on_where_they_stopped(command, base_dir, aligner_path, tmp_path, script):
+    """Answers are kept as they come: those that an interruption left are not asked for again, and the rest is."""
+    texts = ["Is a cat red?", "Is the sea red?", "Is it?"]
+    rows = [{"split": "test", "question": text, "prompt": text} for text in texts]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"checkpoint_dir": base_dir, "adapter_path": aligner_path, "out_dir": tmp_path, "max_new_tokens": 12}
+    options["pairs_path" if script == "refusal" else "questions_path"] = tmp_path / "q.jsonl"
+    options |= {"scale": 0.5} if script == "scale" else {}
+    status, _, err = command(f"evaluate/{script}.py", **options)
+    assert status == 0, err
+    [file] = [file for file in (tmp_path / "model_answer").glob("*.jsonl") if file.stem != "base"]
+    whole = file.read_text().splitlines(keepends=True)
+    assert len(whole) == 3
+    file.write_text(whole[0] + whole[1].replace('"turns": ["', '"turns": ["kept ') + whole[2][:30])
+    assert command(f"evaluate/{script}.py", **options)[0] == 0
+    again = [json.loads(line) for line in file.read_text().splitlines()]
+    answers = [row["choices"][0]["turns"][0] for row in again]
+    assert [row["question_id"] for row in again] == [json.loads(line)["question_id"] for line in whole]
+    assert [answer.startswith("kept ") for answer in answers] == [False, True, False]
+
+
 def test_refusal_report(command, base_dir, aligner_path, tmp_path, monkeypatch):
     """The figures by hand, with a stand-in for refusals that random models sometimes meet."""
     monkeypatch.setattr(load_script("evaluate/refusal.py"), "refuses", has_st)

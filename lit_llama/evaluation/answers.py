@@ -17,33 +17,15 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from lit_llama.base import Base
 from lit_llama.decoder import GenerationRequest
 from lit_llama.files import atomic_file, check_file, read_text
 from lit_llama.generation import complete
-from lit_llama.model import LLaMA
-from lit_llama.prompts import Message, PromptStyle
+from lit_llama.prompts import Message
 from lit_llama.records import PACKED_SUFFIXES, TEXT_SUFFIXES, read_records
-from lit_llama.seam import Adapter
-from lit_llama.tokenizer import Tokenizer
 
 QUESTIONS = "question.jsonl"
 ANSWERS = "model_answer"
-
-
-class Column(NamedTuple):
-    """One whose answers stand beside others': the base model, or the base model with an adapter.
-
-    Args:
-        name: of it; also of its file of answers.
-        adapter: beside the base model, if any.
-        style: turns prompts into text, and cuts answers out of it.
-        weights: tells it from others, and from itself when its adapter was trained again.
-    """
-
-    name: str
-    adapter: Adapter | None
-    style: PromptStyle
-    weights: str
 
 
 class Question(NamedTuple):
@@ -138,6 +120,22 @@ def read_questions(path: Path) -> list[Question]:
     return list(questions.values())
 
 
+def read_test_questions(path: Path) -> list[Question]:
+    """The questions of a file like `examples/questions.jsonl` that no model was trained on.
+
+    Args:
+        path: records with "split" and "question"; those of the split "test" are returned.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it has no such question.
+    """
+    texts = [row["question"] for _, row in read_records(path) if row.get("split") == "test" and "question" in row]
+    if not texts:
+        raise ValueError(f"{path} has no question of the split 'test'")
+    return [Question(number, "all", [text]) for number, text in enumerate(texts, start=1)]
+
+
 def write_questions(path: Path, questions: Sequence[Question]) -> None:
     """Write questions in FastChat's layout, as `read_questions` reads them."""
     with atomic_file(path) as temporary:
@@ -149,9 +147,8 @@ def write_questions(path: Path, questions: Sequence[Question]) -> None:
 
 
 def answer_questions(
-    model: LLaMA,
-    tokenizer: Tokenizer,
-    column: Column,
+    base: Base,
+    name: str,
     questions: Sequence[Question],
     file: Path,
     *,
@@ -163,22 +160,19 @@ def answer_questions(
     """Let a model answer questions, and keep each answer as soon as all its turns are there.
 
     Args:
-        model: the base model.
-        tokenizer: its tokenizer.
-        column: who answers.
+        base: the model, with its adapter.
+        name: name of the model.
         questions: what is asked; those that it has answered already with these weights and settings are left out.
-        file: of its answers; of two to the same question the last counts.
-        max_new_tokens: longest answer, in tokens.
-        temperature: 0 takes the likeliest token; larger is more random.
-        seed: of sampling.
-        batch_size: questions at once.
+        file: where its answers are kept; of two to the same question the last counts.
+        max_new_tokens: length of the longest answer, in tokens.
+        temperature: randomness of sampling; 0 always takes the likeliest token.
+        seed: seed of sampling.
+        batch_size: number of questions answered at once.
 
     Raises:
         ValueError: a prompt is too long for the model, or its prompt style has no place for it.
     """
-    if batch_size < 1:
-        raise ValueError(f"--batch_size is {batch_size}, it must be at least 1")
-    style, settings = column.style, (column.weights, column.style.fingerprint, max_new_tokens, temperature, seed)
+    settings = base.identity, max_new_tokens, temperature, seed
 
     def made_with(question: Question) -> str:
         said = repr((settings, question.turns, question.input))
@@ -186,6 +180,23 @@ def answer_questions(
 
     there = {row["question_id"]: row.get("made_with") for row in read_kept(file)}  # the last counts
     left = [question for question in questions if there.get(question.id) != made_with(question)]
+    for question, turns in _conversations(base, name, left, max_new_tokens, temperature, seed, batch_size):
+        row = {"question_id": question.id, "answer_id": uuid.uuid4().hex, "model_id": name}
+        choices = [{"index": 0, "turns": turns}]
+        append_row(file, {**row, "choices": choices, "made_with": made_with(question), "tstamp": time.time()})
+
+
+def _conversations(
+    base: Base,
+    name: str,
+    left: Sequence[Question],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    batch_size: int,
+) -> Iterator[tuple[Question, list[str]]]:
+    """Each question with the answers to all its turns, as soon as the last of them is there."""
+    style = base.style
     said: dict[int | str, list[str]] = {question.id: [] for question in left}
     turn = 0
     while left:
@@ -194,19 +205,16 @@ def answer_questions(
             messages = [Message("user", question.turns[0], question.input)]
             for answer, following in zip(said[question.id], question.turns[1:], strict=False):
                 messages += [Message("assistant", answer), Message("user", following)]
-            ids = tokenizer.encode(style.render(messages), bos=style.bos)
-            generator = torch.Generator(model.device).manual_seed(seed)
+            ids = base.tokenizer.encode(style.render(messages), bos=style.bos)
+            generator = torch.Generator(base.device).manual_seed(seed)
             options = {"temperature": temperature, "generator": generator}
-            requests.append(GenerationRequest(ids, column.adapter, max_new_tokens, style.stop_ids, **options))
-        what = f"answers of {column.name}" + (f", turn {turn + 1}" if turn or len(left[0].turns) > 1 else "")
-        rows = tqdm(complete(model, requests, batch_size), total=len(left), desc=what, leave=False)
+            requests.append(GenerationRequest(ids, base.adapter, max_new_tokens, style.stop_ids, **options))
+        what = f"answers of {name}" + (f", turn {turn + 1}" if turn or len(left[0].turns) > 1 else "")
+        rows = tqdm(complete(base.model, requests, batch_size), total=len(left), desc=what, leave=False)
         for question, ids in zip(left, rows, strict=True):
-            said[question.id].append(style.cut(tokenizer.decode(ids)))
+            said[question.id].append(style.cut(base.tokenizer.decode(ids)))
             if len(question.turns) == turn + 1:
-                row = {"question_id": question.id, "answer_id": uuid.uuid4().hex, "model_id": column.name}
-                choices = [{"index": 0, "turns": said[question.id]}]
-                kept = {"choices": choices, "made_with": made_with(question), "tstamp": time.time()}
-                append_row(file, {**row, **kept})
+                yield question, said[question.id]
         turn += 1
         left = [question for question in left if len(question.turns) > turn]
 
@@ -268,13 +276,13 @@ def read_folder(
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a line to a JSON Lines file, whatever an interruption left at its end."""
+    """Add a line to a JSON Lines file; half a line that an interruption left at its end is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
         if file.tell():
             file.seek(-1, 2)
-            if file.read(1) != b"\n":  # half a line, which `read_kept` leaves out
-                file.write(b"\n")
+            if file.read(1) != b"\n":
+                file.truncate(path.read_bytes().rfind(b"\n") + 1)
         file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 

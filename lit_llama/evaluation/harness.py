@@ -1,25 +1,16 @@
 """This project's models in EleutherAI's Language Model Evaluation Harness (lm_eval): its tasks, prompts and scores.
 
 What the harness asks of a model are log-likelihoods and greedy continuations, of strings; `HarnessModel` answers as the
-harness's own `hf` model does. `run_tasks` evaluates, with the hub's data or with files.
+harness's own `hf` model does. `run_tasks` evaluates the tasks that `lit_llama.evaluation.tasks` loads.
 """
 
-import functools
 import hashlib
 import json
-import random
-import ssl
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-import datasets
-import datasets.config
-import huggingface_hub
-import huggingface_hub.errors
 import lm_eval
 import torch
 import torch.distributed as dist
@@ -28,20 +19,17 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.task import Task
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from lit_llama.base import Base
 from lit_llama.chat_template import render_chat
 from lit_llama.decoder import GenerationRequest
+from lit_llama.evaluation.tasks import all_tasks
 from lit_llama.files import atomic_file
 from lit_llama.generation import complete
-from lit_llama.model import LLaMA
-from lit_llama.records import read_csv, read_records
-from lit_llama.seam import Adapter
-from lit_llama.tokenizer import Tokenizer
 
 SHARED = 32  # tokens: inputs that begin with as many equal ones are batched together, their common start is read once
 MOST_LOGITS = 4096  # positions of a batch whose logits are kept: 128,000 tokens in float32 make 2 GB
@@ -53,26 +41,21 @@ class HarnessModel(TemplateLM):
     Processes that torch.distributed has brought together share the requests.
 
     Args:
-        model: the base model.
-        tokenizer: its tokenizer.
-        adapter: beside the base model, if any.
-        batch_size: requests at once.
-        max_gen_toks: of a continuation, if the task does not say.
+        base: the model.
+        batch_size: number of requests computed at once.
+        max_gen_toks: length of a continuation in tokens, if the task does not say.
+
+    Attributes:
+        name: tells the model, its weights and their number format from others.
     """
 
-    def __init__(
-        self,
-        model: LLaMA,
-        tokenizer: Tokenizer,
-        adapter: Adapter | None = None,
-        batch_size: int = 16,
-        max_gen_toks: int = 256,
-    ) -> None:
+    def __init__(self, base: Base, batch_size: int = 16, max_gen_toks: int = 256) -> None:
         super().__init__()
-        self.model, self._tokenizer, self.adapter = model, tokenizer, adapter
+        self.model, self._tokenizer, self.adapter = base.model, base.tokenizer, base.adapter
+        self.name = f"{base.name}, {base.weights}"
         self.batch_size, self.max_gen_toks = batch_size, max_gen_toks
-        self.max_length = model.config.block_size
-        self._device = model.device
+        self.max_length = base.model.config.block_size
+        self._device = base.device
         if dist.is_available() and dist.is_initialized():
             self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
 
@@ -262,175 +245,11 @@ def _batches(needed: dict[tuple[int, ...], int], batch_size: int) -> Iterator[li
         yield batch
 
 
-class Split(NamedTuple):
-    """A file of a local copy of a dataset."""
-
-    config: str
-    split: str
-    rows: list[dict[str, Any]]
-
-
-def read_mmlu(folder: Path) -> Iterator[Split]:
-    """The files `SPLIT/SUBJECT_SPLIT.csv` of MMLU as rows of the hub's `cais/mmlu`.
-
-    Raises:
-        FileNotFoundError: a split is missing.
-        ValueError: a file lacks a column, or an answer is none of the choices.
-    """
-    columns = ["question", "choice0", "choice1", "choice2", "choice3", "answer"]
-    for split in ("dev", "test"):
-        files = sorted((folder / split).glob(f"*_{split}.csv"))
-        if not files:
-            raise FileNotFoundError(f"{folder / split} holds no SUBJECT_{split}.csv")
-        for file in files:
-            rows = []
-            for place, row in read_csv(file, columns):
-                answer = row["answer"].strip().upper()
-                answer = str("ABCD".index(answer)) if answer and answer in "ABCD" else answer
-                if answer not in ("0", "1", "2", "3"):
-                    raise ValueError(f"{place}: the answer is {row['answer']!r}, expected 0 to 3 or A to D")
-                choices = [row[f"choice{i}"] for i in range(4)]
-                rows.append({"question": row["question"], "choices": choices, "answer": int(answer)})
-            yield Split(file.stem.removesuffix(f"_{split}"), split, rows)
-
-
-def read_gsm8k(folder: Path) -> Iterator[Split]:
-    """The files `train.jsonl` and `test.jsonl` of GSM8K as rows of the hub's `openai/gsm8k`.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a row lacks its question or answer.
-    """
-    for split in ("train", "test"):
-        rows = []
-        for place, row in read_records(folder / f"{split}.jsonl"):
-            if not isinstance(row.get("question"), str) or "####" not in str(row.get("answer")):
-                raise ValueError(f"{place}: expected 'question', and 'answer' with '####', found {sorted(row)}")
-            rows.append({"question": row["question"], "answer": row["answer"]})
-        yield Split("main", split, rows)
-
-
-LOCAL = {"mmlu": read_mmlu, "gsm8k": read_gsm8k}
-
-
-def local_copy(name: str, data_dir: Path, folder: Path) -> Path:
-    """Write a dataset that is at hand as files in the layout of the hub, which the harness's tasks expect.
-
-    Args:
-        name: one of `LOCAL`.
-        data_dir: holds the files, or a folder of that name that does.
-        folder: to write to.
-
-    Returns:
-        A folder to be used as `dataset_path`.
-    """
-    target = folder / name
-    target.mkdir(parents=True, exist_ok=True)
-    configs: dict[str, list[dict[str, str]]] = {}
-    for config, split, rows in LOCAL[name](data_dir / name if (data_dir / name).is_dir() else data_dir):
-        file = f"{config}_{split}.jsonl"
-        (target / file).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        configs.setdefault(config, []).append({"split": split, "path": file})
-    # The hub's way of naming the files of a dataset; JSON is YAML.
-    card = {"configs": [{"config_name": config, "data_files": files} for config, files in configs.items()]}
-    (target / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n", encoding="utf-8")
-    return target
-
-
-@functools.cache
-def _manager() -> TaskManager:
-    return TaskManager()  # reads thousands of files
-
-
-def load_tasks(
-    tasks: Sequence[str | dict[str, Any]], data_dir: Path | None, work_dir: Path, **overrides: Any
-) -> list[Task | Group]:
-    """Tasks of the harness, by their names there, or of our own.
-
-    Args:
-        tasks: names of tasks, groups or tags, or configurations in the harness's format.
-        data_dir: folder of local copies of the data, see `LOCAL`; if None, the hub's are used.
-        work_dir: where local copies are laid out as the tasks expect them.
-        overrides: fields of the tasks' configurations, such as `num_fewshot`.
-
-    Raises:
-        ValueError: there is no such task, or its data is not at hand.
-    """
-    manager = _manager()
-    known = set(manager.all_tasks)
-    for name in tasks:
-        if isinstance(name, str) and name not in known:
-            near = [other for other in sorted(known) if other.startswith(name.split("_")[0])][:8]
-            raise ValueError(f"--tasks {name}: the harness has no such task; near: {', '.join(near) or 'none'}")
-    if data_dir is not None:
-        datasets.disable_progress_bars()  # two for each of MMLU's 57 subjects
-    elif not _hub_answers():  # what its cache has is used; without this, minutes of retries come first
-        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
-    loaded: list[Task | Group] = []
-    for task in tasks:
-        name = task if isinstance(task, str) else task["task"]
-        fields = dict(overrides)
-        if data_dir is not None:
-            dataset = "mmlu" if name.startswith("mmlu") else "gsm8k" if name.startswith("gsm8k") else None
-            if dataset is None:
-                raise ValueError(f"--tasks {name}: --data_dir has copies of {' and '.join(LOCAL)} alone")
-            fields["dataset_path"] = str(local_copy(dataset, data_dir, work_dir))
-            fields["dataset_kwargs"] = {"cache_dir": str(work_dir / "cache")}
-        try:
-            if isinstance(task, dict):
-                found: Any = list(manager.load([{**task, **fields}])["tasks"].values())
-            else:  # `manager.load` has no way to change all tasks of a group
-                found = manager._factory.build(manager._index[name], overrides=fields, registry=manager._index)
-        except (ConnectionError, huggingface_hub.errors.LocalEntryNotFoundError) as error:
-            copies = ": give --data_dir, a folder of copies, which howto/evaluate.md describes"
-            raise ValueError(
-                f"the Hugging Face hub cannot be reached, and its cache on this machine lacks the data of {name}"
-                + (copies if name.startswith(tuple(LOCAL)) else "")
-            ) from error
-        loaded += found if isinstance(found, list) else [found]
-    return loaded
-
-
-def _hub_answers(seconds: float = 5.0) -> bool:
-    """Whether the Hugging Face hub, or what stands for it, says anything within that time."""
-    request = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
-    try:
-        urllib.request.urlopen(request, timeout=seconds).close()
-    except urllib.error.HTTPError:
-        return True
-    except OSError as error:
-        return isinstance(getattr(error, "reason", None), ssl.SSLError)  # the hub's own client may know better
-    return True
-
-
-def random_questions(tasks: Sequence[Task | Group], n: int, seed: int) -> dict[str, list[int]]:
-    """Numbers of `n` questions drawn from all tasks together, those of each task in order.
-
-    Raises:
-        ValueError: there are fewer.
-    """
-    every: list[tuple[str, int]] = []
-    for task in all_tasks(tasks):
-        every += [(task.task_name, i) for i in range(len(task.eval_docs))]
-    if not 0 < n <= len(every):
-        raise ValueError(f"--questions {n}: there are {len(every)}")
-    chosen: dict[str, list[int]] = {}
-    for name, i in sorted(random.Random(seed).sample(every, n)):
-        chosen.setdefault(name, []).append(i)
-    return chosen
-
-
-def all_tasks(tasks: Sequence[Task | Group]) -> list[Task]:
-    """The tasks themselves, those of groups included."""
-    return [one for task in tasks for one in (task.get_all_tasks() if isinstance(task, Group) else [task])]
-
-
 def run_tasks(
     lm: HarnessModel,
     tasks: Sequence[Task | Group],
     out_dir: Path,
     *,
-    name: str,
     limit: int | None = None,
     questions: dict[str, list[int]] | None = None,
     chat_template: bool = False,
@@ -438,13 +257,12 @@ def run_tasks(
 ) -> dict[str, Any] | None:
     """Evaluate a model, and write the harness's results and every answer to files.
 
-    Every answer is kept in `out_dir/answers*.db` as soon as it is there; another call with the same name goes on.
+    Every answer is kept in `out_dir/answers*.db` as soon as it is there; another call with the same model goes on.
 
     Args:
         lm: the model.
         tasks: what to evaluate.
         out_dir: gets `results.json` and `samples.jsonl`.
-        name: of the model with its weights: answers of another one are not used.
         limit: the first questions of each task alone.
         questions: or numbers of the questions of each task.
         chat_template: put prompts in the model's chat format, examples as turns.
@@ -454,7 +272,7 @@ def run_tasks(
         What the harness's `simple_evaluate` does: None in processes other than the first.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+    digest = hashlib.sha256(lm.name.encode()).hexdigest()[:12]
     if questions is not None:  # the harness would evaluate others whole
         tasks = [task for task in all_tasks(tasks) if task.task_name in questions]
     simple_evaluate: Any = lm_eval.simple_evaluate  # a decorator hides its arguments
@@ -471,7 +289,7 @@ def run_tasks(
     if results is None:
         return None
     samples = results.pop("samples")
-    results["config"] |= {"model_name": name, "metric_that_counts": counts}
+    results["config"] |= {"model_name": lm.name, "metric_that_counts": counts}
     with atomic_file(out_dir / "results.json") as temporary:
         temporary.write_text(json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n")
     with atomic_file(out_dir / "samples.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as file:

@@ -4,32 +4,29 @@ Scripts do not import each other, so this stands in the package.
 Generated text goes to stdout, everything else to stderr.
 """
 
-import hashlib
 import importlib
-import itertools
 import json
 import os
 import signal
 import sys
-import textwrap
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from lit_llama.adapters import AdapterInfo, Method, adapter_file, adapter_fingerprint, check_base, read_adapter
+from lit_llama.adapters import AdapterInfo, Method, read_adapter
 from lit_llama.checkpoint import load_base, read_config, verify_base
 from lit_llama.combine import WeightedSum
 from lit_llama.decoder import GenerationRequest, check_prompts
 from lit_llama.devices.layouts import WeightOnly, compile_decoding, lay_out, quantize_for_inference
 from lit_llama.devices.precision import PRECISIONS, Precision
 from lit_llama.devices.quantization import Quantize
-from lit_llama.evaluation.answers import Column, as_question, prompt_rows
+from lit_llama.evaluation.answers import as_question, prompt_rows
 from lit_llama.files import atomic_file
 from lit_llama.generation import TextStream, complete, stream
 from lit_llama.model import LLaMA
@@ -394,132 +391,6 @@ def open_adapters(
     return WeightedSum(*terms) if adapters else None, infos
 
 
-class Opened(NamedTuple):
-    """A base model with what was asked for beside it.
-
-    Args:
-        model: the base model.
-        tokenizer: its tokenizer.
-        adapter: beside the base model, if any.
-        prompt_style: the one that the first adapter was trained with, if any.
-        name: of all of it, files and scales included; models of different weights have different ones.
-        base_name: of the base model alone.
-    """
-
-    model: LLaMA
-    tokenizer: Tokenizer
-    adapter: Adapter | None
-    prompt_style: str | None
-    name: str
-    base_name: str
-
-
-def open_with_adapters(
-    checkpoint_dir: Path,
-    paths: list[Path] | None,
-    scales: list[float] | None,
-    precision: Precision,
-    quantize: Quantize | WeightOnly | None = None,
-    allow_other_base: bool = False,
-) -> Opened:
-    """Load a base model for evaluation, with any number of adapters, added up.
-
-    Args:
-        checkpoint_dir: folder of the base model.
-        paths: the adapters' files.
-        scales: one for each, or one for all.
-        precision: of the base model.
-        quantize: keep the base's weights in fewer bits; if None, as the first adapter was trained.
-        allow_other_base: accept adapters of other weights of the same sizes, with a warning.
-
-    Raises:
-        FileNotFoundError: something is missing.
-        ValueError: something is damaged, or does not belong together.
-    """
-    paths = paths or []
-    read = [read_adapter(path) for path in paths]  # refused before the base is loaded
-    if read:
-        quantize = quantize or read[0][1].hyperparameters.get("quantize")
-    model, tokenizer = open_base(checkpoint_dir, precision, quantize)
-    adapter, infos = open_adapters(paths, scales, model, model.device, allow_other_base)
-    parts = [f"{path} ({hashlib.sha256(adapter_file(path).read_bytes()).hexdigest()[:8]})" for path in paths]
-    parts += [f"x {scale:g}" for scale in scales or []]
-    base_name, weights = f"{model.config.name} ({model.fingerprint[:8]})", str(quantize or model.dtype)
-    names = [f"{' + '.join(whole)}, {weights.removeprefix('torch.')}" for whole in ([base_name, *parts], [base_name])]
-    return Opened(model, tokenizer, adapter, infos[0].prompt_style if infos else None, *names)
-
-
-def open_columns(
-    checkpoint_dir: Path,
-    paths: dict[str, Path | None],
-    style: str | None,
-    precision: Precision,
-    quantize: Quantize | WeightOnly | None = None,
-    allow_other_base: bool = False,
-) -> tuple[LLaMA, Tokenizer, list[Column]]:
-    """Load a base model, and adapters that are compared with it and with each other.
-
-    Args:
-        checkpoint_dir: folder of the base model.
-        paths: the adapters by name; None is the base model alone.
-        style: prompt style of all; if None, the one that each adapter was trained with, and for the base alone its own
-            chat template, or the first adapter's style if it has none.
-        precision: of the base model.
-        quantize: keep the base's weights in fewer bits; if None, as the adapters were trained.
-        allow_other_base: accept adapters of other weights of the same sizes, with a warning.
-
-    Raises:
-        FileNotFoundError: something is missing.
-        ValueError: something is damaged, does not belong together, or the adapters were trained on a base in different
-            numbers of bits.
-    """
-    read = {name: read_adapter(path) for name, path in paths.items() if path is not None}
-    if quantize is None and read:
-        bits = {name: info.hyperparameters.get("quantize") for name, (_, info) in read.items()}
-        if len(set(bits.values())) > 1:
-            found = ", ".join(f"{name}: {value or 'none'}" for name, value in bits.items())
-            raise ValueError(f"the adapters were trained with different --quantize ({found}): give the one to use here")
-        quantize = next(iter(bits.values()))
-    model, tokenizer = open_base(checkpoint_dir, precision, quantize)
-    weights = f"{model.fingerprint} {quantize or model.dtype}"
-    trained = {
-        name: info.prompt_style or "alpaca" for name, (_, info) in read.items()
-    }  # the authors' files say nothing
-    own = "chat" if tokenizer.chat_template is not None else next(iter(trained.values()), "chat")
-    columns = []
-    for name, path in paths.items():
-        adapter, identity = None, weights
-        if path is not None:
-            check_base(path, read[name][1], model, allow_other_base)
-            adapter = read[name][0].to(model.device)
-            identity += f" {adapter_fingerprint(adapter)}"
-        chosen = chosen_style(style, trained.get(name), tokenizer, own)
-        columns.append(Column(name, adapter, chosen, identity))
-    return model, tokenizer, columns
-
-
-def column_names(paths: Sequence[Path], *taken: str) -> dict[str, Path]:
-    """Adapters by a name for each: that of their run's folder, or the whole path where two would have the same.
-
-    Args:
-        paths: files, or folders of runs.
-        taken: names that none may have.
-
-    Raises:
-        ValueError: an adapter is given twice.
-    """
-    files = [adapter_file(path) for path in paths]
-    names = [file.absolute().parent.name or file.stem for file in files]
-    named: dict[str, Path] = {}
-    for name, file in zip(names, files, strict=True):
-        if names.count(name) > 1 or name in taken:
-            name = "-".join(part for part in file.with_suffix("").parts if part not in ("/", "..", "."))
-        if name in named:
-            raise ValueError(f"{file} is given twice")
-        named[name] = file
-    return named
-
-
 def open_base(
     checkpoint_dir: Path, precision: Precision, quantize: Quantize | WeightOnly | None = None, compile: bool = False
 ) -> tuple[LLaMA, Tokenizer]:
@@ -552,28 +423,6 @@ def open_base(
     if compile:
         compile_decoding(model)
     return model, tokenizer
-
-
-def side_by_side(header: list[str], rows: list[list[str]], widths: list[int]) -> list[str]:
-    """Lines of a table for people: texts in columns, wrapped, the long ones shortened.
-
-    Args:
-        header: a title for each column.
-        rows: a text for each column.
-        widths: of the columns, in characters.
-    """
-
-    def line(cells: Iterable[str]) -> str:
-        return "  ".join(f"{cell:{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip()
-
-    lines = [line(header), line("-" * width for width in widths)]
-    for row in rows:
-        cells = [
-            textwrap.wrap(textwrap.shorten(text, 4 * width), width) for text, width in zip(row, widths, strict=True)
-        ]
-        lines += [line(part) for part in itertools.zip_longest(*cells, fillvalue="")]
-        lines.append("")
-    return lines
 
 
 def peak_memory() -> str:

@@ -1,0 +1,188 @@
+"""The options that evaluations share, each declared once: the model, how it is asked, the judge.
+
+A script whose `main` hands its `**options` on to one of these functions has that function's options.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lit_llama.adapters import adapter_file
+from lit_llama.base import AdapterLike, Base, Bits, open_base, read_adapters
+from lit_llama.devices.precision import Precision
+from lit_llama.evaluation.answers import ANSWERS, QUESTIONS, Question, answer_questions, read_answers, write_questions
+from lit_llama.evaluation.judging import Case, Judge, estimate, judge_all
+
+Answers = dict[int | str, list[str]]  # by the question's id, a text for each turn
+
+
+def open_model(
+    adapter_path: list[Path] | None = None, adapter_scale: list[float] | None = None, **options: Any
+) -> Base:
+    """Open the model that is evaluated: a base model, perhaps with adapters that are added up.
+
+    Args:
+        adapter_path: file or run folder of an adapter of any method; may be given several times, to add up adapters.
+        adapter_scale: number that the adapter is multiplied by; may be given once for each adapter. 1 if not given.
+        options: those of `_open`.
+    """
+    return _open(adapter_path, adapter_scale, **options)
+
+
+def ask(
+    mixtures: Mapping[str, Mapping[Path, float]],
+    questions: Sequence[Question],
+    out_dir: Path,
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 1337,
+    batch_size: int = 16,
+    prompt_style: str | None = None,
+    **options: Any,
+) -> tuple[dict[str, Base], dict[str, Answers]]:
+    """Let several models with one base answer questions, and keep each answer in `out_dir` as soon as it is there.
+
+    Args:
+        mixtures: the models by name: their adapters with their scales; none for the base model alone.
+        questions: what is asked; only what is not answered yet by this model with these settings.
+        out_dir: folder of questions and answers, in FastChat's layout.
+        max_new_tokens: length of the longest answer, in tokens.
+        temperature: randomness of sampling; 0 always takes the likeliest token.
+        seed: seed of sampling.
+        batch_size: number of prompts answered at once.
+        prompt_style: prompt style for all models; if not given, each adapter has the one that it was trained with, and
+            the base model its own chat template.
+        options: those of `_open`.
+
+    Returns:
+        The models, and their answers, by name.
+    """
+    if batch_size < 1:
+        raise ValueError(f"--batch_size is {batch_size}, it must be at least 1")
+    paths = list(dict.fromkeys(path for mixture in mixtures.values() for path in mixture))
+    adapters = dict(zip(paths, read_adapters(paths), strict=True))
+    base = _open(list(adapters.values()), None, prompt_style=prompt_style, **options)
+    write_questions(out_dir / QUESTIONS, questions)
+    models, answers = {}, {}
+    for name, mixture in mixtures.items():
+        used = [adapters[path] for path in mixture]
+        models[name] = base.with_adapter(used or None, list(mixture.values()) or None)
+        file = out_dir / ANSWERS / f"{name}.jsonl"
+        sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        answer_questions(models[name], name, questions, file, batch_size=batch_size, **sampling)
+        answers[name] = read_answers(file)
+    return models, answers
+
+
+def _open(
+    adapters: Sequence[AdapterLike] | None,
+    scales: Sequence[float] | None,
+    *,
+    checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
+    prompt_style: str | None = None,
+    precision: Precision = "auto",
+    quantize: Bits | None = None,
+    allow_other_base: bool = False,
+) -> Base:
+    """Open a base model for evaluation.
+
+    Args:
+        adapters: see `lit_llama.base.open_base`.
+        scales: a number for each adapter.
+        checkpoint_dir: folder of the base model.
+        prompt_style: how prompts become text.
+        precision: number format of the base model; "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
+        quantize: number of bits of the base model's weights, see generate/aligner.py; if not given, as the adapters
+            were trained.
+        allow_other_base: use adapters on other weights than those they were trained on.
+    """
+    return open_base(
+        checkpoint_dir,
+        adapters,
+        scales,
+        prompt_style=prompt_style,
+        precision=precision,
+        quantize=quantize,
+        for_generation=True,
+        allow_other_base=allow_other_base,
+    )
+
+
+def column_names(paths: Sequence[Path], *taken: str) -> dict[str, Path]:
+    """Adapters by a name for each: that of their run's folder, or the whole path where two would have the same.
+
+    Args:
+        paths: files, or folders of runs.
+        taken: names that none may have.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: an adapter is given twice.
+    """
+    files = [adapter_file(path) for path in paths]
+    names = [file.absolute().parent.name or file.stem for file in files]
+    named: dict[str, Path] = {}
+    for name, file in zip(names, files, strict=True):
+        if names.count(name) > 1 or name in taken:
+            name = "-".join(part for part in file.with_suffix("").parts if part not in ("/", "..", "."))
+        if name in named:
+            raise ValueError(f"{file} is given twice")
+        named[name] = file
+    return named
+
+
+def judged(
+    judge_model: str,
+    cases: Mapping[Path, Sequence[Case]],
+    read: Callable[[str], Any],
+    *,
+    dry_run: bool = False,
+    temperature: float | Literal["none"] = 0.7,
+    max_tokens: int = 512,
+    workers: int = 4,
+    requests_per_minute: float | None = None,
+    timeout: float = 60.0,
+    retries: int = 6,
+    input_price: float = 0.0,
+    output_price: float = 0.0,
+) -> dict[Path, list[tuple[Case, Any]]] | None:
+    """Say on stderr what judging will take, then have cases judged.
+
+    Args:
+        judge_model: name of the judge at the endpoint.
+        cases: what is judged, by the file of its judgements.
+        read: see `lit_llama.evaluation.judging.judge_all`.
+        dry_run: say how many requests and tokens it would take, and send nothing.
+        temperature: randomness of the judge; repeats need one above 0. "none" leaves it to the endpoint; it is also
+            left out where the endpoint refuses it.
+        max_tokens: length of the longest judgement, in tokens; a judge that thinks first needs thousands, as its
+            thoughts count.
+        workers: number of requests at once.
+        requests_per_minute: limit of the endpoint; if not given, requests are sent as fast as answers come.
+        timeout: number of seconds after which a request is given up and sent again.
+        retries: number of times that a failed request is sent again, with growing pauses.
+        input_price: price of a million tokens that the judge reads, in US dollars, for the estimate.
+        output_price: price of a million tokens that it writes.
+
+    Returns:
+        Each case with its verdict, None where none could be read, by file; None for a dry run.
+
+    Raises:
+        ValueError: the endpoint refuses, cannot be reached or keeps failing, or no judgement in a file can be read.
+    """
+    sampled = None if temperature == "none" else temperature
+    judge = Judge(judge_model, sampled, max_tokens, workers, requests_per_minute, timeout, retries)
+    for path, some in cases.items():
+        print(f"{path.stem}: {estimate(some, path, judge, input_price, output_price)}", file=sys.stderr)
+    if dry_run:
+        return None
+    found = {path: judge_all(some, path, judge, read) for path, some in cases.items()}
+    for path, verdicts in found.items():
+        if all(verdict is None for _, verdict in verdicts):
+            raise ValueError(
+                f"no judgement could be read, see {path}: does {judge_model} follow instructions, "
+                "and is --max_tokens enough for it?"
+            )
+    return found
