@@ -26,8 +26,8 @@ from lit_llama.tensor_files import TensorFiles, weight_files
 from lit_llama.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # slow to import, which --help should not be
+    from lit_llama.serving.access import Access
     from lit_llama.serving.api import Limits
-    from lit_llama.serving.http import Access
 
 PAGE = Path(__file__).with_name("page.html")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -70,8 +70,8 @@ def main(
     """
     for module in ("fastapi", "uvicorn"):
         require_extra(module, "serve")
+    from lit_llama.serving.access import access_to
     from lit_llama.serving.api import Limits
-    from lit_llama.serving.http import access_to
 
     opening = Opening(checkpoint_dir, adapter_dir, **options)
     limits = Limits(opening.max_rows, max_waiting, opening.max_length, timeout, temperature)

@@ -124,6 +124,28 @@ def _compile(source: str) -> Any:
         return _environment().from_string(source)
 
 
+class _Dict:
+    """Makes dictionaries, and gives no way to the type."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )  # without the escapes of HTML, which Jinja's own filter writes
+
+
+def _strftime_now(format: str) -> str:
+    return (_now.get() or datetime.datetime.now()).strftime(format)
+
+
 @functools.cache
 def _environment() -> Any:
     jinja2 = require_extra("jinja2", "chat")
@@ -158,32 +180,15 @@ def _environment() -> Any:
                 raise jinja2.exceptions.SecurityError(f"the name {name} begins with an underscore")
             super().__setitem__(name, value)
 
-    class Dict:
-        """Makes dictionaries, and gives no way to the type."""
-
-        def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-            return dict(*args, **kwargs)
-
-        def fromkeys(self, *args: Any) -> dict[Any, Any]:
-            return dict.fromkeys(*args)
-
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
-
-    def to_json(
-        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-    ) -> str:
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )  # without the escapes of HTML, which Jinja's own filter writes
-
-    def strftime_now(format: str) -> str:
-        return (_now.get() or datetime.datetime.now()).strftime(format)
 
     environment = limits.LimitedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = to_json
-    environment.globals.update(raise_exception=refuse, strftime_now=strftime_now, dict=Dict(), namespace=SafeNamespace)
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(
+        raise_exception=refuse, strftime_now=_strftime_now, dict=_Dict(), namespace=SafeNamespace
+    )
     environment.count_filters()
     return environment

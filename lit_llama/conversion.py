@@ -4,7 +4,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -17,9 +17,6 @@ from lit_llama.files import write_json
 from lit_llama.formats.hf import pairs_from_halves
 from lit_llama.tensor_files import check_shape, refuse_names
 from lit_llama.tokenizer import TEMPLATE_DIR, TOKENIZER_FILES, Tokenizer
-
-if TYPE_CHECKING:  # slow to import, which --help should not be
-    pass
 
 SHARD_BYTES = 4 * 1024**3
 

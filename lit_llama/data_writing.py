@@ -15,17 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from lit_llama.data import (
-    DATASET_FILE,
-    FORMAT_VERSION,
-    PER_ITEM,
-    Example,
-    Item,
-    Kind,
-    TokenDataset,
-    id_dtype,
-    tokenize,
-)
+from lit_llama.data import DATASET_FILE, FORMAT_VERSION, PER_ITEM, Example, Item, Kind, TokenDataset, id_dtype, tokenize
 from lit_llama.files import atomic_folder, write_json
 from lit_llama.prompts import PromptStyle, ScoredTurns
 from lit_llama.tokenizer import Tokenizer

@@ -4,7 +4,7 @@ import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,9 +12,6 @@ from torch import Tensor
 
 from lit_llama.fields import check_object, check_value, take
 from lit_llama.files import check_file, read_json
-
-if TYPE_CHECKING:  # slow to import, which --help should not be
-    pass
 
 
 class TensorFiles(Mapping[str, Tensor]):

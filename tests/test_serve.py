@@ -28,7 +28,8 @@ from lit_llama.generation import generate
 from lit_llama.llama_adapter import LLaMAAdapter
 from lit_llama.lora import LoRA
 from lit_llama.prompts import Message, prompt_style
-from lit_llama.serving.http import Access, ApiError, Gate, _Connection, allowed_hosts, bind
+from lit_llama.serving.access import Access, allowed_hosts
+from lit_llama.serving.http import ApiError, Gate, _Connection, bind
 from lit_llama.serving.requests import ChatRequest
 from lit_llama.serving.store import AdapterStore
 from lit_llama.serving.worker import Job, Rows

@@ -23,7 +23,8 @@ from starlette.exceptions import HTTPException
 from lit_llama.base import style_of
 from lit_llama.generation import TextStream
 from lit_llama.prompts import Message, PromptStyle, prompt_style
-from lit_llama.serving.http import DOCS, Access, ApiError, Gate
+from lit_llama.serving.access import DOCS, Access
+from lit_llama.serving.http import ApiError, Gate
 from lit_llama.serving.requests import BASE, ChatRequest, CompletionRequest, Options
 from lit_llama.serving.store import AdapterStore
 from lit_llama.serving.worker import Job, Said, Worker
