@@ -1,40 +1,104 @@
-"""Let the base model answer with an Aligner.
+"""Let the base model answer with an Aligner, or with an adapter of any other method: its file says what it is.
 
     python generate/aligner.py --prompt "What is the capital of France?"
-    python generate/aligner.py --adapter_path out/json/aligner.safetensors --prompts_file prompts.jsonl
+    python generate/aligner.py --adapter_path out/lora --prompts_file prompts.jsonl
     python generate/aligner.py --adapter_path a.safetensors --adapter_path b.safetensors --adapter_scale 0.5
-    python generate/aligner.py --aligner_dir out --prompts_file prompts.jsonl
     echo "Name three rivers." | python generate/aligner.py --temperature 0.8
 
 Only the answers go to stdout. The authors' published `.pth` files (arXiv 2312.05503) can be used as they are.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from lit_llama.script.command_line import answer_with, run
+import torch
+
+from lit_llama.base import Bits, open_base
+from lit_llama.decoder import GenerationRequest, check_prompts
+from lit_llama.devices.precision import Precision
+from lit_llama.generation import AnswerText, decode, prefill
+from lit_llama.script.answers import check_samples, print_answers, read_prompts, refuse_names
+from lit_llama.script.command_line import run
 
 
 def main(
     adapter_path: list[Path] = [Path("out/demo/aligner.safetensors")],  # noqa: B006
     adapter_scale: list[float] | None = None,
-    aligner_dir: Path | None = None,
-    batch_size: int = 16,
+    checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
     prompt: list[str] | None = None,
-    **options: Any,
+    prompts_file: Path | None = None,
+    prompt_style: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    num_samples: int = 1,
+    seed: int = 1337,
+    precision: Precision = "auto",
+    quantize: Bits | None = None,
+    compile: bool = False,
+    output_file: Path | None = None,
+    allow_other_base: bool = False,
 ) -> None:
     """Generate.
 
     Args:
-        adapter_path: the Aligner; may be given several times, to be added up.
-        adapter_scale: what it is multiplied by, from 0 (the base) to beyond 1; may be given once for each.
-        aligner_dir: instead, a folder of Aligners. Prompts of a JSON file name theirs under "aligner" by its path
-            in the folder without ".safetensors"; those that do not are answered by the base.
-        batch_size: prompts at once, for a folder.
-        prompt: what to answer; may be given several times. Without it and a file, standard input is one prompt.
-        options: those of every such script, see `answer_with`.
+        adapter_path: file or run folder of the adapter; may be given several times, then the adapters are added up.
+        adapter_scale: factor by which the adapter is multiplied, from 0 (the base model) to beyond 1; may be given
+            once for each adapter.
+        checkpoint_dir: folder of the base model.
+        prompt: text to answer; may be given several times. Without it and a file, standard input is one prompt.
+        prompts_file: file of prompts: JSON or JSON Lines with "prompt", "instruction" or FastChat's "turns", or a text
+            file with one prompt per line.
+        prompt_style: how a prompt is written for the model: "chat" (the model's own template), "alpaca", "metamath",
+            "hh", "beaver" or "none"; if not given, as the first adapter was trained.
+        max_new_tokens: length of the longest answer, in tokens.
+        temperature: randomness of sampling; 0 always takes the likeliest token.
+        top_k: number of likeliest tokens that are sampled from.
+        top_p: probability that the likeliest tokens must hold together; only they are sampled from.
+        num_samples: number of answers to each prompt.
+        seed: seed of sampling for the first answer; the next answer has the next seed.
+        precision: number format of the base model; "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
+        quantize: number of bits of the base model's weights: "nf4" or "int8" (bitsandbytes) saves memory,
+            "int4-fast" or "int8-fast" (torchao on a GPU) saves time; if not given, as the adapter was trained.
+        compile: compile the decoding step, with CUDA graphs on a GPU. It takes a while, so it is for long work.
+        output_file: file to which prompt, response and model are written as JSON Lines.
+        allow_other_base: use the adapter on other weights than those it was trained on.
     """
-    answer_with("aligner", adapter_path, adapter_scale, aligner_dir, batch_size, prompt, **options)
+    check_samples(num_samples, temperature)
+    prompts = read_prompts(prompt, prompts_file)
+    refuse_names(prompts)
+    base = open_base(
+        checkpoint_dir,
+        adapter_path,
+        adapter_scale,
+        prompt_style=prompt_style,
+        precision=precision,
+        quantize=quantize,
+        compile=compile,
+        for_generation=True,
+        allow_other_base=allow_other_base,
+    )
+    style = base.style
+    texts = [style.prompt(prompt.instruction, prompt.input) for prompt in prompts]
+    encoded = [base.tokenizer.encode(text, bos=style.bos) for text in texts]
+    check_prompts(base.model, encoded)
+
+    def answer(number: int, answers_before: int) -> Iterator[str]:
+        generator = torch.Generator(base.device).manual_seed(seed + answers_before)
+        request = GenerationRequest(
+            encoded[number], base.adapter, max_new_tokens, style.stop_ids, temperature, top_k, top_p, generator
+        )
+        text = AnswerText(base.tokenizer, style)
+        rows = prefill(base.model, [request])  # reads the prompt in one forward, which fills the KV cache
+        for [token] in decode(rows):  # samples a token and reads it in another forward, until the answer ends
+            assert token is not None  # a lone row has a token until it ends
+            yield text.push(token)
+            if text.ended:
+                break
+        yield text.finish()
+
+    print_answers(prompts, answer, model_name=base.name, num_samples=num_samples, output_file=output_file)
 
 
 if __name__ == "__main__":

@@ -190,9 +190,7 @@ def read_adapter(
 
     def check(info: AdapterInfo, shapes: Mapping[str, Sequence[int]]) -> AnyAdapter:
         if method is not None and info.method != method:
-            raise ValueError(
-                f"{path} is of method {info.method!r}, expected {method!r}; generate/{info.method}.py is for it"
-            )
+            raise ValueError(f"{path} is of method {info.method!r}, expected {method!r}")
         adapter = _matching(path, info, shapes)
         if model is not None:
             check_base(path, info, model, allow_other_base)

@@ -297,7 +297,7 @@ def test_what_is_no_aligner_is_refused(tmp_path, base_dir, tiny_model):
         metadata = handle.metadata()
     tensors = safetensors_load(file.read_bytes())
     save_file(tensors, file, metadata={**metadata, "method": '"lora"'})
-    with pytest.raises(ValueError, match=r"of method 'lora', expected 'aligner'; generate/lora\.py is for it"):
+    with pytest.raises(ValueError, match="of method 'lora', expected 'aligner'"):
         load_adapter(file, "aligner")
     with pytest.raises(ValueError, match=r"config: not that of method 'lora': it lacks .*'r'.* unknown .*'length'"):
         load_adapter(file)

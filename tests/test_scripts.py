@@ -14,12 +14,13 @@ from conftest import ROOT, load_script, random_aligner
 from safetensors.torch import load as safetensors_load
 from safetensors.torch import save_file
 
-from lit_llama.adapters import adapter_info, load_adapter, save_adapter
-from lit_llama.aligner import Aligner
+from lit_llama.adapters import AnyAdapter, adapter_info, load_adapter, save_adapter
+from lit_llama.base import Base, open_base
 from lit_llama.checkpoint import load_base
 from lit_llama.combine import WeightedSum
 from lit_llama.evaluation.forms import FORMS
 from lit_llama.generation import generate
+from lit_llama.lora import LoRA
 from lit_llama.prompts import prompt_style
 from lit_llama.script.command_line import run
 from lit_llama.tokenizer import Tokenizer
@@ -159,7 +160,9 @@ def test_generate_base_and_aligner(command, base_dir, aligner_path, tmp_path):
     answer = expected_answer(base_dir, "Count to 3.", load_adapter(aligner_path))
     assert (status, out) == (0, answer + "\n")
     [row] = [json.loads(line) for line in out_file.read_text().splitlines()]
-    assert row == {"prompt": "Count to 3.", "response": answer, "model": f"tiny + {aligner_path}"}
+    name = open_base(base_dir, aligner_path).name
+    assert row == {"prompt": "Count to 3.", "response": answer, "model": name}
+    assert name.startswith(f"tiny + {aligner_path} (")
 
 
 def test_scales_and_sums_of_aligners(command, base_dir, aligner_path, tmp_path):
@@ -180,33 +183,43 @@ def test_scales_and_sums_of_aligners(command, base_dir, aligner_path, tmp_path):
     assert (status, "3 scales for 2 adapters" in err) == (1, True)
 
 
-def test_prompts_name_their_aligner_in_a_folder(command, base_dir, aligner_path, tmp_path):
-    model = load_base(base_dir)
-    names: dict[str, Aligner | None] = {"": None}
+def test_prompts_name_their_adapter_in_a_folder(command, base_dir, aligner_path, tmp_path):
+    """Of any method, with its own style of prompts, as rows of one batch."""
+    model, store = load_base(base_dir), tmp_path / "store"
+    names: dict[str, AnyAdapter | None] = {"": None}
     for n in (1, 3):
         names[f"team/{n}"] = random_aligner(model.config, n, start_layer=n % 3, init_std=1.0)
-        save_adapter(tmp_path / f"store/team/{n}.safetensors", names[f"team/{n}"], model, prompt_style="chat")
-    shutil.copy(aligner_path, tmp_path / "store" / "trained.safetensors")
+    names["rank"] = LoRA(model.config, 2).eval()
+    for update in names["rank"].layers:
+        torch.nn.init.normal_(update["v"].b)
+    for name in names.keys() - {""}:
+        save_adapter(store / f"{name}.safetensors", names[name], model, prompt_style="chat")
+    shutil.copytree(aligner_path.parent, store / "trained")
     names["trained"] = load_adapter(aligner_path)
     prompts = [(f"Count to {i}.", name) for i, name in enumerate([*names, *reversed(names)])]
-    rows = [{"prompt": text} | ({"aligner": name} if name else {}) for text, name in prompts]
+    rows = [{"prompt": text} | ({("adapter", "aligner")[i % 2]: name} if name else {}) for i, (text, name) in
+            enumerate(prompts)]  # fmt: skip
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {"checkpoint_dir": base_dir, "prompts_file": tmp_path / "p.jsonl", "max_new_tokens": 8}
-    folder = {"aligner_dir": tmp_path / "store", "output_file": tmp_path / "a.jsonl"}
-    status, out, err = command("generate/aligner.py", **options, **folder, batch_size=3)
+    folder = {"adapter_dir": store, "output_file": tmp_path / "a.jsonl"}
+    status, out, err = command("generate/many.py", **options, **folder, batch_size=3)
     assert status == 0, err
     expected = [expected_answer(base_dir, text, names[name]) for text, name in prompts]
     assert out == "\n\n".join(expected) + "\n"
     assert [json.loads(line)["response"] for line in (tmp_path / "a.jsonl").read_text().splitlines()] == expected
 
-    status, _, err = command("generate/aligner.py", **options, aligner_path=aligner_path)
-    assert (status, "give --aligner_dir" in err) == (1, True)
-    (tmp_path / "store" / "trained.safetensors").write_bytes(b"junk")
-    status, _, err = command("generate/aligner.py", **options, **folder)
-    assert (status, "trained.safetensors is not a complete safetensors file" in err) == (1, True)
-    (tmp_path / "store" / "trained.safetensors").unlink()
-    status, _, err = command("generate/aligner.py", **options, **folder)
-    assert (status, "no adapter named 'trained'" in err) == (1, True)
+    for script, more in (("generate/aligner.py", {"aligner_path": aligner_path}), ("generate/base.py", {})):
+        status, _, err = command(script, **options, **more)
+        assert (status, "a prompt names the adapter team/1: generate/many.py goes by that" in err) == (1, True)
+    (store / "rank.safetensors").write_bytes(b"junk")
+    status, _, err = command("generate/many.py", **options, **folder)
+    assert (status, "rank.safetensors is not a complete safetensors file" in err) == (1, True)
+    (store / "rank.safetensors").rename(store / "ranks.safetensors")
+    status, _, err = command("generate/many.py", **options, **folder)
+    assert (status, f"no adapter named 'rank' in {store}; did you mean ranks?" in err) == (1, True)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x", "adapter": "../store/ranks"}')
+    status, _, err = command("generate/many.py", **options, **folder)
+    assert (status, "no adapter named '../store/ranks'" in err) == (1, True)
 
 
 def test_prompts_from_files_and_standard_input(command, base_dir, tmp_path, monkeypatch):
@@ -226,8 +239,8 @@ def test_prompts_stand_between_answers_on_a_terminal(command, base_dir, aligner_
     rows = [{"prompt": "one\nline"}, {"instruction": "two", "input": "more"}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {"checkpoint_dir": base_dir, "prompts_file": tmp_path / "p.jsonl", "max_new_tokens": 2}
-    store = {"aligner_dir": aligner_path.parent}
-    for script, more in (("generate/base.py", {}), ("generate/aligner.py", store)):
+    store, path = {"adapter_dir": aligner_path.parent}, {"adapter_path": aligner_path}
+    for script, more in (("generate/base.py", {}), ("generate/aligner.py", path), ("generate/many.py", store)):
         _, piped, err = command(script, **options, **more)
         assert "> " not in err
         with monkeypatch.context() as patch:
@@ -253,15 +266,14 @@ def test_prompts_may_be_repeated_and_look_like_yaml(base_dir, monkeypatch, capsy
 def test_answers_before_a_failure_are_kept(command, base_dir, tmp_path, monkeypatch):
     """Ctrl-C during the second answer keeps the first."""
     answers = iter([["first"], KeyboardInterrupt])
-    script = load_script("generate/base.py")
-    real_stream = script.answer.__globals__["stream"]
+    reply = Base.reply
 
-    def stream(*args, **options):
+    def interrupted(*args, **options):
         if next(answers) is KeyboardInterrupt:
             raise KeyboardInterrupt
-        return real_stream(*args, **options)
+        return reply(*args, **options)
 
-    monkeypatch.setitem(script.answer.__globals__, "stream", stream)
+    monkeypatch.setattr(Base, "reply", interrupted)
     (tmp_path / "p.txt").write_text("one\ntwo\n")
     options = {"checkpoint_dir": base_dir, "prompts_file": tmp_path / "p.txt", "max_new_tokens": 8}
     status, _, err = command("generate/base.py", output_file=tmp_path / "a.jsonl", **options)
@@ -331,7 +343,7 @@ def test_unknown_option_is_refused(command, base_dir):
         ("--seed=x", "--seed x: expected NUMBER"),
         ("--top_k=2.5", "--top_k 2.5: expected NUMBER"),
         ("--adapter_scale=a", "--adapter_scale ['a']: expected NUMBER"),
-        ("--quantize=3", "--quantize 3: there are 'nf4', 'int8', 'int8-fast', 'int4-fast'"),
+        ("--quantize=3", "--quantize 3: there are 'nf4', 'int8', 'int8-fast', 'int4-fast', 'none'"),
         ("--compile=maybe", "--compile maybe: there are 'true', 'false'"),
     ],
 )
@@ -506,7 +518,7 @@ def test_refusal_with_bad_pairs(command, base_dir, aligner_path, tmp_path, row, 
 
 @pytest.mark.parametrize("method", ["llama_adapter", "lora"])
 def test_the_other_methods_do_what_an_aligner_does(command, base_dir, data_dir, aligner_path, tmp_path, method):
-    """Trained, stopped and resumed to the bit; saved with its metadata; generated with, by its own script alone."""
+    """Trained, stopped and resumed to the bit; saved with its metadata; generated with."""
     settings = {"checkpoint_dir": base_dir, "data_dir": data_dir, "max_steps": 4, "warmup_steps": 1, "save_interval": 2}
     extra = {"lora": {"lora_dropout": 0.3, "lora_targets": "up", "lora_r": 2}, "llama_adapter": {"adapter_length": 3}}[
         method
@@ -526,16 +538,10 @@ def test_the_other_methods_do_what_an_aligner_does(command, base_dir, data_dir, 
     info = adapter_info(file)
     assert (info.method, info.prompt_style, info.base_name) == (method, "chat", "tiny")
     options = {"checkpoint_dir": base_dir, "prompt": "Count to 3.", "max_new_tokens": 8}
-    status, out, _ = command(f"generate/{method}.py", **{f"{method}_path": file}, **options)
+    status, out, _ = command("generate/aligner.py", **{f"{method}_path": file}, **options)
     assert (status, out) == (0, expected_answer(base_dir, "Count to 3.", load_adapter(file)) + "\n")
-    status, _, err = command("generate/aligner.py", aligner_path=file, **options)
-    assert (status, err) == (
-        1,
-        f"error: {file} is of method '{method}', expected 'aligner'; generate/{method}.py is for it\n",
-    )
-    status, _, err = command(f"generate/{method}.py", **{f"{method}_path": aligner_path}, **options)
-    assert status == 1
-    assert "generate/aligner.py is for it" in err
+    status, out, _ = command("generate/aligner.py", adapter_path=file.parent, **options)
+    assert (status, out) == (0, expected_answer(base_dir, "Count to 3.", load_adapter(file)) + "\n")
 
 
 def test_hub_out_of_reach_is_said_plainly(command, monkeypatch):

@@ -92,6 +92,7 @@ def as_question(place: str, row: dict[str, Any], number: int) -> Question:
             f"{place}: expected a text under 'prompt' or 'instruction', or a list of texts under 'turns', "
             f"found {sorted(row)}"
         )
+    row = {**row, "aligner": row.get("adapter", row.get("aligner"))}
     fields = {}
     for name, default in (("question_id", number), ("category", "all"), ("input", ""), ("aligner", None)):
         fields[name] = default if row.get(name) is None else row[name]
@@ -113,7 +114,7 @@ def read_questions(path: Path) -> list[Question]:
     for number, (place, row) in enumerate(prompt_rows(path), start=1):
         question = as_question(place, row, number)
         if question.aligner is not None:
-            raise ValueError(f"{place}: names the Aligner {question.aligner}; only generate/aligner.py goes by that")
+            raise ValueError(f"{place}: names the adapter {question.aligner}; only generate/many.py goes by that")
         if question.id in questions:
             raise ValueError(f"{place}: there are two questions with the question_id {question.id}")
         questions[question.id] = question

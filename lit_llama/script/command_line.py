@@ -5,37 +5,27 @@ Generated text goes to stdout, everything else to stderr.
 """
 
 import importlib
-import json
 import os
 import signal
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from lit_llama.adapters import AdapterInfo, Method, read_adapter
+from lit_llama.adapters import AdapterInfo, read_adapter
 from lit_llama.checkpoint import load_base, read_config, verify_base
 from lit_llama.combine import WeightedSum
-from lit_llama.decoder import GenerationRequest, check_prompts
 from lit_llama.devices.layouts import WeightOnly, compile_decoding, lay_out, quantize_for_inference
 from lit_llama.devices.precision import PRECISIONS, Precision
 from lit_llama.devices.quantization import Quantize
-from lit_llama.evaluation.answers import as_question, prompt_rows
-from lit_llama.files import atomic_file
-from lit_llama.generation import TextStream, complete, stream
 from lit_llama.model import LLaMA
-from lit_llama.prompts import PromptStyle, chosen_style
-from lit_llama.sampling import GREEDY_BELOW, check_sampling
 from lit_llama.script.errors import explain
 from lit_llama.script.parser import parse
 from lit_llama.seam import Adapter
-from lit_llama.serving.store import AdapterStore
 from lit_llama.tokenizer import Tokenizer
 
 DEBUG = "ALIGNER_DEBUG"  # the environment variable that asks for tracebacks
@@ -87,278 +77,6 @@ def _verify(checkpoint_dir: Path | None) -> None:
         count = verify_base(checkpoint_dir)
         if count:
             print(f"{checkpoint_dir}: {count} files are what the conversion wrote", file=sys.stderr)
-
-
-class Prompt(NamedTuple):
-    """What a user says, and who is to answer.
-
-    Args:
-        instruction: the prompt.
-        input: what it is about, for styles that keep it apart.
-        aligner: name of an Aligner in a folder of them.
-    """
-
-    instruction: str
-    input: str = ""
-    aligner: str | None = None
-
-
-def read_prompts(prompt: list[str] | None, prompts_file: Path | None) -> list[Prompt]:
-    """The prompts of a generation script: its `--prompt` options, a file, or standard input.
-
-    Args:
-        prompt: texts given on the command line.
-        prompts_file: see `lit_llama.evaluation.answers.prompt_rows`; an object may name its `aligner`.
-
-    Raises:
-        ValueError: no prompt, or prompts from two places, or one of several turns.
-    """
-    if prompt and prompts_file:
-        raise ValueError("give --prompt or --prompts_file, not both")
-    if prompt:
-        return [Prompt(text) for text in prompt]
-    if prompts_file is None:
-        if sys.stdin.isatty():
-            raise ValueError("no prompt: give --prompt, --prompts_file, or text on standard input")
-        text = sys.stdin.read().strip()
-        if not text:
-            raise ValueError("no prompt: standard input is empty")
-        return [Prompt(text)]
-    prompts = []
-    for place, row in prompt_rows(prompts_file):
-        question = as_question(place, row, len(prompts))
-        if len(question.turns) > 1:
-            raise ValueError(f"{place}: a question of {len(question.turns)} turns, and this script answers one: "
-                             "evaluate/vicuna.py and evaluate/side_by_side.py answer all")  # fmt: skip
-        prompts.append(Prompt(question.turns[0], question.input, question.aligner))
-    return prompts
-
-
-def answer(
-    model: LLaMA,
-    tokenizer: Tokenizer,
-    style: PromptStyle,
-    prompts: list[Prompt],
-    *,
-    model_name: str,
-    output_file: Path | None,
-    num_samples: int,
-    seed: int,
-    adapter: Adapter | None = None,
-    **sampling: Any,
-) -> None:
-    """Print the model's answer to each prompt as it comes, then speed and memory on stderr.
-
-    Args:
-        model: the base model.
-        tokenizer: its tokenizer.
-        style: turns prompts into text.
-        prompts: what to answer.
-        model_name: recorded in `output_file`.
-        output_file: JSON Lines of prompt, response and model, written at the end.
-        num_samples: answers to each prompt.
-        seed: of sampling.
-        adapter: beside the base model, if any.
-        sampling: `max_new_tokens`, `temperature`, `top_k`, `top_p` of `lit_llama.generation.stream`.
-    """
-    if num_samples < 1:
-        raise ValueError(f"--num_samples is {num_samples}, it must be at least 1")
-    if num_samples > 1 and sampling["temperature"] < GREEDY_BELOW:
-        temperature = sampling["temperature"]
-        raise ValueError(
-            f"--num_samples {num_samples} with --temperature {temperature:g} repeats one answer: raise the temperature"
-        )
-    check_sampling(**sampling)
-    encoded = [tokenizer.encode(style.prompt(*prompt[:2]), bos=style.bos) for prompt in prompts]
-    check_prompts(model, encoded)
-    generator = torch.Generator(model.device).manual_seed(seed)
-    rows: list[dict[str, str]] = []
-    new_tokens, seconds = 0, 0.0
-    try:
-        for (instruction, input, _), ids in zip(prompts, encoded, strict=True):
-            for _ in range(num_samples):
-                if rows:
-                    print()
-                if len(prompts) > 1:
-                    show_prompt(instruction, input)
-                decoder, text, shown, n = TextStream(tokenizer), "", "", 0
-                started = time.perf_counter()
-                for [token] in stream(
-                    model, [ids], adapter=adapter, stop_ids=style.stop_ids, generator=generator, **sampling
-                ):
-                    assert token is not None  # a lone row has a token until the stream ends
-                    n += 1
-                    text += decoder.push(token)
-                    certain = style.cut(text, more_may_follow=True)
-                    print(certain[len(shown) :], end="", flush=True)
-                    shown = certain
-                    if style.ended(text):
-                        break
-                seconds += time.perf_counter() - started
-                new_tokens += n
-                response = style.cut(text + decoder.flush())
-                print(response[len(shown) :])
-                row = {"instruction": instruction, "input": input} if input else {"prompt": instruction}
-                rows.append({**row, "response": response, "model": model_name})
-    finally:  # what was answered before an interruption is kept
-        if output_file is not None and rows:
-            write_rows(output_file, rows)
-    print(f"{new_tokens} tokens, {new_tokens / max(seconds, 1e-9):.1f} tokens/s, {peak_memory()}", file=sys.stderr)
-
-
-def show_prompt(instruction: str, input: str = "") -> None:
-    """Print a prompt before its answer where a person reads along: on stderr, if stdout is a terminal."""
-    if sys.stdout.isatty():
-        lines = f"{instruction}\n{input}".strip().splitlines()
-        print("\n".join(f"> {line}" for line in lines), file=sys.stderr, flush=True)
-
-
-def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    """Write JSON Lines, whole or not at all."""
-    with atomic_file(path) as temporary:
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        temporary.write_text("".join(lines), encoding="utf-8")
-
-
-def answer_with(
-    method: Method,
-    adapter_path: list[Path],
-    adapter_scale: list[float] | None,
-    aligner_dir: Path | None,
-    batch_size: int,
-    prompt: list[str] | None,
-    checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
-    prompts_file: Path | None = None,
-    prompt_style: str | None = None,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    num_samples: int = 1,
-    seed: int = 1337,
-    precision: Precision = "auto",
-    quantize: Quantize | WeightOnly | None = None,
-    compile: bool = False,
-    output_file: Path | None = None,
-    allow_other_base: bool = False,
-) -> None:
-    """Print the answers of a base model with an adapter, or several at once.
-
-    Args:
-        method: what the adapters must be.
-        adapter_path: the adapters.
-        adapter_scale: what each is multiplied by, or all.
-        aligner_dir: instead, a folder of Aligners, of which each prompt may name one.
-        batch_size: rows at once, for a folder.
-        prompt: what to answer, from the command line.
-        checkpoint_dir: folder of the base model.
-        prompts_file: JSON or JSON Lines with "prompt", "instruction" or FastChat's "turns", or a text file with one
-            prompt per line.
-        prompt_style: "chat" (the model's own template), "alpaca", "metamath", "hh", "beaver" or "none"; if
-            not given, the one that the first adapter was trained with.
-        max_new_tokens: longest answer, in tokens.
-        temperature: 0 takes the likeliest token; larger is more random.
-        top_k: sample among the k likeliest tokens only.
-        top_p: sample among the likeliest tokens that hold this probability together.
-        num_samples: answers to each prompt.
-        seed: of sampling.
-        precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
-        quantize: keep the base's weights in fewer bits: "nf4" or "int8" to save memory
-            (by bitsandbytes), "int4-fast" or "int8-fast" for speed; if not given, as the adapter was trained.
-        compile: compile the decoding step, with CUDA graphs on a GPU; takes a while, so for long work.
-        output_file: also write prompt, response and model as JSON Lines here.
-        allow_other_base: use the adapter on other weights than those it was trained on.
-    """
-    prompts = read_prompts(prompt, prompts_file)
-    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    if aligner_dir is not None:
-        if num_samples > 1 or adapter_scale is not None:
-            raise ValueError("--aligner_dir goes with one sample and without scales")
-        model, tokenizer = open_base(checkpoint_dir, precision, quantize, compile)
-        store = AdapterStore(aligner_dir, model, allow_other_base, quantize)
-        answer_each(model, tokenizer, prompt_style, store, prompts, output_file, batch_size, seed, **sampling)
-        return
-    named = next((prompt.aligner for prompt in prompts if prompt.aligner is not None), None)
-    if named is not None:
-        raise ValueError(f"a prompt names the Aligner {named}: give --aligner_dir, the folder that it is in")
-    read = [read_adapter(path, method) for path in adapter_path]  # refused before the base is loaded
-    quantize = quantize or read[0][1].hyperparameters.get("quantize")
-    model, tokenizer = open_base(checkpoint_dir, precision, quantize, compile)
-    adapter, infos = open_adapters(adapter_path, adapter_scale, model, model.device, allow_other_base)
-    scales = "" if adapter_scale is None else f" x {' '.join(f'{scale:g}' for scale in adapter_scale)}"
-    answer(
-        model,
-        tokenizer,
-        chosen_style(prompt_style, infos[0].prompt_style or "alpaca", tokenizer),  # the authors' files say nothing
-        prompts,
-        model_name=f"{model.config.name} + {' + '.join(map(str, adapter_path))}{scales}",
-        output_file=output_file,
-        num_samples=num_samples,
-        seed=seed,
-        adapter=adapter,
-        **sampling,
-    )
-
-
-def answer_each(
-    model: LLaMA,
-    tokenizer: Tokenizer,
-    prompt_style: str | None,
-    store: AdapterStore,
-    prompts: list[Prompt],
-    output_file: Path | None,
-    batch_size: int,
-    seed: int,
-    **sampling: Any,
-) -> None:
-    """Print the answer to each prompt by the Aligner that it names, many at once, in their order.
-
-    Args:
-        model: the base model.
-        tokenizer: its tokenizer.
-        prompt_style: if None, that of each Aligner's training, or "chat".
-        store: where the Aligners are.
-        prompts: what to answer; one without a name is answered by the base.
-        output_file: JSON Lines of prompt, response and model, written at the end.
-        batch_size: rows at once; when one ends, the next prompt takes its place.
-        seed: of sampling, for the first prompt; the next one has the next.
-        sampling: `max_new_tokens`, `temperature`, `top_k`, `top_p` of `lit_llama.decoder.GenerationRequest`.
-
-    Raises:
-        ValueError: a prompt names an Aligner that is not there or cannot be used.
-    """
-    requests: list[GenerationRequest] = []
-    styles: list[PromptStyle] = []
-    by_training: dict[str | None, PromptStyle] = {}
-    for i, prompt in enumerate(prompts):
-        aligner, trained = None, None
-        if prompt.aligner is not None:
-            aligner, trained = store.get(prompt.aligner), store.style(prompt.aligner)
-        if trained not in by_training:
-            by_training[trained] = chosen_style(prompt_style, trained, tokenizer)
-        style = by_training[trained]
-        ids = tokenizer.encode(style.prompt(prompt.instruction, prompt.input), bos=style.bos)
-        generator = torch.Generator(model.device).manual_seed(seed + i)
-        requests.append(GenerationRequest(ids, aligner, stop_ids=style.stop_ids, generator=generator, **sampling))
-        styles.append(style)
-    started = time.perf_counter()
-    rows: list[dict[str, str]] = []
-    tokens = tqdm(complete(model, requests, batch_size), total=len(prompts), desc="answers", leave=False)
-    n = 0
-    for prompt, style, ids in zip(prompts, styles, tokens, strict=True):
-        response = style.cut(tokenizer.decode(ids))
-        if rows:
-            tqdm.write("", file=sys.stdout)
-        if len(prompts) > 1:
-            show_prompt(prompt.instruction, prompt.input)
-        tqdm.write(response, file=sys.stdout)
-        source = model.config.name + (f" + {prompt.aligner}" if prompt.aligner is not None else "")
-        rows.append({"prompt": prompt.instruction, "response": response, "model": source})
-        n += len(ids)
-    if output_file is not None:
-        write_rows(output_file, rows)
-    seconds = time.perf_counter() - started
-    print(f"{n} tokens, {n / seconds:.1f} tokens/s, {peak_memory()}", file=sys.stderr)
 
 
 def open_adapters(
