@@ -515,7 +515,7 @@ def test_bad_questions_and_answers_name_the_place(command, answers, tmp_path):
         ('{"turns": []}', "line 1: expected a text under 'prompt'"),
         ('{"prompt": 3}', "line 1: expected a text under 'prompt'"),
         ('{"prompt": "Hm?", "input": ["a"]}', "line 1: expected a text under 'input', found list"),
-        ('{"prompt": "Hm?", "aligner": "a"}', "line 1: names the Aligner a"),
+        ('{"prompt": "Hm?", "aligner": "a"}', "line 1: names the adapter a"),
         ("", "is empty"),
     ):
         bad.write_text(text)
