@@ -9,21 +9,29 @@ memory.
 """
 
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
-from lit_llama.adapters import METHODS, Method, adapter_fingerprint, check_adapter, load_adapter
-from lit_llama.aligner import Aligner
-from lit_llama.checkpoint import load_base, read_config
+from lit_llama.adapters import METHODS, AnyAdapter, Method, adapter_fingerprint, check_base, read_adapter
+from lit_llama.base import open_base
+from lit_llama.checkpoint import read_config
 from lit_llama.data import Batch, open_data
-from lit_llama.devices.precision import PRECISIONS, Precision
-from lit_llama.devices.quantization import Quantize
 from lit_llama.dpo_reference import cached_reference
-from lit_llama.hyperparameters import Decay, check_hyperparameters, total_steps
-from lit_llama.losses import PREFERENCE_METRICS, LossSums, PreferenceLoss, preference_loss, response_logprobs
+from lit_llama.losses import (
+    PREFERENCE_METRICS,
+    LossSums,
+    PreferenceLoss,
+    check_preference_loss,
+    preference_loss,
+    response_logprobs,
+)
+from lit_llama.plan import Decay, Plan
+from lit_llama.samples import sample_answers
 from lit_llama.script.command_line import run
-from lit_llama.script.launch import launch, make_loggers
+from lit_llama.script.machine import Machine, together
 from lit_llama.training import fit
+from lit_llama.tuning import find_learning_rate
 
 
 def main(
@@ -39,7 +47,7 @@ def main(
     loss: PreferenceLoss = "sigmoid",
     label_smoothing: float = 0.0,
     chosen_weight: float = 0.0,
-    learning_rate: float = 3e-3,  # paper: 1e-4, of which their schedule reached 1.9e-5
+    learning_rate: float | Literal["auto"] = 3e-3,  # paper: 1e-4, of which their schedule reached 1.9e-5
     decay: Decay = "linear",  # paper: none
     weight_decay: float = 0.02,
     batch_size: int = 4,  # paper: 32 pairs, counted as 64 examples
@@ -50,116 +58,112 @@ def main(
     max_seq_length: int = 512,
     pack: bool = False,
     max_grad_norm: float | None = None,
-    seed: int = 1337,
     eval_interval: int = 48,
-    save_interval: int = 100,
-    resume: bool = False,
-    logger: list[str] | None = None,
-    precision: Precision = "auto",  # paper: bf16-true
-    quantize: Quantize | None = None,
-    activation_checkpointing: bool = False,
-    devices: int = 1,
-    num_nodes: int = 1,
-    shard_base: bool = False,
+    patience: int | None = None,
+    seed: int = 1337,
+    **machine: Any,  # paper: --precision bf16-true
 ) -> None:
     """Fine-tune.
 
     Args:
         checkpoint_dir: folder of the base model, which stays as it is.
-        data_dir: tokenised pairs.
-        out_dir: where the adapter, its training state, metrics and their picture go.
-        adapter_path: what to start from, of any method; if not given, a new adapter.
-        method: of a new adapter: "aligner", "adapter" or "lora"; the last two in their default sizes.
-        aligner_length: prefix tokens N of a new Aligner.
-        reference_path: adapter that the policy is held to, or "base" for the base model alone; if not given, what
-            training starts from.
+        data_dir: folder of the tokenised pairs.
+        out_dir: folder for the adapter, its training states, metrics and their picture.
+        adapter_path: adapter to start from, of any method; if not given, a new one.
+        method: method of a new adapter; all but an Aligner have their default sizes.
+        aligner_length: number of prefix tokens N of a new Aligner.
+        reference_path: adapter that the policy is held to, or "base" for the base model alone; if not given, the one
+            that training starts from.
         cache_reference: compute the reference's log-probabilities once, and keep them in --data_dir.
-        beta: how strongly the policy is held to the reference; small is loose.
+        beta: strength with which the policy is held to the reference; a small one lets it go further.
         loss: "sigmoid", DPO's own, or "ipo" (arXiv 2310.12036).
-        label_smoothing: share of pairs taken to be the wrong way round (conservative DPO).
-        chosen_weight: of the chosen response's cross-entropy per token, added to the loss; DPO alone may make both
-            responses unlikelier.
-        learning_rate: peak, reached at the end of warm-up.
+        label_smoothing: share of pairs that are taken to be the wrong way round (conservative DPO).
+        chosen_weight: weight of the chosen response's cross-entropy per token, which is added to the loss; DPO alone
+            may make both responses less likely.
+        learning_rate: peak of the learning rate, reached at the end of warm-up; "auto" tries a few for a few steps on a
+            part of the training pairs kept apart, and takes the best.
         decay: how the learning rate falls from the peak: "linear" to zero, or "none".
-        weight_decay: of AdamW.
-        batch_size: pairs per optimizer step, over all devices.
-        micro_batch_size: pairs per forward on one device.
-        epochs: how often every pair is read, unless --max_steps is given.
-        max_steps: optimizer steps.
-        warmup_steps: optimizer steps over which the learning rate rises; if not given, 10, or a tenth of a run of
-            fewer steps than that.
-        max_seq_length: longer examples are refused; prepare the data with this length.
+        weight_decay: weight decay of AdamW.
+        batch_size: number of pairs per optimizer step, over all devices.
+        micro_batch_size: number of pairs per forward on one device.
+        epochs: number of times that every pair is read, unless --max_steps is given.
+        max_steps: number of optimizer steps.
+        warmup_steps: number of optimizer steps over which the learning rate rises; if not given, 10, or a tenth of a
+            run of fewer steps than that.
+        max_seq_length: number of tokens of the longest example that is accepted; prepare the data with this length.
         pack: put the examples of a forward into one row, without attention between them, instead of padding them.
-        max_grad_norm: scale larger gradients down to this norm.
-        seed: of initialisation and the order of pairs.
-        eval_interval: optimizer steps between validations, which also show a few answers.
-        save_interval: optimizer steps between states to resume from; one is also saved every 10 minutes.
-        resume: continue the run in --out_dir from its last state, to the bit; if there is none, begin.
-        logger: "tensorboard" or "wandb", beside metrics.csv; may be given twice.
-        precision: of the base model; "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
-        quantize: keep the base's blocks in 4 bits ("nf4") or 8 bits ("int8").
-        activation_checkpointing: compute activations again for the backward pass instead of keeping them.
-        devices: how many to use on each node.
-        num_nodes: machines, each of which runs this script; see howto/resume_and_scale.md.
-        shard_base: spread the base over all devices, for one that does not fit a device.
+        max_grad_norm: norm that larger gradients are scaled down to.
+        eval_interval: number of optimizer steps between validations, which also show a few answers.
+        patience: number of validations in a row without a lower loss after which the run ends early.
+        seed: seed of the initialisation and of the order of the pairs.
+        machine: where the run computes and what it keeps; see `Machine`.
     """
-    hyperparameters = dict(locals())
-    check_hyperparameters(hyperparameters)
-    tokenizer, (train, validation) = open_data(checkpoint_dir, data_dir, max_seq_length, kind="pairs")
-    max_steps = total_steps(len(train), batch_size, epochs, max_steps, warmup_steps)
-
+    options = dict(locals())
     torch.manual_seed(seed)
-    config = read_config(checkpoint_dir)
-    if adapter_path is not None:
-        policy = load_adapter(adapter_path)
-    else:
-        policy = Aligner(config, aligner_length) if method == "aligner" else METHODS[method](config)
     reference_path = reference_path or adapter_path or Path("base")
-    reference = None if reference_path == Path("base") else load_adapter(reference_path)
+    machine, plan, _, start, held_to = together(
+        lambda: Machine(**machine),
+        lambda: Plan(
+            learning_rate=learning_rate, decay=decay, batch_size=batch_size, micro_batch_size=micro_batch_size,
+            epochs=epochs, max_steps=max_steps, warmup_steps=warmup_steps, max_grad_norm=max_grad_norm,
+            eval_interval=eval_interval, patience=patience, seed=seed, pack=pack,
+        ),
+        lambda: check_preference_loss(beta, loss, label_smoothing, chosen_weight),
+        lambda: read_adapter(adapter_path) if adapter_path else new_adapter(checkpoint_dir, method, aligner_length),
+        lambda: (None, None) if reference_path == Path("base") else read_adapter(reference_path),
+    )  # fmt: skip
+    (policy, policy_info), (reference, reference_info) = start, held_to
+    tokenizer, (train, validation) = open_data(checkpoint_dir, data_dir, max_seq_length, kind="pairs")
+    plan = plan.for_items(len(train))
+    fingerprints = {
+        "start": "new" if adapter_path is None else adapter_fingerprint(policy),
+        "reference": "base" if reference is None else adapter_fingerprint(reference),
+    }
 
-    fabric, mesh = launch(devices, num_nodes, shard_base, make_loggers(logger or [], out_dir, resume), out_dir)
-    model = load_base(checkpoint_dir, PRECISIONS[precision], fabric.device, mesh=mesh, quantize=quantize)
-    if activation_checkpointing:
-        model.checkpoint_activations()
-    policy.to(fabric.device)
-    if adapter_path is not None:
-        check_adapter(adapter_path, model)
+    fabric, mesh = machine.launch(out_dir, plan)
+    base = open_base(
+        checkpoint_dir, prompt_style=train.header["prompt_style"], precision=machine.precision,
+        quantize=machine.quantize, device=fabric.device, mesh=mesh,
+    )  # fmt: skip
+    if machine.activation_checkpointing:
+        base.model.checkpoint_activations()
+    for path, info in ((adapter_path, policy_info), (reference_path, reference_info)):
+        if info is not None:
+            check_base(path, info, base.model)
     if reference is not None:
-        check_adapter(reference_path, model)
         reference.to(fabric.device).requires_grad_(False)
     if cache_reference:
         for dataset in (train, validation):
             dataset.reference = cached_reference(
-                fabric, model, reference, dataset, data_dir, micro_batch_size, quantize
+                fabric, base.model, reference, dataset, data_dir, micro_batch_size, quantize=machine.quantize
             )
-    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(policy.to(fabric.device).parameters(), weight_decay=weight_decay)
 
     def measure(batch: Batch) -> LossSums:
-        reference_logprobs = batch.reference
-        if reference_logprobs is None:
-            with torch.no_grad():
-                reference_logprobs = response_logprobs(model, reference, batch)
-        policy_logprobs = response_logprobs(model, policy, batch)
-        lengths = batch.scored_lengths()
+        with torch.no_grad():
+            kept = batch.reference
+            reference_logprobs = response_logprobs(base.model, reference, batch) if kept is None else kept
+        policy_logprobs, lengths = response_logprobs(base.model, policy, batch), batch.scored_lengths()
         return preference_loss(policy_logprobs, reference_logprobs, lengths, beta, loss, label_smoothing, chosen_weight)
 
+    def show_answers() -> str:
+        return sample_answers(base.model, policy, tokenizer, base.style, validation)
+
+    plan = find_learning_rate(
+        fabric, policy, optimizer, measure, train, tokenizer, plan,
+        around=3e-3, measured=PREFERENCE_METRICS, resume_dir=out_dir if machine.resume else None,
+    )  # fmt: skip
+    folder = machine.run_folder(out_dir, base, options, fingerprints)
     fit(
-        fabric,
-        model,
-        policy,
-        optimizer,
-        measure,
-        tokenizer,
-        train,
-        validation,
-        max_steps,
-        hyperparameters,
-        measured=PREFERENCE_METRICS,
-        fingerprints={
-            "start": "new" if adapter_path is None else adapter_fingerprint(load_adapter(adapter_path)),
-            "reference": "base" if reference is None else adapter_fingerprint(reference),
-        },
-    )
+        fabric, policy, optimizer, measure, train, validation, plan, folder,
+        measured=PREFERENCE_METRICS, show_answers=show_answers,
+    )  # fmt: skip
+
+
+def new_adapter(checkpoint_dir: Path, method: Method, aligner_length: int) -> tuple[AnyAdapter, None]:
+    """A fresh adapter of any method, of which no file says anything."""
+    sizes = {"length": aligner_length} if method == "aligner" else {}
+    return METHODS[method](read_config(checkpoint_dir), **sizes), None
 
 
 if __name__ == "__main__":

@@ -7,19 +7,21 @@ Needs a base model converted by one of scripts/convert_*_checkpoint.py and data 
 """
 
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
-from lit_llama.checkpoint import load_base, read_config
-from lit_llama.data import open_data
-from lit_llama.devices.precision import PRECISIONS, Precision
-from lit_llama.devices.quantization import Quantize
-from lit_llama.hyperparameters import Decay, check_hyperparameters, total_steps
+from lit_llama.base import open_base
+from lit_llama.checkpoint import read_config
+from lit_llama.data import Batch, open_data
 from lit_llama.llama_adapter import LLaMAAdapter
-from lit_llama.losses import supervised_loss
+from lit_llama.losses import LossSums, supervised_loss
+from lit_llama.plan import Decay, Plan
+from lit_llama.samples import sample_answers
 from lit_llama.script.command_line import run
-from lit_llama.script.launch import launch, make_loggers
+from lit_llama.script.machine import Machine, together
 from lit_llama.training import fit
+from lit_llama.tuning import find_learning_rate
 
 
 def main(
@@ -29,7 +31,7 @@ def main(
     adapter_length: int = 10,
     adapter_start_layer: int = 2,
     adapter_init_std: float = 0.1,
-    learning_rate: float = 3e-2,
+    learning_rate: float | Literal["auto"] = 3e-2,
     decay: Decay = "linear",
     weight_decay: float = 0.02,
     batch_size: int = 4,
@@ -40,77 +42,72 @@ def main(
     max_seq_length: int = 512,
     pack: bool = False,
     max_grad_norm: float | None = None,
-    seed: int = 1337,
     eval_interval: int = 48,
-    save_interval: int = 100,
-    resume: bool = False,
-    logger: list[str] | None = None,
-    precision: Precision = "auto",
-    quantize: Quantize | None = None,
-    activation_checkpointing: bool = False,
-    devices: int = 1,
-    num_nodes: int = 1,
-    shard_base: bool = False,
+    patience: int | None = None,
+    seed: int = 1337,
+    **machine: Any,
 ) -> None:
     """Fine-tune.
 
     Args:
         checkpoint_dir: folder of the base model, which stays as it is.
-        data_dir: tokenised examples.
-        out_dir: where the adapter, its training state, metrics and the picture of the loss go.
-        adapter_length: prefix tokens N in each layer.
+        data_dir: folder of the tokenised examples.
+        out_dir: folder for the adapter, its training states, metrics and the picture of the loss.
+        adapter_length: number of prefix tokens N in each layer.
         adapter_start_layer: first layer with a prefix, counted from 0.
         adapter_init_std: standard deviation of the prefix tokens at the start.
-        learning_rate: peak, reached at the end of warm-up.
+        learning_rate: peak of the learning rate, reached at the end of warm-up; "auto" tries a few for a few steps on a
+            part of the training examples kept apart, and takes the best.
         decay: how the learning rate falls from the peak: "linear" to zero, or "none".
-        weight_decay: of AdamW.
-        batch_size: examples per optimizer step, over all devices.
-        micro_batch_size: examples per forward on one device.
-        epochs: how often every example is read, unless --max_steps is given.
-        max_steps: optimizer steps.
-        warmup_steps: optimizer steps over which the learning rate rises; if not given, 10, or a tenth of a run of
-            fewer steps than that.
-        max_seq_length: longer examples are refused; prepare the data with this length.
+        weight_decay: weight decay of AdamW.
+        batch_size: number of examples per optimizer step, over all devices.
+        micro_batch_size: number of examples per forward on one device.
+        epochs: number of times that every example is read, unless --max_steps is given.
+        max_steps: number of optimizer steps.
+        warmup_steps: number of optimizer steps over which the learning rate rises; if not given, 10, or a tenth of a
+            run of fewer steps than that.
+        max_seq_length: number of tokens of the longest example that is accepted; prepare the data with this length.
         pack: put the examples of a forward into one row, without attention between them, instead of padding them.
-        max_grad_norm: scale larger gradients down to this norm.
-        seed: of initialisation and the order of examples.
-        eval_interval: optimizer steps between validations, which also show a few answers.
-        save_interval: optimizer steps between states to resume from; one is also saved every 10 minutes.
-        resume: continue the run in --out_dir from its last state, to the bit; if there is none, begin.
-        logger: "tensorboard" or "wandb", beside metrics.csv; may be given twice.
-        precision: of the base model; "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
-        quantize: keep the base's blocks in 4 bits ("nf4") or 8 bits ("int8").
-        activation_checkpointing: compute activations again for the backward pass instead of keeping them.
-        devices: how many to use on each node.
-        num_nodes: machines, each of which runs this script; see howto/resume_and_scale.md.
-        shard_base: spread the base over all devices, for one that does not fit a device.
+        max_grad_norm: norm that larger gradients are scaled down to.
+        eval_interval: number of optimizer steps between validations, which also show a few answers.
+        patience: number of validations in a row without a lower loss after which the run ends early.
+        seed: seed of the initialisation and of the order of the examples.
+        machine: where the run computes and what it keeps; see `Machine`.
     """
-    hyperparameters = dict(locals())
-    check_hyperparameters(hyperparameters)
-    tokenizer, (train, validation) = open_data(checkpoint_dir, data_dir, max_seq_length)
-    max_steps = total_steps(len(train), batch_size, epochs, max_steps, warmup_steps)
-
+    options = dict(locals())
     torch.manual_seed(seed)
-    adapter = LLaMAAdapter(read_config(checkpoint_dir), adapter_length, adapter_start_layer, adapter_init_std)
-    fabric, mesh = launch(devices, num_nodes, shard_base, make_loggers(logger or [], out_dir, resume), out_dir)
+    machine, plan, adapter = together(
+        lambda: Machine(**machine),
+        lambda: Plan(
+            learning_rate=learning_rate, decay=decay, batch_size=batch_size, micro_batch_size=micro_batch_size,
+            epochs=epochs, max_steps=max_steps, warmup_steps=warmup_steps, max_grad_norm=max_grad_norm,
+            eval_interval=eval_interval, patience=patience, seed=seed, pack=pack,
+        ),
+        lambda: LLaMAAdapter(read_config(checkpoint_dir), adapter_length, adapter_start_layer, adapter_init_std),
+    )  # fmt: skip
+    tokenizer, (train, validation) = open_data(checkpoint_dir, data_dir, max_seq_length)
+    plan = plan.for_items(len(train))
+
+    fabric, mesh = machine.launch(out_dir, plan)
+    base = open_base(
+        checkpoint_dir, prompt_style=train.header["prompt_style"], precision=machine.precision,
+        quantize=machine.quantize, device=fabric.device, mesh=mesh,
+    )  # fmt: skip
+    if machine.activation_checkpointing:
+        base.model.checkpoint_activations()
     adapter.to(fabric.device)
-    model = load_base(checkpoint_dir, PRECISIONS[precision], fabric.device, mesh=mesh, quantize=quantize)
-    if activation_checkpointing:
-        model.checkpoint_activations()
     optimizer = torch.optim.AdamW(adapter.parameters(), weight_decay=weight_decay)
 
-    fit(
-        fabric,
-        model,
-        adapter,
-        optimizer,
-        lambda batch: supervised_loss(model, adapter, batch),
-        tokenizer,
-        train,
-        validation,
-        max_steps,
-        hyperparameters,
-    )
+    def loss(batch: Batch) -> LossSums:
+        return supervised_loss(base.model, adapter, batch)
+
+    def show_answers() -> str:
+        return sample_answers(base.model, adapter, tokenizer, base.style, validation)
+
+    resume_dir = out_dir if machine.resume else None
+    plan = find_learning_rate(fabric, adapter, optimizer, loss, train, tokenizer, plan, resume_dir=resume_dir)
+    folder = machine.run_folder(out_dir, base, options)
+    fit(fabric, adapter, optimizer, loss, train, validation, plan, folder, show_answers=show_answers)
 
 
 if __name__ == "__main__":

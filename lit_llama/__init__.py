@@ -2,7 +2,7 @@
 
 What a notebook needs can be imported from here:
 
-    from lit_llama import open_base, Aligner, save_adapter, load_adapter
+    from lit_llama import open_base, Aligner, train, save_adapter, load_adapter
 """
 
 from importlib import import_module
@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from lit_llama.adapters import load_adapter, save_adapter
     from lit_llama.aligner import Aligner
     from lit_llama.base import open_base
+    from lit_llama.tuning import train
 
 __version__ = "0.1.0"
-__all__ = ["Aligner", "load_adapter", "open_base", "save_adapter"]
+__all__ = ["Aligner", "load_adapter", "open_base", "save_adapter", "train"]
 
-_MODULES = {"Aligner": "aligner", "load_adapter": "adapters", "open_base": "base", "save_adapter": "adapters"}
+_MODULES = {"Aligner": "aligner", "load_adapter": "adapters", "open_base": "base"}
+_MODULES |= {"save_adapter": "adapters", "train": "tuning"}
 
 
 def __getattr__(name: str) -> Any:

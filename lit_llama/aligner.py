@@ -30,7 +30,7 @@ class Aligner(nn.Module):
         sizes: those of the base model, and the arguments that built it, for its file.
 
     Raises:
-        ValueError: fewer than one token, or no layer left to attend to them.
+        ValueError: fewer than one token, no layer left to attend to them, or a negative deviation.
     """
 
     method = "aligner"
@@ -42,6 +42,8 @@ class Aligner(nn.Module):
             raise ValueError(f"an Aligner needs at least one prefix token, got {length}")
         if not 0 <= start_layer < config.n_layer:
             raise ValueError(f"start layer {start_layer} is not one of the base's layers 0 to {config.n_layer - 1}")
+        if not init_std >= 0:
+            raise ValueError(f"an Aligner's init_std must be at least 0, got {init_std}")
         self.start_layer = start_layer
         sizes = {name: getattr(config, name) for name in self.base_sizes}
         self.sizes = sizes | {"length": length, "start_layer": start_layer}

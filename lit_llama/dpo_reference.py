@@ -70,7 +70,7 @@ def cached_reference(
         with atomic_file(path) as temporary:
             metadata = {name: str(value) for name, value in key.items()} | {"sha256": _hash(logprobs)}
             save_file({"logprobs": logprobs}, temporary, metadata=metadata)
-        print(f"the reference's log-probabilities are kept in {path}", file=sys.stderr)
+        tqdm.write(f"the reference's log-probabilities are kept in {path}", file=sys.stderr)
     return logprobs
 
 

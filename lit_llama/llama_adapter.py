@@ -26,7 +26,7 @@ class LLaMAAdapter(nn.Module):
         sizes: those of the base model, and the arguments that built it, for its file.
 
     Raises:
-        ValueError: fewer than one token, or no layer left to attend to them.
+        ValueError: fewer than one token, no layer left to attend to them, or a negative deviation.
     """
 
     method = "llama_adapter"
@@ -38,6 +38,8 @@ class LLaMAAdapter(nn.Module):
             raise ValueError(f"a LLaMA-Adapter needs at least one prefix token, got {length}")
         if not 0 <= start_layer < config.n_layer:
             raise ValueError(f"start layer {start_layer} is not one of the base's layers 0 to {config.n_layer - 1}")
+        if not init_std >= 0:
+            raise ValueError(f"a LLaMA-Adapter's init_std must be at least 0, got {init_std}")
         self.start_layer = start_layer
         sizes = {name: getattr(config, name) for name in self.base_sizes}
         self.sizes = sizes | {"length": length, "start_layer": start_layer}

@@ -115,7 +115,11 @@ def preference_loss(
     Returns:
         The `PREFERENCE_METRICS` over pairs. A reward is beta (policy - reference); accuracy counts the pairs whose
         chosen response has the higher one, and half of those where both are equal, as at a start from the reference.
+
+    Raises:
+        ValueError: a coefficient is out of range.
     """
+    check_preference_loss(beta, kind, label_smoothing, chosen_weight)
     rewards = beta * (policy - reference)
     chosen_reward, rejected_reward = rewards.view(-1, 2).unbind(1)  # (P) each
     margin = chosen_reward - rejected_reward
@@ -140,3 +144,24 @@ def preference_loss(
         values["loss"] = loss - chosen_weight * chosen_logp / chosen_length.clamp(min=1)
     counted = chosen_length + rejected_length > 0
     return LossSums({name: (value * counted).sum() for name, value in values.items()}, counted.sum())
+
+
+def check_preference_loss(
+    beta: float, kind: PreferenceLoss = "sigmoid", label_smoothing: float = 0.0, chosen_weight: float = 0.0
+) -> None:
+    """Refuse coefficients with which `preference_loss` has no meaning.
+
+    Raises:
+        ValueError: names all of them by their options.
+    """
+    problems = []
+    if not beta > 0:
+        problems.append(f"--beta is {beta:g}, it must be larger than 0")
+    if not 0 <= label_smoothing < 0.5:
+        problems.append(f"--label_smoothing is {label_smoothing}, it must be at least 0 and below 0.5")
+    if kind == "ipo" and label_smoothing:
+        problems.append("--label_smoothing has no meaning with --loss ipo: leave out one of them")
+    if not chosen_weight >= 0:
+        problems.append(f"--chosen_weight is {chosen_weight}, it must be at least 0")
+    if problems:
+        raise ValueError("; ".join(problems))

@@ -1,19 +1,14 @@
-"""The folder of a run: states to resume from, metrics, their picture, and the hyperparameters."""
+"""What a run leaves: the best values in memory, or a folder with adapter, states, metrics, picture, hyperparameters."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
-import hashlib
-import io
 import itertools
-import math
-import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,17 +19,212 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from lit_llama.adapters import AnyAdapter
-from lit_llama.figures import picture
-from lit_llama.files import atomic_file, read_text, remove_temporaries, require_extra, shareable_path
+from lit_llama.adapters import AnyAdapter, load_adapter, save_adapter
+from lit_llama.checkpoint import parameter_shapes
+from lit_llama.files import atomic_file, remove_temporaries, shareable_path
 from lit_llama.locks import own_folder
+from lit_llama.metrics import MetricsFile, plot_metrics
+from lit_llama.model import LLaMA
+from lit_llama.plan import Plan
+from lit_llama.states import Progress, last_state, load_state, save_state
 
 if TYPE_CHECKING:  # takes seconds to import, which --help should not cost
     from lightning.fabric import Fabric
 
-KEEP_STATES = 2
-MAX_SKIPPED = 5  # steps in a row without a finite loss and gradient
+SAVE_SECONDS = 600  # between states, however long a step takes
 WRITTEN = r".+\.safetensors|state-\d+\.pt|metrics\.csv|loss\.png|hyperparameters\.yaml"
+MAY_CHANGE = {  # on resuming; everything else changes the result
+    "checkpoint_dir",
+    "data_dir",
+    "out_dir",
+    "save_interval",
+    "resume",
+    "logger",
+    "precision",  # what it stands for must not change
+    "adapter_path",  # nor what these hold
+    "reference_path",
+    "cache_reference",
+    "micro_batch_size",
+    "devices",
+    "num_nodes",
+    "shard_base",
+    "activation_checkpointing",
+}
+
+
+class Run:
+    """A run that leaves nothing on disk. It keeps the best values in memory, and cannot be resumed.
+
+    Args:
+        what: a word or two for the progress bar.
+
+    Attributes:
+        place: where the best adapter so far is, for messages.
+    """
+
+    place = "memory"
+
+    def __init__(self, what: str = "training") -> None:
+        self.what = what
+        self._best: dict[str, Tensor] = {}
+
+    @contextlib.contextmanager
+    def opened(
+        self,
+        fabric: Fabric,
+        adapter: AnyAdapter,
+        optimizer: Optimizer,
+        plan: Plan,
+        data: Mapping[str, str],
+        measured: Mapping[str, str],
+    ) -> Iterator[Progress]:
+        """Begin the run, or put back what it had come to.
+
+        Args:
+            fabric: the processes of the run.
+            adapter: what is trained; takes the values of the state that the run is resumed from.
+            optimizer: over its parameters; takes its moments likewise.
+            plan: with its number of steps.
+            data: hashes of the data, by name; a run with other data is not resumed.
+            measured: what the loss measures, with the label of its axis in the picture.
+
+        Returns:
+            How far the run has come, for the loop to keep.
+
+        Raises:
+            ValueError: the state belongs to another run or is damaged, or another run has the folder.
+        """
+        yield Progress()
+
+    def record(self, row: dict[str, float]) -> None:
+        """Note what a step measured."""
+
+    def keep_best(self, adapter: AnyAdapter, progress: Progress) -> None:
+        """Keep the adapter, which is the best one so far."""
+        self._best = {name: tensor.detach().clone() for name, tensor in adapter.state_dict().items()}
+
+    def restore_best(self, adapter: AnyAdapter) -> None:
+        """Give the adapter its best values."""
+        if self._best:
+            adapter.load_state_dict(self._best)
+
+    def save(self, adapter: AnyAdapter, optimizer: Optimizer, progress: Progress, ends: bool) -> None:
+        """Save the state after a step, if the run ends here or one is due."""
+
+    def stopped(self) -> str:
+        """What to say when a signal has ended the run."""
+        return "stopped"
+
+
+class RunFolder(Run):
+    """A run in a folder.
+
+    It holds the adapter with the lowest validation loss, `hyperparameters.yaml`, `metrics.csv` with a row per step,
+    `loss.png`, and states from which the run continues to the bit. What Fabric's loggers write goes there too. While
+    the run is open, no other run can write to its folder.
+
+    Args:
+        out_dir: the folder.
+        base: the base model.
+        prompt_style: name of the style of the training prompts, for the adapter's file.
+        hyperparameters: all options of the run by name, to be recorded. A state is refused if one that changes the
+            result was another.
+        resume: continue from the last state in the folder, if there is one.
+        save_interval: optimizer steps between states; one is also saved every 10 minutes.
+        fingerprints: of what else changes the result, in addition to base and data, by name.
+    """
+
+    def __init__(
+        self,
+        out_dir: Path,
+        base: LLaMA,
+        prompt_style: str,
+        hyperparameters: dict[str, Any],
+        *,
+        resume: bool = False,
+        save_interval: int = 100,
+        fingerprints: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.out_dir, self.place = out_dir, str(out_dir)
+        self._base, self._prompt_style = base, prompt_style
+        self._hyperparameters, self._fingerprints = hyperparameters, fingerprints or {}
+        self._resume, self._save_interval = resume, save_interval
+
+    @contextlib.contextmanager
+    def opened(
+        self,
+        fabric: Fabric,
+        adapter: AnyAdapter,
+        optimizer: Optimizer,
+        plan: Plan,
+        data: Mapping[str, str],
+        measured: Mapping[str, str],
+    ) -> Iterator[Progress]:
+        self._fabric, self._measured = fabric, measured
+        settled = {"learning_rate": plan.learning_rate, "warmup_steps": plan.warmup}
+        self._hyperparameters = self._hyperparameters | settled
+        self._identity = self._own_identity() | dict(data)
+        with own_run(fabric, self.out_dir):
+            state = last_state(self.out_dir) if self._resume else None
+            progress = Progress() if state is None else load_state(state, adapter, optimizer, self._identity)
+            _check_same_step(fabric, progress.step, self.out_dir)
+            if fabric.is_global_zero:
+                if state is None:
+                    set_aside(self.out_dir)
+                write_hyperparameters(self.out_dir / "hyperparameters.yaml", self._hyperparameters, fabric)
+                trainable = sum(parameter.numel() for parameter in adapter.parameters())
+                total = sum(shape.numel() for shape in parameter_shapes(self._base.config).values())
+                tqdm.write(f"{trainable:,} trainable parameters on a base of {total:,}", file=sys.stderr)
+            for logger in fabric.loggers:
+                logger.log_hyperparams(shareable(self._hyperparameters))
+            self._title = run_title(adapter, self._hyperparameters)
+            self._last_saved = time.monotonic()
+            keep_until = None if state is None else progress.step
+            with MetricsFile(
+                self.out_dir / "metrics.csv", measured, keep_until, fabric.is_global_zero
+            ) as self._metrics:
+                yield progress
+            fabric.barrier()  # a process that ends early may take the one that saves with it
+
+    def _own_identity(self) -> dict[str, Any]:
+        options = {f"--{name}": value for name, value in self._hyperparameters.items() if name not in MAY_CHANGE}
+        return options | {"base": self._base.fingerprint, "precision": str(self._base.dtype), **self._fingerprints}
+
+    def record(self, row: dict[str, float]) -> None:
+        self._metrics.write(row)
+        step = int(row["step"])
+        self._fabric.log_dict({name: value for name, value in row.items() if name != "step"}, step=step)
+        if self._fabric.is_global_zero and "validation_loss" in row and step > 0:
+            plot_metrics(self._metrics.rows, self._measured, self._title, self.out_dir / "loss.png")
+
+    def keep_best(self, adapter: AnyAdapter, progress: Progress) -> None:
+        if self._fabric.is_global_zero:
+            save_adapter(
+                self._adapter_path(adapter),
+                adapter,
+                base=self._base,
+                prompt_style=self._prompt_style,
+                step=progress.best_step,
+                validation_loss=progress.best["loss"],
+                seconds=progress.seconds,
+                hyperparameters=shareable(self._hyperparameters),
+            )
+
+    def restore_best(self, adapter: AnyAdapter) -> None:
+        adapter.load_state_dict(load_adapter(self._adapter_path(adapter)).state_dict())
+
+    def _adapter_path(self, adapter: AnyAdapter) -> Path:
+        return self.out_dir / f"{adapter.method}.safetensors"
+
+    def save(self, adapter: AnyAdapter, optimizer: Optimizer, progress: Progress, ends: bool) -> None:
+        due = progress.step % self._save_interval == 0 or time.monotonic() - self._last_saved > SAVE_SECONDS
+        if self._fabric.is_global_zero and (due or ends):
+            save_state(self.out_dir, adapter, optimizer, progress, self._identity)
+            self._last_saved = time.monotonic()
+
+    def stopped(self) -> str:
+        return f"stopped; {last_state(self.out_dir)} is saved: continue with --resume"
 
 
 @contextlib.contextmanager
@@ -58,237 +248,20 @@ def own_run(fabric: Fabric, out_dir: Path) -> Iterator[None]:
         yield
 
 
-@dataclass
-class Progress:
-    """How far a run has come; all that its state holds beside tensors.
-
-    Args:
-        step: optimizer steps done, skipped ones included.
-        best_step: step of the lowest validation loss.
-        best: what validation measured then.
-        first: what it measured before the first step.
-        skipped: steps skipped because loss or gradient was not finite.
-        skipped_in_a_row: of those, the last ones without a good step between.
-        seconds: the run took, over all its parts.
-    """
-
-    step: int = 0
-    best_step: int = 0
-    best: dict[str, float] = field(default_factory=dict)
-    first: dict[str, float] = field(default_factory=dict)
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    seconds: float = 0.0
-
-    def check_finite(self, what: str, value: float, out_dir: Path) -> None:
-        """Stop a run whose loss is no number.
-
-        Raises:
-            FloatingPointError: it is none.
-        """
-        if math.isfinite(value):
-            return
-        if self.step == 0:
-            raise FloatingPointError(f"the base model's {what} is {value}: try --precision 32-true")
-        kept = (
-            f"the adapter of step {self.best_step} stays in {out_dir}" if self.best_step else "no adapter was written"
-        )
-        raise FloatingPointError(
-            f"training diverged: the {what} is {value} at step {self.step}; {kept}; try a lower --learning_rate"
-        )
-
-    def count_skipped(self, skipped: bool, loss: float, out_dir: Path) -> None:
-        """Count a step that was skipped.
-
-        Args:
-            skipped: whether the step was.
-            loss: of the step.
-            out_dir: where the best adapter so far is.
-
-        Raises:
-            FloatingPointError: several in a row were.
-        """
-        self.skipped += skipped
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        if self.skipped_in_a_row == MAX_SKIPPED:
-            what = "training loss" if not math.isfinite(loss) else "gradient"
-            self.check_finite(what, math.nan, out_dir)
-
-
-class MetricsFile:
-    """`metrics.csv`, a row per step, each on disk before the next step begins.
-
-    Args:
-        path: the file.
-        measured: names of what training and validation measure.
-        keep_until: keep the rows of an earlier part of the run up to this step; None begins a new file.
-        writes: whether this process writes at all.
+def _check_same_step(fabric: Fabric, step: int, out_dir: Path) -> None:
+    """Make sure that all processes begin at the same step.
 
     Raises:
-        ValueError: the rows to keep are not such rows; the message names the line.
-
-    Attributes:
-        rows: those written so far, with numbers as the file has them.
+        ValueError: they do not, as some do not see the states.
     """
-
-    def __init__(self, path: Path, measured: Iterable[str], keep_until: int | None, writes: bool) -> None:
-        self._columns = ["step", *(f"{split}_{name}" for name in measured for split in ("train", "validation"))]
-        self._columns += ["learning_rate", "grad_norm", "tokens_per_second", "seconds"]
-        self.rows: list[dict[str, float]] = []
-        if keep_until is not None and path.is_file():
-            self.rows = [row for row in _read_metrics(path, self._columns) if row["step"] <= keep_until]
-        self._writes = writes
-        if writes:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, self._columns)
-                writer.writeheader()
-                writer.writerows(map(_as_text, self.rows))
-            self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
-
-    def __enter__(self) -> MetricsFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._writes:
-            self._file.close()
-
-    def write(self, row: dict[str, float]) -> None:
-        """Add a row."""
-        self.rows.append(row)
-        if self._writes:
-            csv.DictWriter(self._file, self._columns).writerow(_as_text(row))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-
-def _as_text(row: dict[str, float]) -> dict[str, str]:
-    return {name: f"{value:.6g}" for name, value in row.items()}
-
-
-def _read_metrics(path: Path, columns: list[str]) -> list[dict[str, float]]:
-    """The rows of a `metrics.csv`, without a last line that a kill has torn."""
-    text = read_text(path)
-    lines = text[: text.rfind("\n") + 1].splitlines()
-    names = lines[0].split(",") if lines else []
-    if "step" not in names or not set(names) <= set(columns):
-        raise ValueError(f"{path}, line 1: expected the columns {', '.join(columns)}, found {', '.join(names)!r:.80}")
-    rows: list[dict[str, float]] = []
-    for number, line in enumerate(lines[1:], start=2):
-        try:
-            row = {name: float(value) for name, value in zip(names, line.split(","), strict=True) if value}
-            if not row["step"] > (rows[-1]["step"] if rows else -1):
-                raise ValueError
-        except (ValueError, KeyError):
+    if fabric.world_size > 1:
+        bounds = torch.tensor([step, -step], device=fabric.device)
+        largest, negative_smallest = fabric.all_reduce(bounds, reduce_op="max").tolist()  # type: ignore[union-attr]
+        if largest != -negative_smallest:
             raise ValueError(
-                f"{path}, line {number}: expected the {len(names)} numbers of a step after the one before, found "
-                f"{line!r:.80}; mend the line, or remove the file to go on without the earlier rows"
-            ) from None
-        rows.append(row)
-    return rows
-
-
-def last_state(out_dir: Path) -> Path | None:
-    """The newest state of a run, if it has one."""
-    return max(out_dir.glob("state-*.pt"), default=None)
-
-
-def save_state(
-    out_dir: Path, adapter: AnyAdapter, optimizer: Optimizer, progress: Progress, identity: dict[str, Any]
-) -> Path:
-    """Write the state of a run and remove all but the newest few.
-
-    Args:
-        out_dir: folder of the run.
-        adapter: what is trained.
-        optimizer: over its parameters.
-        progress: how far the run has come.
-        identity: all that changes the result, by name.
-
-    Returns:
-        The file.
-    """
-    state = {
-        "adapter": adapter.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "progress": asdict(progress),
-        "identity": identity,
-        "random": torch.get_rng_state(),
-        "cuda_random": torch.cuda.get_rng_state_all(),
-    }
-    path = out_dir / f"state-{progress.step:08d}.pt"
-    content = io.BytesIO()  # where torch itself writes a file, a full disk is no OSError
-    torch.save({**state, "sha256": _digest(state).hex()}, content)
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(content.getbuffer())
-    for old in sorted(out_dir.glob("state-*.pt"))[:-KEEP_STATES]:
-        old.unlink()
-    return path
-
-
-def _digest(value: Any) -> bytes:
-    """Hash of tensors and plain values in dictionaries and lists."""
-    if isinstance(value, Tensor):
-        content = repr((value.dtype, tuple(value.shape))).encode()
-        content += value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    elif isinstance(value, dict):
-        content = b"".join(_digest(name) + _digest(one) for name, one in value.items())
-    elif isinstance(value, list | tuple):
-        content = b"".join(map(_digest, value))
-    else:
-        content = repr(value).encode()
-    return hashlib.sha256(content).digest()
-
-
-def load_state(path: Path, adapter: AnyAdapter, optimizer: Optimizer, identity: dict[str, Any]) -> Progress:
-    """Put a run's state back.
-
-    Args:
-        path: of the state. Those written before states held a hash are read as they are.
-        adapter: takes the trained values.
-        optimizer: over its parameters; takes its moments.
-        identity: all that changes the result, by name.
-
-    Returns:
-        How far the run had come.
-
-    Raises:
-        ValueError: the file is damaged, or of a run that differs in something that changes the result.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        written = state.pop("sha256", None)
-        if state.keys() != _STATE or written not in (None, _digest(state).hex()):
-            raise ValueError
-        earlier = state["identity"]
-        different = [
-            f"{name} was {earlier.get(name)}, is {identity.get(name)}"
-            for name in sorted(earlier.keys() | identity.keys())
-            if earlier.get(name) != identity.get(name)
-        ]
-    except Exception as error:  # junk makes torch's unpickler raise errors of any kind
-        raise _not_a_state(path, error) from None
-    if different:
-        raise ValueError(f"{path} cannot be resumed with other settings: {'; '.join(different)}")
-    try:
-        adapter.load_state_dict(state["adapter"])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"])
-        if state["cuda_random"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda_random"][: torch.cuda.device_count()])
-        return Progress(**state["progress"])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # one without a hash
-        raise _not_a_state(path, error) from None
-
-
-_STATE = {"adapter", "optimizer", "progress", "identity", "random", "cuda_random"}
-
-
-def _not_a_state(path: Path, error: Exception) -> ValueError:
-    return ValueError(
-        f"{path} is damaged, or is not the state of a run ({type(error).__name__}): remove it to go on from the state "
-        "before it, or from the beginning if there is none"
-    )
+                f"processes found states of step {-negative_smallest} and {largest} in {out_dir}: "
+                "it must be a folder that all of them see"
+            )
 
 
 def set_aside(out_dir: Path) -> None:
@@ -356,35 +329,3 @@ def run_title(adapter: AnyAdapter, hyperparameters: Mapping[str, Any]) -> str:
         f"{folders['out_dir']}: {type(adapter).__name__} of {count:,} parameters\n"
         f"{folders['checkpoint_dir']} on {folders['data_dir']}, {', '.join(settings)}"
     )
-
-
-def plot_metrics(rows: list[dict[str, float]], measured: Mapping[str, str], title: str, path: Path) -> None:
-    """Draw what training and validation measured over the steps, if matplotlib is installed.
-
-    Args:
-        rows: those of `metrics.csv`.
-        measured: what to draw, with the label of its axis; names with the same label share one.
-        title: of the picture.
-        path: the PNG to write.
-    """
-    labels = list(dict.fromkeys(measured.values()))
-    try:
-        require_extra("matplotlib.figure", "plot")
-    except ImportError:
-        return
-    with picture(path, title, 7, 1.5 + 3 * len(labels)) as figure:
-        for axes, label in zip(figure.subplots(len(labels), sharex=True, squeeze=False).flat, labels, strict=True):
-            names = [name for name in measured if measured[name] == label]
-            for i, name in enumerate(names):
-                for split, look in (("train", {"alpha": 0.4}), ("validation", {"marker": "o"})):
-                    points = [(row["step"], row[f"{split}_{name}"]) for row in rows if f"{split}_{name}" in row]
-                    words = f"{split} {name}".replace("_", " ")
-                    axes.plot(*zip(*points, strict=True), label=words, color=f"C{i}", **look)
-            axes.set_ylabel(label)
-            axes.grid(alpha=0.3)
-            if "accuracy" in label:
-                axes.yaxis.set_major_formatter("{x:.0%}")
-            above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "frameon": False}
-            axes.legend(fontsize="small", ncols=max(2, len(names)), **above)
-        axes.set_xlabel("optimizer step")
-        figure.align_ylabels()

@@ -14,7 +14,7 @@ from conftest import tiny_config
 
 from lit_llama.aligner import Aligner
 from lit_llama.data import TokenDataset
-from lit_llama.runs import Progress, load_state, save_state
+from lit_llama.states import Progress, load_state, save_state
 from lit_llama.tokenizer import Tokenizer
 
 TRIES = 150

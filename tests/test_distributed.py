@@ -22,7 +22,7 @@ from lit_llama.checkpoint import load_base
 from lit_llama.data import TokenDataset, collate, step_batches
 from lit_llama.generation import generate
 from lit_llama.losses import supervised_loss
-from lit_llama.runs import last_state
+from lit_llama.states import last_state
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.training import _share
 
@@ -36,7 +36,7 @@ def odd_data_dir(base_dir, tmp_path_factory):
     rows = [{"instruction": f"Count to {n}.", "output": " ".join(map(str, range(n)))} for n in range(1, 21)]
     (folder / "a.json").write_text(json.dumps(rows))
     load_script("scripts/prepare_alpaca.py").main(
-        folder / "a.json", output_dir=folder / "data", validation_share=0.25, checkpoint_dir=base_dir
+        data_path=folder / "a.json", output_dir=folder / "data", validation_share=0.25, checkpoint_dir=base_dir
     )
     return folder / "data"
 
@@ -123,7 +123,7 @@ def odd_pairs_dir(base_dir, tmp_path_factory):
     ]
     (folder / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     load_script("scripts/prepare_pairs.py").main(
-        folder / "a.jsonl", folder / "data", validation_share=0.25, checkpoint_dir=base_dir
+        data_path=folder / "a.jsonl", output_dir=folder / "data", validation_share=0.25, checkpoint_dir=base_dir
     )
     return folder / "data"
 
@@ -179,7 +179,7 @@ def test_a_signal_stops_all_processes_after_a_state(base_dir, odd_data_dir, tmp_
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     result = subprocess.run([*command, "--devices=2"], capture_output=True, text=True, env=environment)
     assert result.returncode == 130, result.stderr
-    assert "continue with --resume true" in result.stderr
+    assert "continue with --resume" in result.stderr
     state = last_state(tmp_path / "out")
     assert state is not None
     assert state.name < "state-00000005.pt"

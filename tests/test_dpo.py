@@ -14,12 +14,13 @@ from lightning.fabric import Fabric
 
 from lit_llama.adapters import adapter_info, load_adapter, save_adapter
 from lit_llama.aligner import Aligner
+from lit_llama.base import open_base
 from lit_llama.checkpoint import load_base
 from lit_llama.data import Batch, TokenDataset
 from lit_llama.dpo_reference import cached_reference
 from lit_llama.lora import LoRA
 from lit_llama.losses import PREFERENCE_METRICS, preference_loss, response_logprobs
-from lit_llama.runs import last_state
+from lit_llama.states import last_state
 from lit_llama.tokenizer import Tokenizer
 
 dpo = load_script("finetune/aligner_dpo.py").main
@@ -34,7 +35,7 @@ def pairs_dir(base_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
     load_script("scripts/prepare_pairs.py").main(
-        folder / "pairs.jsonl", folder / "data", validation_share=0.25, checkpoint_dir=base_dir
+        data_path=folder / "pairs.jsonl", output_dir=folder / "data", validation_share=0.25, checkpoint_dir=base_dir
     )
     return folder / "data"
 
@@ -206,13 +207,13 @@ def test_one_copy_of_the_base(run_dpo, monkeypatch, tmp_path, base_dir):
     """The reference is an Aligner of its own, and what is loaded is loaded once and stays as it is."""
     models = []
     monkeypatch.setitem(
-        dpo.__globals__, "load_base", lambda *args, **more: models.append(load_base(*args, **more)) or models[-1]
+        dpo.__globals__, "open_base", lambda *args, **more: models.append(open_base(*args, **more)) or models[-1]
     )
     reference = Aligner(load_base(base_dir).config, 3)
     torch.nn.init.normal_(reference.gates)
     save_adapter(tmp_path / "reference.safetensors", reference)
     run_dpo(reference_path=tmp_path / "reference.safetensors")
-    [model] = models
+    [model] = [base.model for base in models]
     before = load_base(base_dir).state_dict()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

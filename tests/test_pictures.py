@@ -5,7 +5,7 @@ import pytest
 from conftest import load_script, random_aligner, tiny_config
 
 from lit_llama.losses import PREFERENCE_METRICS, SUPERVISED_METRICS
-from lit_llama.runs import plot_metrics
+from lit_llama.metrics import plot_metrics
 
 
 def metrics(path, measured):

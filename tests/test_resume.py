@@ -17,7 +17,7 @@ from conftest import ROOT, load_script, make_hf_checkpoint
 from safetensors import safe_open
 
 from lit_llama.locks import own_folder
-from lit_llama.runs import last_state
+from lit_llama.states import last_state
 
 finetune = load_script("finetune/aligner.py").main
 
@@ -179,7 +179,7 @@ def test_another_run_is_not_resumed(command, base_dir, data_dir, tmp_path, unint
         changes["data_dir"] = tmp_path / "data"
         (tmp_path / "a.json").write_text('[{"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d"}]')
         load_script("scripts/prepare_alpaca.py").main(
-            tmp_path / "a.json", output_dir=tmp_path / "data", prompt_style="chat", checkpoint_dir=base_dir
+            data_path=tmp_path / "a.json", output_dir=tmp_path / "data", prompt_style="chat", checkpoint_dir=base_dir
         )
     before = tensors(uninterrupted), metrics(uninterrupted)
     values = options(base_dir, data_dir, uninterrupted, resume="true") | changes

@@ -16,13 +16,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_llama.adapters import adapter_info, load_adapter
 from lit_llama.aligner import Aligner
+from lit_llama.base import open_base
 from lit_llama.checkpoint import load_base
 from lit_llama.data import TokenDataset
-from lit_llama.hyperparameters import schedule
 from lit_llama.losses import LossSums, supervised_loss
+from lit_llama.plan import Plan
 from lit_llama.prompts import Message, prompt_style
-from lit_llama.runs import last_state
+from lit_llama.runs import RunFolder
 from lit_llama.samples import user_turn
+from lit_llama.states import last_state
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.training import fit
 
@@ -46,17 +48,18 @@ def test_every_trainable_tensor_moves_and_no_other(base_dir, data_dir, tmp_path,
     bases = []
     monkeypatch.setitem(
         finetune.__globals__,
-        "load_base",
-        lambda *args, **options: bases.append(load_base(*args, **options)) or bases[-1],
+        "open_base",
+        lambda *args, **options: bases.append(open_base(*args, **options)) or bases[-1],
     )
     state = short_run(base_dir, data_dir, tmp_path)
+    [model] = [base.model for base in bases]
     torch.manual_seed(1337)
-    start = Aligner(bases[0].config, 2)
+    start = Aligner(model.config, 2)
     assert state["adapter"].keys() == {"tokens", "gates"}
     for name, tensor in start.state_dict().items():
         assert (state["adapter"][name] != tensor).all()
     before = load_base(base_dir).state_dict()
-    for name, tensor in bases[0].state_dict().items():
+    for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
         assert not tensor.requires_grad
 
@@ -143,24 +146,20 @@ def test_divergence_stops_and_keeps_the_last_good_file(base_dir, data_dir, tmp_p
         sums = supervised_loss(model, aligner, batch)
         return sums if next(micro_batches) < 2 + 22 else LossSums({"loss": sums.metrics["loss"] * math.nan}, sums.count)
 
-    hyperparameters = {"out_dir": tmp_path, "resume": False, "batch_size": 4, "micro_batch_size": 4, "pack": False}
-    hyperparameters |= {"learning_rate": 1e-3, "decay": "none", "warmup_steps": 0, "max_grad_norm": None}
-    hyperparameters |= {"eval_interval": 20, "save_interval": 100, "seed": 0}
+    plan = Plan(learning_rate=1e-3, decay="none", max_steps=30, warmup_steps=0, eval_interval=20, seed=0)
     with pytest.raises(
         FloatingPointError,
         match=r"training loss is nan at step 27; the adapter of step 20 stays in .*lower --learning_rate",
     ):
         fit(
             Fabric(accelerator="cpu", devices=1),
-            model,
             aligner,
             torch.optim.AdamW(aligner.parameters()),
             loss,
-            tokenizer,
             train,
             validation,
-            30,
-            hyperparameters,
+            plan,
+            RunFolder(tmp_path, model, "chat", {}),
         )
     assert adapter_info(tmp_path / "aligner.safetensors").step == 20
     assert all(
@@ -192,7 +191,11 @@ def test_divergence_is_one_line(command, base_dir, data_dir, tmp_path):
         ),
         ({"devices": 3}, ["--batch_size 4 is not a multiple of 12, which is --micro_batch_size 4 times --devices 3"]),
         ({"max_grad_norm": 0}, ["--max_grad_norm is 0, it must be larger"]),
-        ({"aligner_init_std": -1}, ["--aligner_init_std is -1"]),
+        ({"aligner_init_std": -1}, ["an Aligner's init_std must be at least 0, got -1"]),
+        (
+            {"batch_size": 0, "devices": 0, "aligner_length": 0, "quantize": "nf4", "shard_base": "true"},
+            ["--batch_size is 0", "--devices is 0", "at least one prefix token, got 0", "--quantize and --shard_base"],
+        ),
         ({"num_nodes": 2, "batch_size": 8}, ["--num_nodes 2: start the script on each machine with torchrun"]),
         ({"num_nodes": 0}, ["--num_nodes is 0, it must be at least 1"]),
         ({"quantize": "nf4", "shard_base": "true"}, ["--quantize and --shard_base do not go together"]),
@@ -218,7 +221,8 @@ def test_bad_options(command, base_dir, data_dir, tmp_path, options, messages):
 
 def test_schedule_counts_optimizer_steps():
     def rates(warmup_steps, max_steps, decay):
-        rate = schedule(0.8, warmup_steps, max_steps, decay)
+        plan = Plan(learning_rate=0.8, warmup_steps=warmup_steps, max_steps=max_steps, decay=decay)
+        rate = plan.schedule()
         return [rate(step) for step in range(max_steps)]
 
     assert rates(4, 6, "none") == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])

@@ -13,7 +13,7 @@ import torch
 from lit_llama.devices.sharding import shard
 from lit_llama.files import require_extra
 from lit_llama.locks import check_not_owned
-from lit_llama.runs import last_state
+from lit_llama.states import last_state
 
 if TYPE_CHECKING:  # takes seconds to import, which --help should not cost
     from lightning.fabric import Fabric

@@ -26,8 +26,8 @@ from jsonargparse import ActionConfigFile  # type: ignore[reportPrivateImportUsa
 # Options that say where and how a script runs, not what comes of it, and those that say what becomes of files. Options
 # whose names end in one of _ENDINGS are files, too; all others are the experiment's.
 _MACHINE = {"activation_checkpointing", "compile", "devices", "dtype", "host", "num_nodes", "port", "precision"}
-_MACHINE |= {"quantize", "shard_base", "threads", "workers"}
-_FILES = {"logger", "overwrite", "resume", "verify"}
+_MACHINE |= {"logger", "quantize", "resume", "save_interval", "shard_base", "threads", "workers"}
+_FILES = {"overwrite", "verify"}
 _GENERAL = {"help", "config", "print_config", "debug"}
 _ENDINGS = {"_dir": "FOLDER", "_file": "FILE", "_path": "PATH"}
 

@@ -1,0 +1,129 @@
+"""The options of the machine, which all scripts of finetune/ have: where a run computes, and what it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_llama.base import Base
+from lit_llama.devices.precision import Precision
+from lit_llama.devices.quantization import Quantize
+from lit_llama.plan import Plan
+from lit_llama.runs import RunFolder
+from lit_llama.script.launch import launch, make_loggers
+
+if TYPE_CHECKING:  # takes seconds to import, which --help should not cost
+    from lightning.fabric import Fabric
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run computes, and what it keeps.
+
+    Args:
+        precision: number format of the base model; "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
+        quantize: number of bits in which the base's blocks are kept: 4 ("nf4") or 8 ("int8"); if not given, all.
+        activation_checkpointing: compute activations again for the backward pass instead of keeping them, which takes
+            less memory and more time.
+        devices: number of devices on each node.
+        num_nodes: number of machines, each of which runs this script; see howto/resume_and_scale.md.
+        shard_base: spread the base model over all devices, for one that does not fit on a single device.
+        resume: continue the run in --out_dir from its last state, to the bit; if there is none, begin.
+        save_interval: optimizer steps between states to resume from; one is also saved every 10 minutes.
+        logger: a logger in addition to metrics.csv: "tensorboard" or "wandb"; may be given twice.
+
+    Raises:
+        ValueError: values are out of range or do not go together; the message names all of them by their options.
+    """
+
+    precision: Precision = "auto"
+    quantize: Quantize | None = None
+    activation_checkpointing: bool = False
+    devices: int = 1
+    num_nodes: int = 1
+    shard_base: bool = False
+    resume: bool = False
+    save_interval: int = 100
+    logger: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"--{name} is {getattr(self, name)}, it must be at least 1"
+            for name in ("devices", "num_nodes", "save_interval")
+            if getattr(self, name) < 1
+        ]
+        if self.quantize and self.shard_base:
+            problems.append("--quantize and --shard_base do not go together: leave out one of them")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def launch(self, out_dir: Path, plan: Plan) -> tuple[Fabric, DeviceMesh | None]:
+        """Start the processes of a run, or join those that torchrun, `fabric run` or SLURM started.
+
+        Args:
+            out_dir: folder of the run, to be refused before a base is loaded if another run has it.
+            plan: whose batches the processes share.
+
+        Returns:
+            The processes, and the mesh to shard the base over, if it is to be sharded.
+
+        Raises:
+            ValueError: a batch cannot be shared evenly, there are not as many devices, or another run has the folder.
+        """
+        at_once = plan.micro_batch_size * self.devices * self.num_nodes
+        if plan.batch_size % at_once:
+            raise ValueError(
+                f"--batch_size {plan.batch_size} is not a multiple of {at_once}, which is --micro_batch_size "
+                f"{plan.micro_batch_size} times --devices {self.devices} times --num_nodes {self.num_nodes}: lower "
+                "--micro_batch_size or raise --batch_size"
+            )
+        loggers = make_loggers(self.logger or [], out_dir, self.resume)
+        return launch(self.devices, self.num_nodes, self.shard_base, loggers, out_dir)
+
+    def run_folder(
+        self, out_dir: Path, base: Base, options: dict[str, Any], fingerprints: Mapping[str, str] | None = None
+    ) -> RunFolder:
+        """The folder of a run, where all options are recorded.
+
+        Args:
+            out_dir: the folder.
+            base: the base model, with the style of the training prompts.
+            options: all keywords of a script, with those of the machine under "machine".
+            fingerprints: of what else changes the result, in addition to base and data, by name.
+        """
+        own = {name: value for name, value in options.items() if name != "machine"}
+        return RunFolder(
+            out_dir,
+            base.model,
+            base.style.name,
+            own | asdict(self),
+            resume=self.resume,
+            save_interval=self.save_interval,
+            fingerprints=fingerprints,
+        )
+
+
+def together(*parts: Callable[[], Any]) -> list[Any]:
+    """Make what the options ask for, and report what is wrong with all of it at once.
+
+    Args:
+        parts: each makes one thing, or raises `ValueError`.
+
+    Returns:
+        The things.
+
+    Raises:
+        ValueError: of all parts that raised one.
+    """
+    made, problems = [], []
+    for part in parts:
+        try:
+            made.append(part())
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("; ".join(problems))
+    return made
