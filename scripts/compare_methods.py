@@ -32,20 +32,23 @@ from lit_llama.prompts import prompt_style
 from lit_llama.records import read_records
 from lit_llama.script.command_line import open_base, run
 from lit_llama.tables import markdown
+from lit_llama.tuning import RATES, search_rates
 
 
 class Method(NamedTuple):
     """A way to tune.
 
     Args:
-        title: in the table; the size is put in.
-        size_option: of its script in finetune/.
+        title: what the table calls it; the size is put in.
+        size_option: option of its script in finetune/ that takes the size.
         first_rate: the search begins with this learning rate of `RATES` and the two after it.
+        sizes: what a size may be; if empty, any number from 1.
     """
 
     title: str
     size_option: str
     first_rate: float
+    sizes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -70,9 +73,9 @@ METHODS = {
     "aligner": Method("Aligner, N = {}", "aligner_length", 1e-2),
     "llama_adapter": Method("LLaMA-Adapter, N = {}", "adapter_length", 1e-2),
     "lora": Method("LoRA, r = {}", "lora_r", 1e-3),
+    "bias": Method("Bias, on {}", "bias_target", 3e-3, ("o", "v")),
 }
-DEFAULT_METHODS = ["aligner-1", "aligner-10", "aligner-100", "llama_adapter-10", "lora-8"]
-RATES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1e0]
+DEFAULT_METHODS = ["aligner-1", "aligner-10", "aligner-100", "llama_adapter-10", "lora-8", "bias-o"]
 
 
 def main(
@@ -98,7 +101,8 @@ def main(
         checkpoint_dir: folder of the base model.
         data_dir: tokenised examples.
         out_dir: where runs and results go.
-        method: a method and its size: "aligner-N", "adapter-N" or "lora-R"; may be given several times.
+        method: a method and its size: "aligner-N", "llama_adapter-N", "lora-R", "bias-o" or "bias-v"; may be given
+            several times.
         seed: of initialisation and the order of examples; may be given several times.
         steps: optimizer steps of each run; a tenth of them is warm-up, then the rate falls to zero.
         search_steps: of each run of the search.
@@ -155,16 +159,19 @@ def main(
     print(f"picture: {out_dir / 'comparison.png'}", file=sys.stderr)
 
 
-def parse(name: str) -> tuple[str, int]:
+def parse(name: str) -> tuple[str, str]:
     """A method's kind and size.
 
     Raises:
         ValueError: there is no such method.
     """
     kind, _, size = name.partition("-")
-    if kind not in METHODS or not size.isdecimal() or int(size) < 1:
+    possible = kind in METHODS and (
+        size in METHODS[kind].sizes if METHODS[kind].sizes else size.isdecimal() and int(size) > 0
+    )
+    if not possible:
         raise ValueError(f"--method {name}: expected a method and its size, such as {', '.join(DEFAULT_METHODS)}")
-    return kind, int(size)
+    return kind, size
 
 
 def first_rates(name: str) -> list[float]:
@@ -176,19 +183,13 @@ def first_rates(name: str) -> list[float]:
 def search(name: str, folder: Path, settings: dict[str, Any], runs: Runs) -> list[dict[str, Any]]:
     """Train with several learning rates; a row for each, in the order of the rates."""
     rows: dict[float, dict[str, Any]] = {}
-    left = first_rates(name)
-    while left:
-        rows |= {rate: train_once(name, rate, 1337, folder, settings, runs) for rate in left}
-        tried = sorted(rows)
-        best = min(tried, key=lambda rate: rows[rate]["validation_loss"])
-        low, high = RATES.index(tried[0]), RATES.index(tried[-1])
-        left = []
-        if best == tried[0] and low > 0:
-            left = [RATES[low - 1]]
-        elif best == tried[-1] and high < len(RATES) - 1:
-            left = [RATES[high + 1]]
-        runs.planned += len(left)
-    return [rows[rate] for rate in sorted(rows)]
+
+    def measure(rate: float) -> float:
+        runs.planned += rate not in first_rates(name)
+        rows[rate] = train_once(name, rate, 1337, folder, settings, runs)
+        return rows[rate]["validation_loss"]
+
+    return [rows[rate] for rate in search_rates(measure, first_rates(name), RATES)]
 
 
 def best_rates(path: Path, methods: list[str]) -> dict[str, float]:
@@ -218,7 +219,7 @@ def train_once(name: str, rate: float, seed: int, folder: Path, settings: dict[s
     kind, size = parse(name)
     out_dir = folder / f"{name}-rate-{rate:g}-seed-{seed}"
     options = {key: str(value) for key, value in settings.items()}
-    options |= {METHODS[kind].size_option: str(size), "learning_rate": str(rate), "seed": str(seed)}
+    options |= {METHODS[kind].size_option: size, "learning_rate": str(rate), "seed": str(seed)}
     options |= {"warmup_steps": str(settings["max_steps"] // 10), "eval_interval": str(settings["max_steps"])}
     done = out_dir / "result.json"
     if done.is_file():
