@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from conftest import random_aligner
 from torch import Tensor
 
 from lit_llama.combine import PerRow, WeightedSum
@@ -67,6 +68,19 @@ def test_what_is_affine_in_input_and_output_folds_exactly(tiny_model):
     torch.testing.assert_close(tiny_model(ids), expected, atol=1e-4, rtol=0)
 
 
+def test_a_base_with_biases_keeps_them(tiny_model):
+    """By hand: s * (W x + b + c) of a base that has biases; and a one-token prefix's values get the base's bias."""
+    config = tiny_model.config
+    shifts = Method(config, names=["q", "v", "o", "down"])
+    merge(tiny_model, shifts)  # now it has biases
+    second = WeightedSum((Method(config, names=["v", "o", "down"]), 1.0), (random_aligner(config, 1), 1.0))
+    ids = torch.randint(96, (2, 10))
+    expected, base = tiny_model(ids, second), tiny_model(ids)
+    assert (expected - base).abs().max() > 0.1
+    merge(tiny_model, second)
+    torch.testing.assert_close(tiny_model(ids), expected, atol=1e-4, rtol=0)
+
+
 def test_what_is_not_affine_is_refused_by_name(tiny_model):
     with pytest.raises(ValueError, match="Squared, an update of the projection 'gate', is not affine"):
         merge(tiny_model, Method(tiny_model.config, Squared, ["gate"], std=1.0))
@@ -74,7 +88,7 @@ def test_what_is_not_affine_is_refused_by_name(tiny_model):
 
 def test_the_parts_of_an_update():
     update = ScaleAndShift(torch.tensor([[0.5, -1.0]]), torch.tensor([[2.0, 3.0]]))
-    c, m, s = affine_parts(update, 3, 2, "q")
+    c, m, s = affine_parts(update, torch.zeros(2, 3), "q")
     assert c.tolist() == [2, 3]
     assert torch.equal(m, torch.zeros(2, 3))
     assert torch.equal(s, torch.diag(torch.tensor([0.5, -1.0])))

@@ -13,7 +13,8 @@ Several of them add up. A longer prefix is neither, and stays one: its keys and 
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,21 +27,26 @@ from lit_llama.seam import NO_UPDATES, PROJECTIONS, Adapter, ExpandedPrefix, Lay
 MODULES = {"o": "attn.c_proj", "gate": "mlp.c_fc1", "up": "mlp.c_fc2", "down": "mlp.c_proj"}  # q, k, v: attn.c_attn
 
 
-def projections(config: LLaMAConfig, tensors: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
-    """The weights of a layer's projections, by the names that adapters have for them.
+def projections(
+    config: LLaMAConfig, tensors: Mapping[str, Tensor], index: int, part: Literal["weight", "bias"] = "weight"
+) -> dict[str, Tensor]:
+    """The weights or biases of a layer's projections, by the names that adapters have for them.
 
     Args:
-        config: the base model's.
-        tensors: its weights by Lit-LLaMA names.
-        index: of the layer.
+        config: configuration of the base model.
+        tensors: the base model's tensors by Lit-LLaMA names.
+        index: number of the layer.
+        part: which of them.
 
     Returns:
-        By the names in `lit_llama.seam.PROJECTIONS`, (out, in) each, in the memory of `tensors`.
+        By the names in `lit_llama.seam.PROJECTIONS`, (out, in) or (out) each, in the memory of `tensors`; projections
+        without a bias are left out.
     """
     layer = f"transformer.h.{index}"
-    qkv = tensors[f"{layer}.attn.c_attn.weight"].split(config.qkv_rows)
-    others = {name: tensors[f"{layer}.{module}.weight"] for name, module in MODULES.items()}
-    return dict(zip("qkv", qkv, strict=True)) | others
+    stacked = tensors.get(f"{layer}.attn.c_attn.{part}")
+    found = {} if stacked is None else dict(zip("qkv", stacked.split(config.qkv_rows), strict=True))
+    others = {name: f"{layer}.{module}.{part}" for name, module in MODULES.items()}
+    return found | {name: tensors[tensor] for name, tensor in others.items() if tensor in tensors}
 
 
 class FoldedLayer(NamedTuple):
@@ -58,38 +64,52 @@ class FoldedLayer(NamedTuple):
 
 
 @torch.no_grad()
-def fold(config: LLaMAConfig, weights: Mapping[str, Tensor], added: LayerAdapter) -> FoldedLayer:
+def fold(
+    config: LLaMAConfig,
+    weights: Mapping[str, Tensor],
+    added: LayerAdapter,
+    biases: Mapping[str, Tensor] = MappingProxyType({}),
+) -> FoldedLayer:
     """Put what an adapter adds to a layer into its weights and biases, as far as possible.
 
     Args:
-        config: the base model's.
-        weights: of the layer's projections by name, (out, in) each.
+        config: configuration of the base model.
+        weights: weights of the layer's projections by name, (out, in) each, on the adapter's device.
         added: what the adapter adds, in evaluation mode.
+        biases: biases that the layer's projections have already, by name, (out) each.
 
     Raises:
         ValueError: an update is not affine.
     """
+    # What comes out of the prefix goes through the output projection with its update; tokens go in without.
+    expanded = _attention(config, weights, biases).expand(added._replace(updates=NO_UPDATES), torch.float32).prefixes
+    folded, folded_biases = dict(weights), {name: bias.float() for name, bias in biases.items()}
+    for name, updates in added.updates.items():
+        weight = weights[name].float()
+        change, shift = torch.zeros_like(weight), weight.new_zeros(weight.size(0))
+        for update in updates:
+            c, m, s = affine_parts(update, weight, name)
+            change += m if s is None else m + s @ weight
+            shift += c if s is None or name not in biases else c + s @ biases[name].float()
+        folded[name] = (weight + change).to(weights[name].dtype)
+        if shift.any():
+            folded_biases[name] = folded_biases.get(name, 0) + shift
+    one_token = [prefix.v.flatten() for prefix in expanded if prefix.v.size(2) == 1]  # (nh * hs) each
+    if one_token:
+        folded_biases["o"] = folded_biases.get("o", 0) + folded["o"].float() @ torch.stack(one_token).sum(0)
+    return FoldedLayer(folded, folded_biases, [prefix for prefix in expanded if prefix.v.size(2) > 1])
+
+
+def _attention(config: LLaMAConfig, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor]) -> CausalSelfAttention:
+    """A layer's attention in float32, from the weights and biases of its projections."""
     with torch.device("meta"):
         attention = CausalSelfAttention(config)
     stacked = torch.cat([weights[name].float() for name in "qkv"])
     attention.load_state_dict({"c_attn.weight": stacked, "c_proj.weight": weights["o"].float()}, assign=True)
-    # What comes out of the prefix goes through the output projection with its update; tokens go in without.
-    expanded = attention.expand(added._replace(updates=NO_UPDATES), torch.float32).prefixes
-    folded, biases = dict(weights), {}
-    for name, updates in added.updates.items():
-        weight = weights[name].float()
-        change, bias = torch.zeros_like(weight), weight.new_zeros(weight.size(0))
-        for update in updates:
-            c, m, s = affine_parts(update, weight.size(1), weight.size(0), name)
-            change += m if s is None else m + s @ weight
-            bias += c
-        folded[name] = (weight + change).to(weights[name].dtype)
-        if bias.any():
-            biases[name] = bias
-    one_token = [prefix.v.flatten() for prefix in expanded if prefix.v.size(2) == 1]  # (nh * hs) each
-    if one_token:
-        biases["o"] = biases.get("o", 0) + folded["o"].float() @ torch.stack(one_token).sum(0)
-    return FoldedLayer(folded, biases, [prefix for prefix in expanded if prefix.v.size(2) > 1])
+    if any(name in biases for name in "qkv"):
+        parts = [biases.get(name, stacked.new_zeros(weights[name].size(0))).float() for name in "qkv"]
+        attention.c_attn.bias = torch.nn.Parameter(torch.cat(parts))
+    return attention
 
 
 @torch.no_grad()
@@ -97,20 +117,20 @@ def biased(config: LLaMAConfig, added: LayerAdapter) -> set[str]:
     """The projections that have a bias once an adapter's layer is folded, without folding it."""
     names = {"o"} if any(prefix.tokens.size(1) == 1 for prefix in added.prefixes) else set()
     for name, updates in added.updates.items():
-        zero_in, zero_out = (torch.zeros(1, 1, size) for size in config.width(name))
+        device = next(value.device for value in updates[0] if isinstance(value, Tensor))  # type: ignore[attr-defined]
+        zero_in, zero_out = (torch.zeros(1, 1, size, device=device) for size in config.width(name))
         if any(update(zero_in, zero_out).any() for update in updates):
             names.add(name)
     return names
 
 
-def affine_parts(update: Update, size_in: int, size_out: int, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+def affine_parts(update: Update, weight: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
     """The parts of an update u(x, y) = c + M x + S y, found by asking it for zero, the unit inputs and unit outputs.
 
     Args:
         update: with tensors for one row, in evaluation mode.
-        size_in: inputs of the projection.
-        size_out: its outputs.
-        name: of the projection, for the message.
+        weight: weight of the projection, (out, in), on the update's device; its sizes alone matter.
+        name: name of the projection, for the message.
 
     Returns:
         c (out), M (out, in), and S (out, out) or None where the output plays no part; float32.
@@ -122,12 +142,14 @@ def affine_parts(update: Update, size_in: int, size_out: int, name: str) -> tupl
     def ask(x: Tensor, y: Tensor) -> Tensor:
         return update(x[None], y[None]).expand(1, *y.shape)[0].float()
 
-    c = ask(torch.zeros(1, size_in), torch.zeros(1, size_out))[0]
-    m = (ask(torch.eye(size_in), torch.zeros(size_in, size_out)) - c).T
-    s = (ask(torch.zeros(size_out, size_in), torch.eye(size_out)) - c).T
+    size_out, size_in = weight.shape
+    with weight.device:
+        c = ask(torch.zeros(1, size_in), torch.zeros(1, size_out))[0]
+        m = (ask(torch.eye(size_in), torch.zeros(size_in, size_out)) - c).T
+        s = (ask(torch.zeros(size_out, size_in), torch.eye(size_out)) - c).T
     s = s if s.any() else None
     random = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(4, size, generator=random) for size in (size_in, size_out))
+    x, y = (torch.randn(4, size, generator=random).to(weight.device) for size in (size_in, size_out))
     expected = c + x @ m.T + (0 if s is None else y @ s.T)
     found = ask(x, y)
     if not torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
@@ -160,18 +182,17 @@ def merge(model: LLaMA, adapter: Adapter) -> None:
         for linear in (block.attn.c_attn, *(block.get_submodule(module) for module in MODULES.values())):
             if is_quantized(linear) or isinstance(linear.weight, DTensor):
                 raise ValueError("an adapter can be merged only into whole weights, not quantised or sharded ones")
-        weights = projections(model.config, tensors, i)
-        folded = fold(model.config, weights, added)
+        weights, biases = (projections(model.config, tensors, i, part) for part in ("weight", "bias"))
+        folded = fold(model.config, weights, added, biases)
         for name in PROJECTIONS:
             weights[name].copy_(folded.weights[name])
-        qkv = [folded.biases.get(name, torch.zeros(weights[name].size(0))) for name in "qkv"]
         if any(name in folded.biases for name in "qkv"):
-            _add_bias(block.attn.c_attn, torch.cat(qkv))
+            qkv = [folded.biases.get(name, weights[name].new_zeros(weights[name].size(0))) for name in "qkv"]
+            _set_bias(block.attn.c_attn, torch.cat(qkv))
         for name, module in MODULES.items():
             if name in folded.biases:
-                _add_bias(block.get_submodule(module), folded.biases[name])
+                _set_bias(block.get_submodule(module), folded.biases[name])
 
 
-def _add_bias(linear: torch.nn.Linear, bias: Tensor) -> None:
-    bias = bias.to(linear.weight) if linear.bias is None else linear.bias + bias.to(linear.weight)
-    linear.bias = torch.nn.Parameter(bias, requires_grad=False)
+def _set_bias(linear: torch.nn.Linear, bias: Tensor) -> None:
+    linear.bias = torch.nn.Parameter(bias.to(linear.weight), requires_grad=False)
