@@ -246,7 +246,7 @@ def write_readme(folder: Path, name: str, base: str, infos: list[AdapterInfo], t
         )
     is_peft = not (folder / "config.json").is_file()
     code = not is_peft and "auto_map" in read_json(folder / "config.json")
-    how = "Stock `LlamaForCausalLM`; what an Aligner adds is in the biases of the attention's output projections."
+    how = "Stock `LlamaForCausalLM`; what the adapters add is in the weights and biases of its projections."
     if code:
         how = f"`{MODELING_FILE.name}` holds the attention that the prefixes need."
     if not infos:
@@ -255,7 +255,10 @@ def write_readme(folder: Path, name: str, base: str, infos: list[AdapterInfo], t
         how = "The base model is not in this folder: it is read from where its name says."
     if styles:
         how += f" Trained with prompts in the style {', '.join(sorted(set(styles)))}."
-    adapters = [f"{info.method} {info.config.get('length', info.config.get('r'))}" for info in infos]
+    adapters = [
+        " ".join([info.method, *(str(info.config[size]) for size in ("length", "r") if size in info.config)])
+        for info in infos
+    ]
     text = (PEFT_README if is_peft else MODEL_README).format(
         title=name,
         base=base,

@@ -1,11 +1,15 @@
 """The method `bias`: against PEFT's BEFT, the folded Aligner, and the life of every adapter."""
 
+import gguf
+import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import random_aligner
+from conftest import load_script, make_hf_checkpoint, random_aligner
+from test_convert import bpe_fields, write_gguf
+from test_export import assert_same, load_exported
 
-from lit_llama.adapters import load_adapter, save_adapter
+from lit_llama.adapters import adapter_info, load_adapter, save_adapter
 from lit_llama.bias import Bias
 from lit_llama.checkpoint import load_base
 from lit_llama.combine import WeightedSum
@@ -85,3 +89,75 @@ def test_different_targets_cannot_be_one(tiny_model):
     terms = [(Bias(tiny_model.config, target), 1.0) for target in "ov"]
     with pytest.raises(ValueError, match="cannot be one"):
         Bias.merged(tiny_model.config, terms)
+
+
+@pytest.fixture
+def biases(tmp_path, base_dir):
+    """Files of one bias for each target, by target."""
+    model = load_base(base_dir)
+    files = {target: tmp_path / f"{target}.safetensors" for target in "ov"}
+    for target, file in files.items():
+        save_adapter(file, random_bias(model.config, target), model, prompt_style="chat")
+    return files
+
+
+@pytest.mark.parametrize("targets", ["o", "v", "ov"])
+def test_exported_it_is_a_stock_llama(tmp_path, base_dir, biases, command, targets):
+    arguments = [f"--adapter_path={biases[target]}" for target in targets]
+    folder = tmp_path / "export"
+    status, _, err = command("scripts/export_hf_checkpoint.py", *arguments, checkpoint_dir=base_dir, output_dir=folder)
+    assert status == 0, err
+    exported = load_exported(folder)
+    assert type(exported) is transformers.LlamaForCausalLM
+    assert exported.config.attention_bias
+    assert_same(exported, base_dir, WeightedSum(*((load_adapter(biases[target]), 1.0) for target in targets)))
+    readme = (folder / "README.md").read_text()
+    assert " + bias" * len(targets) + ", exported" in readme
+    assert "Stock `LlamaForCausalLM`; what the adapters add is in the weights and biases" in readme
+
+
+@pytest.mark.parametrize("targets", ["o", "v", "ov"])
+def test_exported_to_gguf_it_is_the_vectors(tmp_path, command, targets):
+    source = make_hf_checkpoint(tmp_path / "hf")
+    path, output = tmp_path / "base.gguf", tmp_path / "biased.gguf"
+    write_gguf(path, source, bpe_fields(source))
+    load_script("scripts/convert_gguf_checkpoint.py").main(path, tmp_path / "base")
+    model = load_base(tmp_path / "base")
+    vectors, arguments = {}, ["--adapter_scale=0.5"]
+    for target in targets:
+        bias = random_bias(model.config, target)
+        file = tmp_path / f"{target}.safetensors"
+        save_adapter(file, bias, model)
+        arguments.append(f"--adapter_path={file}")
+        name = {"o": "blk.{}.attn_output.bias", "v": "blk.{}.attn_v.bias"}[target]
+        vectors |= {name.format(i): 0.5 * vector for i, vector in enumerate(bias.vectors.detach().numpy())}
+    status, _, err = command("scripts/export_gguf.py", *arguments, gguf_path=path, output_path=output)
+    assert status == 0, err
+    before = {tensor.name for tensor in gguf.GGUFReader(path).tensors}
+    added = {tensor.name: tensor.data for tensor in gguf.GGUFReader(output).tensors if tensor.name not in before}
+    assert added.keys() == vectors.keys()
+    for name, vector in vectors.items():
+        assert added[name].dtype == np.float32
+        np.testing.assert_allclose(added[name], vector, rtol=1e-6, err_msg=name)
+
+
+def test_merged_by_the_script(tmp_path, base_dir, biases, command):
+    """Several of one target become one, one is scaled, and those of different targets are refused."""
+    model, ids = load_base(base_dir), torch.randint(4, 390, (2, 20))
+    for target, file in biases.items():
+        other = tmp_path / f"other-{target}.safetensors"
+        save_adapter(other, random_bias(model.config, target), model)
+        merged = tmp_path / f"merged-{target}.safetensors"
+        arguments = [f"--adapter_path={one}" for one in (file, other)] + ["--adapter_scale=1.5", "--adapter_scale=-0.5"]
+        status, _, err = command("scripts/merge_adapters.py", *arguments, output_path=merged)
+        assert status == 0, err
+        expected = model(ids, WeightedSum((load_adapter(file), 1.5), (load_adapter(other), -0.5)))
+        torch.testing.assert_close(model(ids, load_adapter(merged, "bias")), expected, atol=1e-5, rtol=0)
+        assert adapter_info(merged).prompt_style == "chat"
+        scaled = tmp_path / f"scaled-{target}.safetensors"
+        assert command("scripts/merge_adapters.py", adapter_path=file, adapter_scale=0.25, output_path=scaled)[0] == 0
+        expected = model(ids, WeightedSum((load_adapter(file), 0.25)))
+        torch.testing.assert_close(model(ids, load_adapter(scaled)), expected, atol=1e-6, rtol=0)
+    arguments = [f"--adapter_path={file}" for file in biases.values()]
+    status, _, err = command("scripts/merge_adapters.py", *arguments, output_path=tmp_path / "x.safetensors")
+    assert (status, "cannot be one" in err, (tmp_path / "x.safetensors").exists()) == (1, True, False)
