@@ -17,8 +17,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Aligner", "load_adapter", "open_base", "save_adapter", "train"]
 
-_MODULES = {"Aligner": "aligner", "load_adapter": "adapters", "open_base": "base"}
-_MODULES |= {"save_adapter": "adapters", "train": "tuning"}
+_MODULES = {
+    "Aligner": "aligner",
+    "load_adapter": "adapters",
+    "open_base": "base",
+    "save_adapter": "adapters",
+    "train": "tuning",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -40,7 +40,6 @@ def test_every_example_is_tested():
 
 
 def test_a_method(run_section, base_dir, hf_checkpoint, monkeypatch, capsys):
-    pytest.importorskip("lit_llama.tuning")
     peft = pytest.importorskip("peft")
     monkeypatch.setattr("lit_llama.adapters.METHODS", dict(METHODS))  # the example adds a row
     names = run_section("A method")

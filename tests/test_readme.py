@@ -79,6 +79,16 @@ def test_every_line_is_known():
     assert {words[0] for words in scripts()} == RUN | PARSED
 
 
+def test_the_python_block(clone, capsys):
+    [block] = blocks("python")
+    assert len(block.splitlines()) <= 15
+    names = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert capsys.readouterr().out.strip()
+    assert (clone / "out/notebook/aligner.safetensors").is_file()
+    assert names["aligner"].gates.abs().sum() > 0
+
+
 def test_the_shell_lines(clone, command):
     for script, *args in scripts():
         if script in RUN:
