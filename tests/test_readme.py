@@ -127,6 +127,23 @@ def test_what_is_not_there_is_not_imported():
         exec("from lit_llama import nothing_of_this_name", {})
 
 
+def test_the_map_has_every_file_once():
+    section = README.split("## Where things are")[1].split("\n## ")[0]
+    listed = []
+    for block in blocks("", section):
+        folder = ""
+        for line in block.splitlines():
+            name, _, _ = line.strip().partition("  ")
+            if name.endswith("/"):
+                folder = name
+            else:
+                assert re.search(r"\S  +\S", line), f"{line}: says nothing"
+                listed.append(folder + name)
+    folders = ("finetune", "generate", "evaluate", "scripts", "benchmarks", "lit_llama")
+    files = [str(path.relative_to(ROOT)) for name in folders for path in (ROOT / name).rglob("*.py")]
+    assert sorted(listed) == sorted(file for file in files if not file.endswith("__init__.py"))
+
+
 @pytest.mark.parametrize("page", ["inference.md", "baselines.md", "many_aligners.md"])
 def test_the_python_blocks_of(page, clone, base_dir, aligner_path, capsys):
     lora = LoRA(read_config(base_dir))
