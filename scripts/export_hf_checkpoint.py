@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 import lit_llama
@@ -30,6 +29,7 @@ from lit_llama.devices.precision import DType
 from lit_llama.files import atomic_folder, read_json, write_json
 from lit_llama.formats.folding import FoldedLayer, biased, fold, projections
 from lit_llama.formats.hf import HF_LAYER, NAMES, PROJECTIONS, config_to_hf, halves_from_pairs
+from lit_llama.formats.peft import write_peft
 from lit_llama.formats.tokenizer_files import write_for_transformers
 from lit_llama.lora import LoRA
 from lit_llama.model import LLaMA
@@ -163,32 +163,6 @@ def write_tokenizer(folder: Path, checkpoint_dir: Path) -> None:
     generation_file = folder / "generation_config.json"
     if not generation_file.is_file():
         write_json(generation_file, {**ids, "eos_token_id": sorted(tokenizer.stop_ids)})
-
-
-def write_peft(folder: Path, lora: LoRA, config: LLaMAConfig, base_name: str) -> None:
-    """Write a LoRA as PEFT's adapter_config.json and adapter_model.safetensors."""
-    tensors: dict[str, Tensor] = {}
-    for i, layer in enumerate(lora.layers):
-        for name, factors in layer.named_children():
-            module = f"base_model.model.{HF_LAYER.format(i)}{PROJECTIONS[name]}"
-            b = halves_from_pairs(factors.b.data, config.head_size) if name in "qk" else factors.b.data
-            tensors |= {f"{module}.lora_A.weight": factors.a.data, f"{module}.lora_B.weight": b.contiguous()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(
-        folder / "adapter_config.json",
-        {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base_name,
-            "r": lora.sizes["r"],
-            "lora_alpha": lora.sizes["alpha"],
-            "lora_dropout": lora.sizes["dropout"],
-            "target_modules": [PROJECTIONS[name].rpartition(".")[2] for name in lora.sizes["targets"]],
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "inference_mode": True,
-        },
-    )
 
 
 MODEL_README = """# {title}

@@ -15,6 +15,7 @@ import transformers
 from conftest import AWKWARD, DEMO_BASE, load_script, make_hf_checkpoint
 
 from lit_llama.checkpoint import load_base
+from lit_llama.formats.meta import config_from_meta
 from lit_llama.tokenizer import Tokenizer
 
 convert_hf = load_script("scripts/convert_hf_checkpoint.py")
@@ -233,7 +234,7 @@ def test_meta_checkpoint_with_a_sliding_window_and_a_head_size():
     tensors = {name: torch.zeros(9, 8) for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight")}
     for block_size in (None, 100):
         with pytest.warns(UserWarning, match="block_size is 64, not"):
-            config = convert_meta.config_from_meta(params, tensors, "x", block_size)
+            config = config_from_meta(params, tensors, "x", block_size)
         assert (config.name, config.block_size, config.head_size) == ("x", 64, 6)
 
 
@@ -399,7 +400,7 @@ def make_hf_checkpoint_around(folder, vocab_size):
 def test_generation_of_a_meta_checkpoint(changes, block_size, factor):
     params = {"dim": 4096, "n_layers": 32, "n_heads": 32, **changes}
     tensors = {"tok_embeddings.weight": torch.zeros(10, 2), "layers.0.feed_forward.w1.weight": torch.zeros(7, 2)}
-    config = convert_meta.config_from_meta(params, tensors, "x", None)
+    config = config_from_meta(params, tensors, "x", None)
     assert config.block_size == block_size
     assert (config.rope_scaling and config.rope_scaling.factor) == factor
 
