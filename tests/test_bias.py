@@ -15,6 +15,7 @@ from lit_llama.checkpoint import load_base
 from lit_llama.combine import WeightedSum
 from lit_llama.config import LLaMAConfig
 from lit_llama.formats.folding import fold, merge, projections
+from lit_llama.states import last_state
 
 
 def random_bias(config, target="o"):
@@ -161,3 +162,25 @@ def test_merged_by_the_script(tmp_path, base_dir, biases, command):
     arguments = [f"--adapter_path={file}" for file in biases.values()]
     status, _, err = command("scripts/merge_adapters.py", *arguments, output_path=tmp_path / "x.safetensors")
     assert (status, "cannot be one" in err, (tmp_path / "x.safetensors").exists()) == (1, True, False)
+
+
+@pytest.mark.parametrize("target", ["o", "v"])
+def test_it_is_trained_and_resumed_to_the_bit(base_dir, data_dir, tmp_path, target):
+    options = {"checkpoint_dir": base_dir, "data_dir": data_dir, "out_dir": tmp_path, "bias_target": target}
+    options |= {"max_steps": 4, "warmup_steps": 1, "save_interval": 2, "eval_interval": 2, "resume": True}
+    load_script("finetune/bias.py").main(**options)
+    info, expected = adapter_info(tmp_path), load_adapter(tmp_path).vectors
+    assert (info.method, info.config["target"], info.step) == ("bias", target, 4)
+    assert (expected != 0).all()
+    last_state(tmp_path).unlink()
+    load_script("finetune/bias.py").main(**options)
+    assert torch.equal(load_adapter(tmp_path).vectors, expected)
+
+
+def test_it_can_be_compared_with_the_others():
+    compare = load_script("scripts/compare_methods.py")
+    assert [compare.parse(f"bias-{target}") for target in "ov"] == [("bias", "o"), ("bias", "v")]
+    assert compare.title("bias-v") == "Bias, on v"
+    for name in ("bias-q", "bias-1", "bias"):
+        with pytest.raises(ValueError, match=f"--method {name}: expected a method and its size"):
+            compare.parse(name)
