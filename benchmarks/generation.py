@@ -30,13 +30,14 @@ import torch
 from tqdm import tqdm
 
 from lit_llama.aligner import Aligner
+from lit_llama.base import open_base
 from lit_llama.checkpoint import read_config
 from lit_llama.config import LLaMAConfig
 from lit_llama.decoder import Decoder, GenerationRequest
 from lit_llama.devices.precision import Precision
 from lit_llama.files import require_extra
 from lit_llama.lora import LoRA
-from lit_llama.script.command_line import open_base, run
+from lit_llama.script.command_line import run
 from lit_llama.seam import Adapter
 from lit_llama.tables import markdown
 
@@ -123,7 +124,9 @@ def open_engine(
     compiled = name.endswith("compiled")
     name = name.removesuffix("compiled").removesuffix("-") or "none"
     quantize = name if name in ("int8-fast", "int4-fast") else None
-    model, _ = open_base(checkpoint_dir, precision, quantize, compiled)
+    model = open_base(
+        checkpoint_dir, precision=precision, quantize=quantize, compile=compiled, for_generation=True
+    ).model
     kind, _, rest = name.partition("-")
     size = rest.removesuffix("-each")
     if name in ("none", "int8-fast", "int4-fast"):

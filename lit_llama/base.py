@@ -154,10 +154,7 @@ class Base:
             self._check(one)
             if isinstance(one.adapter, torch.nn.Module):
                 one.adapter.to(self.device).eval()
-        if len(read) == 1 and scales == [1.0]:
-            adapter = read[0].adapter
-        else:
-            adapter = WeightedSum(*((one.adapter, s) for one, s in zip(read, scales, strict=True))) if read else None
+        adapter = _add_up(read, scales)
         times = ["" if s == 1 else f" x {s:g}" for s in scales]
         names = [self.model.config.name, *(one.name + x for one, x in zip(read, times, strict=True))]
         parts = [self.weights, *(one.content + x for one, x in zip(read, times, strict=True)), style.fingerprint]
@@ -283,6 +280,41 @@ def _load(
     if compile:
         compile_decoding(model)
     return model
+
+
+def open_adapters(
+    model: LLaMA,
+    adapters: AdapterLike | Sequence[AdapterLike] | None,
+    scale: float | Sequence[float] | None = None,
+    allow_other_base: bool = False,
+) -> tuple[Adapter | None, tuple[AdapterInfo, ...]]:
+    """Adapters to be folded into a base model that is itself not opened, as exports do it weight by weight.
+
+    Args:
+        model: the base model, perhaps without its weights, but with their fingerprint.
+        adapters: file or run folder of an adapter, or an adapter itself; several are added up.
+        scale: what each is multiplied by: one for each, or one for all; 1 if not given.
+        allow_other_base: accept adapters of other weights of the same sizes, with a warning.
+
+    Returns:
+        The adapter, if there is one, and what the files say.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged or of another base, or there are too many or too few scales.
+    """
+    read = read_adapters(adapters)
+    for one in read:
+        if one.info is not None:
+            check_base(one.path or Path(one.name), one.info, model, allow_other_base)
+    return _add_up(read, _scales(scale, len(read))), _infos(read)
+
+
+def _add_up(read: Sequence[ReadAdapter], scales: Sequence[float]) -> Adapter | None:
+    """One adapter alone as it is, several or scaled ones as a sum."""
+    if len(read) == 1 and scales[0] == 1:
+        return read[0].adapter
+    return WeightedSum(*((one.adapter, s) for one, s in zip(read, scales, strict=True))) if read else None
 
 
 def _infos(read: Sequence[ReadAdapter]) -> tuple[AdapterInfo, ...]:

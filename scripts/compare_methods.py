@@ -21,16 +21,15 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lit_llama.adapters import adapter_info, load_adapter
+from lit_llama.base import open_base
 from lit_llama.data import open_data
 from lit_llama.data_writing import hold_out
 from lit_llama.devices.precision import Precision
 from lit_llama.evaluation.forms import FORMS
 from lit_llama.figures import picture
 from lit_llama.files import atomic_file, read_json, write_json
-from lit_llama.generation import respond
-from lit_llama.prompts import prompt_style
 from lit_llama.records import read_records
-from lit_llama.script.command_line import open_base, run
+from lit_llama.script.command_line import run
 from lit_llama.tables import markdown
 from lit_llama.tuning import RATES, search_rates
 
@@ -261,18 +260,15 @@ def add_compliance(
     out_dir: Path,
 ) -> None:
     """Ask each model the questions, unless that was done, and add the share of answers with the form to its row."""
-    opened = None
+    base = None
     for row in rows:
         adapter_path = Path(row["adapter_path"]) if "adapter_path" in row else None
         file = (out_dir / "base.safetensors" if adapter_path is None else adapter_path).with_suffix(".answers.json")
         if not file.is_file():
-            opened = opened or open_base(checkpoint_dir, precision)
-            model, tokenizer = opened
-            adapter = None if adapter_path is None else load_adapter(adapter_path).to(model.device)
-            style = prompt_style(style_name, tokenizer)
+            base = base or open_base(checkpoint_dir, prompt_style=style_name, precision=precision, for_generation=True)
             what = f"answers of {row['method']}"
             sizes = {"max_new_tokens": max_new_tokens, "batch_size": 24}
-            answers = respond(model, tokenizer, style, questions, adapter, what=what, **sizes)
+            answers = base.with_adapter(adapter_path).generate(questions, what=what, **sizes)
             write_json(file, [{"question": q, "answer": a} for q, a in zip(questions, answers, strict=True)])
         answers = [pair["answer"] for pair in read_json(file)]
         row["compliance"] = statistics.mean(FORMS[form].check(answer) for answer in answers)

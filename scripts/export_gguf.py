@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lit_llama.base import open_adapters
 from lit_llama.checkpoint import base_fingerprint, parameter_shapes
 from lit_llama.config import LLaMAConfig
 from lit_llama.conversion import source_names
@@ -26,7 +27,7 @@ from lit_llama.files import atomic_file, require_extra
 from lit_llama.formats.folding import biased, fold, projections
 from lit_llama.formats.gguf import NAMES, GGUFTensors, config_from_gguf, open_gguf
 from lit_llama.model import LLaMA
-from lit_llama.script.command_line import open_adapters, run
+from lit_llama.script.command_line import run
 from lit_llama.seam import Adapter
 
 BIASES = {"v": "blk.{}.attn_v.bias", "o": "blk.{}.attn_output.bias"}  # that llama.cpp's LLaMA looks for
@@ -65,7 +66,7 @@ def main(
     with torch.device("meta"):
         base = LLaMA(config)
     base.fingerprint = base_fingerprint(tensors)
-    adapter, _ = open_adapters(adapter_path, adapter_scale, base, torch.device("cpu"), allow_other_base)
+    adapter, _ = open_adapters(base, adapter_path, adapter_scale, allow_other_base)
     assert adapter is not None
     biases = fold_all(config, tensors, adapter)
     name = name or f"{fields.get('general.name') or gguf_path.stem} {output_path.stem}"

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import lit_llama
 from lit_llama.adapters import AdapterInfo
+from lit_llama.base import open_adapters
 from lit_llama.checkpoint import base_fingerprint, read_config
 from lit_llama.config import LLaMAConfig
 from lit_llama.conversion import copy_tokenizer, source_names, write_weights
@@ -34,7 +35,7 @@ from lit_llama.formats.tokenizer_files import write_for_transformers
 from lit_llama.lora import LoRA
 from lit_llama.model import LLaMA
 from lit_llama.prompts import prompt_style
-from lit_llama.script.command_line import open_adapters, run
+from lit_llama.script.command_line import run
 from lit_llama.seam import Adapter, LayerAdapter
 from lit_llama.tensor_files import TensorFiles, weight_files
 from lit_llama.tokenizer import Tokenizer
@@ -73,7 +74,7 @@ def main(
     with torch.device("meta"):
         base = LLaMA(config)
     base.fingerprint = base_fingerprint(tensors) if paths else ""
-    adapter, infos = open_adapters(paths, adapter_scale, base, torch.device("cpu"), allow_other_base)
+    adapter, infos = open_adapters(base, paths, adapter_scale, allow_other_base)
     if format == "peft":
         if not isinstance(adapter, LoRA):
             raise ValueError("--format peft is for one LoRA, unscaled: give its file as --adapter_path")

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lit_llama.base import open_base
 from lit_llama.files import require_extra
 from lit_llama.generation import generate
-from lit_llama.prompts import chosen_style
-from lit_llama.script.command_line import open_adapters, open_base, run
+from lit_llama.script.command_line import run
 
 PROMPTS = ["Why is the sky blue?", "Name three rivers.", "How do I boil an egg?", "Write a line about the sea."]
 
@@ -56,10 +56,16 @@ def main(
     """
     if not export_path.exists():
         raise FileNotFoundError(f"{export_path}: no such file or folder")
-    model, tokenizer = open_base(checkpoint_dir, "32-true")
-    adapter, infos = open_adapters(adapter_path or [], adapter_scale, model, model.device, allow_other_base)
-    trained = next((info.prompt_style for info in infos if info.prompt_style), None)
-    style = chosen_style(prompt_style, trained, tokenizer)
+    base = open_base(
+        checkpoint_dir,
+        adapter_path,
+        adapter_scale,
+        prompt_style=prompt_style,
+        precision="32-true",
+        quantize="none",
+        allow_other_base=allow_other_base,
+    )
+    model, tokenizer, style, adapter = base.model, base.tokenizer, base.style, base.adapter
     prompts = [tokenizer.encode(style.prompt(text), bos=style.bos) for text in prompt or PROMPTS]
     answers = generate(model, prompts, max_new_tokens, adapter=adapter, stop_ids=style.stop_ids)
     is_gguf = export_path.is_file()

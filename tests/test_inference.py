@@ -4,12 +4,12 @@ import pytest
 import torch
 from conftest import random_aligner, tiny_config
 
+from lit_llama.base import open_base
 from lit_llama.decoder import GenerationRequest
 from lit_llama.devices.layouts import Int4Linear, Int8Linear, compile_decoding, lay_out, quantize_by_torchao
 from lit_llama.generation import complete, generate
 from lit_llama.lora import LoRA
 from lit_llama.model import LLaMA
-from lit_llama.script.command_line import open_base
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -49,7 +49,8 @@ def test_generation_with_fewer_bits(command, base_dir, quantize):
     assert status == 0, err
     ids = torch.randint(4, 390, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        both = [open_base(base_dir, "bf16-true", each)[0](ids).float().flatten() for each in (None, quantize)]
+        bases = [open_base(base_dir, precision="bf16-true", quantize=bits) for bits in ("none", quantize)]
+        both = [base.model(ids).float().flatten() for base in bases]
     correlation = torch.corrcoef(torch.stack(both))[0, 1]
     assert (0.99 if quantize == "int8-fast" else 0.8) < correlation < 1
 

@@ -16,17 +16,9 @@ from typing import Any
 
 import torch
 
-from lit_llama.adapters import AdapterInfo, read_adapter
-from lit_llama.checkpoint import load_base, read_config, verify_base
-from lit_llama.combine import WeightedSum
-from lit_llama.devices.layouts import WeightOnly, compile_decoding, lay_out, quantize_for_inference
-from lit_llama.devices.precision import PRECISIONS, Precision
-from lit_llama.devices.quantization import Quantize
-from lit_llama.model import LLaMA
+from lit_llama.checkpoint import verify_base
 from lit_llama.script.errors import explain
 from lit_llama.script.parser import parse
-from lit_llama.seam import Adapter
-from lit_llama.tokenizer import Tokenizer
 
 DEBUG = "ALIGNER_DEBUG"  # the environment variable that asks for tracebacks
 
@@ -77,70 +69,6 @@ def _verify(checkpoint_dir: Path | None) -> None:
         count = verify_base(checkpoint_dir)
         if count:
             print(f"{checkpoint_dir}: {count} files are what the conversion wrote", file=sys.stderr)
-
-
-def open_adapters(
-    paths: list[Path], scales: list[float] | None, model: LLaMA, device: torch.device, allow_other_base: bool = False
-) -> tuple[Adapter | None, list[AdapterInfo]]:
-    """Load adapters, each scaled, to be used at once.
-
-    Args:
-        paths: the files; none will do.
-        scales: one for each, or one for all; 1 if not given.
-        model: the base model that they must belong to; without weights will do, if it has their fingerprint.
-        device: where to put them.
-        allow_other_base: accept adapters of other weights of the same sizes, with a warning.
-
-    Returns:
-        The adapter, and what each file says about itself.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is damaged or of another base, or there are too many or too few scales.
-    """
-    scales = scales or [1.0]
-    if len(scales) not in (1, len(paths)):
-        raise ValueError(f"{len(scales)} scales for {len(paths)} adapters: give one for each, or one for all")
-    read = [read_adapter(path, None, model, allow_other_base) for path in paths]
-    adapters, infos = [adapter.to(device) for adapter, _ in read], [info for _, info in read]
-    if len(adapters) == 1 and scales == [1.0]:
-        return adapters[0], infos
-    terms = zip(adapters, scales * (len(paths) // len(scales)), strict=True)
-    return WeightedSum(*terms) if adapters else None, infos
-
-
-def open_base(
-    checkpoint_dir: Path, precision: Precision, quantize: Quantize | WeightOnly | None = None, compile: bool = False
-) -> tuple[LLaMA, Tokenizer]:
-    """Load a base model for inference, on the GPU if there is one, and its tokenizer.
-
-    Args:
-        checkpoint_dir: folder of the base model.
-        precision: "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
-        quantize: keep the blocks' weights in 4 or 8 bits.
-        compile: decode by a compiled forward.
-
-    Raises:
-        FileNotFoundError: something is missing.
-        ValueError: something is damaged, the two do not belong together, or what is asked for does not go together.
-    """
-    config, tokenizer = read_config(checkpoint_dir), Tokenizer(checkpoint_dir)
-    tokenizer.check_vocabulary(config.vocab_size)
-    device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), PRECISIONS[precision]
-    if quantize in ("nf4", "int8"):
-        if compile:
-            raise ValueError(f"--compile does not go with bitsandbytes' {quantize}: use int4-fast or int8-fast")
-        return load_base(checkpoint_dir, dtype, device, quantize=quantize), tokenizer
-    if quantize is not None:
-        dtype = dtype or torch.bfloat16  # what its kernels compute in
-    model = load_base(checkpoint_dir, dtype, device)
-    if quantize is not None:
-        quantize_for_inference(model, quantize)
-    elif device.type == "cpu" and not compile:  # the compiler lays out what it needs
-        lay_out(model)
-    if compile:
-        compile_decoding(model)
-    return model, tokenizer
 
 
 def peak_memory() -> str:
