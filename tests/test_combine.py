@@ -1,15 +1,17 @@
 """Adapters combined, against what each does alone and against sums made by hand."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from conftest import random_aligner
 
-from lit_llama.bias import Bias
 from lit_llama.combine import PerRow, WeightedSum
 from lit_llama.formats.folding import merge
 from lit_llama.generation import generate
 from lit_llama.llama_adapter import LLaMAAdapter
 from lit_llama.lora import LoRA
+from lit_llama.seam import LayerAdapter
 
 
 def random_lora(config, targets):
@@ -45,20 +47,34 @@ def test_rows_generate_what_they_do_alone(tiny_model, mixed, order):
     assert found == expected
 
 
-def random_bias(config, target):
-    bias = Bias(config, target)
-    torch.nn.init.normal_(bias.vectors, std=0.3)
-    return bias.requires_grad_(False)
+class Shift(NamedTuple):
+    """An update that adds a vector (1 or B, out), another kind than a LoRA's."""
+
+    vector: torch.Tensor
+
+    def __call__(self, x, y):
+        return self.vector[:, None]
+
+    def scaled(self, scale):
+        return Shift(scale * self.vector)
+
+
+class Shifts:
+    def __init__(self, config, target):
+        self.vectors, self.target = 0.3 * torch.randn(config.n_layer, config.width(target)[1]), target
+
+    def layer(self, index):
+        return LayerAdapter(updates={self.target: (Shift(self.vectors[None, index]),)})
 
 
 def test_each_row_has_its_own_updates(tiny_model):
-    """LoRAs of unequal ranks and targets, biases, a prefix, a sum of all kinds, and none."""
+    """LoRAs of unequal ranks and targets, updates of another kind, a prefix, a sum of all kinds, and none."""
     config = tiny_model.config
     wide, narrow = random_lora(config, ["q", "v", "down"]), LoRA(config, r=2, targets=["v", "o"])
     torch.nn.init.normal_(narrow.layers[1]["v"].b)
-    biases, aligner = [random_bias(config, target) for target in "ov"], random_aligner(config, 2, 0, 1.0)
-    everything = WeightedSum((wide, 0.5), (narrow, 2.0), (biases[0], -1.0), (aligner, 1.0), (wide, 0.25))
-    rows = [wide, None, narrow.eval(), *biases, aligner, everything]
+    shifts, aligner = [Shifts(config, target) for target in "ov"], random_aligner(config, 2, 0, 1.0)
+    everything = WeightedSum((wide, 0.5), (narrow, 2.0), (shifts[0], -1.0), (aligner, 1.0), (wide, 0.25))
+    rows = [wide, None, narrow.eval(), *shifts, aligner, everything]
     ids = torch.randint(96, (len(rows), 10))
     expected = torch.cat([tiny_model(row[None], adapter) for row, adapter in zip(ids, rows, strict=True)])
     torch.testing.assert_close(tiny_model(ids, PerRow(rows)), expected, atol=1e-5, rtol=0)

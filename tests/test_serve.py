@@ -20,13 +20,10 @@ import torch
 import uvicorn
 from conftest import ROOT, random_aligner
 
-from lit_llama.adapters import load_adapter, save_adapter
-from lit_llama.bias import Bias
+from lit_llama.adapters import METHODS, load_adapter, save_adapter
 from lit_llama.checkpoint import load_base
 from lit_llama.combine import WeightedSum
 from lit_llama.generation import generate
-from lit_llama.llama_adapter import LLaMAAdapter
-from lit_llama.lora import LoRA
 from lit_llama.prompts import Message, prompt_style
 from lit_llama.serving.access import Access, allowed_hosts
 from lit_llama.serving.http import ApiError, Gate, _Connection, bind
@@ -167,10 +164,9 @@ def test_many_at_once_are_what_each_is_alone(url, base_dir, adapter_dir):
 
 
 def test_adapters_of_all_methods_in_one_batch(url, base_dir, adapter_dir):
-    """An Aligner, a LLaMA-Adapter, a LoRA, a bias and the base at once, each as it answers alone."""
+    """An adapter of each method and the base at once, each as it answers alone."""
     model = load_base(base_dir)
-    adapters = {"aligner": random_aligner(model.config, 2, init_std=1.0), "llama_adapter": LLaMAAdapter(model.config)}
-    adapters |= {"lora": LoRA(model.config, r=4), "bias": Bias(model.config)}
+    adapters = {name: method(model.config) for name, method in METHODS.items()}
     for method, adapter in adapters.items():
         for parameter in adapter.parameters():
             torch.nn.init.normal_(parameter, std=0.3)

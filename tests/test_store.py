@@ -4,8 +4,7 @@ import pytest
 import torch
 from conftest import random_aligner
 
-from lit_llama.adapters import adapter_fingerprint, save_adapter
-from lit_llama.bias import Bias
+from lit_llama.adapters import METHODS, adapter_fingerprint, save_adapter
 from lit_llama.checkpoint import load_base
 from lit_llama.llama_adapter import LLaMAAdapter
 from lit_llama.lora import LoRA
@@ -32,8 +31,8 @@ def test_aligners_are_their_files(tmp_path, model):
 
 
 def test_adapters_of_any_method_are_their_files(tmp_path, model):
-    adapters = {"llama_adapter": LLaMAAdapter(model.config, 3), "bias": Bias(model.config, "v")}
-    adapters |= {"lora": LoRA(model.config, 3, 8.0, targets=["q", "down"])}
+    adapters = {name: method(model.config) for name, method in METHODS.items()}
+    adapters |= {"other-lora": LoRA(model.config, 3, 8.0, targets=["q", "down"])}
     for name, adapter in adapters.items():
         for parameter in adapter.parameters():
             torch.nn.init.normal_(parameter)
