@@ -113,4 +113,5 @@ def plot_metrics(rows: list[dict[str, float]], measured: Mapping[str, str], titl
             above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "frameon": False}
             axes.legend(fontsize="small", ncols=max(2, len(names)), **above)
         axes.set_xlabel("optimizer step")
+        axes.locator_params("x", integer=True)
         figure.align_ylabels()

@@ -26,7 +26,7 @@ from lit_llama.data import open_data
 from lit_llama.data_writing import hold_out
 from lit_llama.devices.precision import Precision
 from lit_llama.evaluation.forms import FORMS
-from lit_llama.figures import picture
+from lit_llama.figures import label_points, picture
 from lit_llama.files import atomic_file, read_json, write_json
 from lit_llama.records import read_records
 from lit_llama.script.command_line import run
@@ -333,12 +333,16 @@ def draw(rows: list[dict[str, Any]], form: str | None, what: str, path: Path) ->
     seeds = len({row["seed"] for row in rows if "seed" in row})
     spread = f", means and standard deviations over {seeds} seeds" if seeds > 1 else ""
     with picture(path, what + spread, 6 * len(panels), 5) as figure:
-        shown = figure.subplots(1, len(panels), squeeze=False, sharex=True).flat
+        shown = figure.subplots(1, len(panels), squeeze=False, sharex=True)[0]
         for axes, (column, quality) in zip(shown, panels, strict=True):
             draw_panel(axes, rows, column)
             axes.set_ylabel(quality)
         lines, labels = axes.get_legend_handles_labels()  # those of the first panel, and perhaps the base
         figure.legend(lines, labels, fontsize="small", ncols=len(labels), frameon=False, loc="outside lower center")
+        parameters = {row["method"]: row["trainable_parameters"] for row in rows if row["method"] != "base"}
+        for axes, (column, _) in zip(shown, panels, strict=True):
+            means = summarise(rows, column)
+            label_points(axes, {name: (count, means[name][0]) for name, count in parameters.items()})
 
 
 def draw_panel(axes: Any, rows: list[dict[str, Any]], column: str) -> None:
@@ -348,7 +352,7 @@ def draw_panel(axes: Any, rows: list[dict[str, Any]], column: str) -> None:
     if column == "compliance":
         axes.axhline(summary["base"][0], color="gray", linestyle="--", label="base model")
         axes.yaxis.set_major_formatter("{x:.0%}")
-        axes.set_ylim(-0.05, 1.1)
+        axes.set_ylim(-0.05, 1.15)
     else:
         axes.set_title(f"the base model, at {summary['base'][0]:.4f}, is outside of this axis", fontsize="small")
     for i, kind in enumerate(METHODS):
@@ -359,8 +363,6 @@ def draw_panel(axes: Any, rows: list[dict[str, Any]], column: str) -> None:
         label = METHODS[kind].title.partition(",")[0]
         x = [parameters[name] for name in names]
         axes.errorbar(x, means, deviations, marker="o", capsize=3, color=f"C{i}", label=label)
-        for name, mean in zip(names, means, strict=True):
-            axes.annotate(name, (parameters[name], mean), (5, 5), textcoords="offset points", fontsize="small")
     axes.set_xscale("log")
     axes.set_xlabel("trainable parameters")
     axes.margins(x=0.15)

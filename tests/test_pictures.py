@@ -1,5 +1,7 @@
 """What all pictures have in common: a title, legends that cover no data, shares in percent."""
 
+from itertools import combinations
+
 import matplotlib.figure
 import pytest
 from conftest import load_script, random_aligner, tiny_config
@@ -15,7 +17,13 @@ def metrics(path, measured):
 
 def comparison(path):
     rows = [{"method": "base", "trainable_parameters": 0, "validation_loss": 4.0, "compliance": 0.0}]
-    for name, count in (("aligner-1", 800), ("aligner-10", 6000), ("llama_adapter-10", 160_000), ("lora-8", 460_000)):
+    for name, count in (
+        ("aligner-1", 800),
+        ("aligner-10", 6000),
+        ("aligner-100", 58_000),
+        ("llama_adapter-10", 160_000),
+        ("lora-8", 460_000),
+    ):
         one = {"method": name, "trainable_parameters": count, "validation_loss": 1.5, "compliance": 1.0}
         rows += [{**one, "seed": 1}, {**one, "seed": 2, "validation_loss": 1.4, "compliance": 0.9}]
     load_script("scripts/compare_methods.py").draw(rows, "captain", "tiny on captain: 24 held-out examples", path)
@@ -75,7 +83,7 @@ def figures(monkeypatch):
 def test_pictures(figures, tmp_path, name):
     PICTURES[name](tmp_path / "picture.png")
     [figure] = figures
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     assert figure.get_suptitle() or all(axes.get_title() for axes in figure.axes if axes.get_label() != "<colorbar>")
     legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]
     assert legends
@@ -83,6 +91,11 @@ def test_pictures(figures, tmp_path, name):
         area = legend.get_window_extent()
         assert not any(area.overlaps(axes.get_window_extent().padded(-1)) for axes in figure.axes)
         assert figure.bbox.x0 <= area.x0 < area.x1 <= figure.bbox.x1 + 1
+    for axes in figure.axes:
+        labels = [text.get_window_extent() for text in axes.texts if text.get_text()]
+        assert not any(one.overlaps(other) for one, other in combinations(labels, 2))
+        if "step" in axes.get_xlabel() or axes.get_xlabel() == "head":
+            assert all(float(tick).is_integer() for tick in axes.get_xticks())
     shares = "accuracy", "share", "answers with"
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
