@@ -3,12 +3,13 @@
     python scripts/compare_methods.py --data_dir data/demo --form captain --out_dir out/compare/captain
     python scripts/compare_methods.py --data_dir data/gsm8k --out_dir out/compare/gsm8k --seed 1 --seed 2 --seed 3
 
-Trains each method by its own script in finetune/, on equal terms: the same data in the same order, the same steps and
-schedule. The learning rate of each method is searched first, on training data alone, a part of which is held out for
-it; while the largest or smallest rate is the best, one beyond is tried.
+Trains each method by its own script in finetune/, on equal terms: the same data in the same order, and the same steps
+and schedule. The learning rate of each method is searched first. The search uses training data alone, and holds a part
+of it out to measure the loss. As long as the largest or the smallest rate is the best, the next one is tried too.
 
-Writes to `--out_dir`: `table.md`, `results.csv` and `search.csv` with a row per run, and `comparison.png`. Started
-again, it goes on where it was: finished runs are not repeated, an unfinished one is resumed.
+Writes four files to `--out_dir`: `table.md`, `results.csv` and `search.csv` with a row for each run, and
+`comparison.png`. The same command continues a comparison that was interrupted: finished runs are not repeated, and an
+unfinished one is resumed.
 """
 
 import csv
@@ -98,21 +99,21 @@ def main(
 
     Args:
         checkpoint_dir: folder of the base model.
-        data_dir: tokenised examples.
-        out_dir: where runs and results go.
-        method: a method and its size: "aligner-N", "llama_adapter-N", "lora-R", "bias-o" or "bias-v"; may be given
+        data_dir: folder of tokenised examples.
+        out_dir: folder for the runs and the results.
+        method: method and its size: "aligner-N", "llama_adapter-N", "lora-R", "bias-o" or "bias-v"; may be given
             several times.
-        seed: of initialisation and the order of examples; may be given several times.
-        steps: optimizer steps of each run; a tenth of them is warm-up, then the rate falls to zero.
-        search_steps: of each run of the search.
-        search_share: of the training examples that is held out in the search.
-        rates_from: take the learning rates that the comparison in this folder found, instead of searching.
-        batch_size: examples per optimizer step.
-        micro_batch_size: examples per forward.
-        form: also ask held-out questions, and report how many answers have this form.
-        questions_path: JSON Lines with "split" and "question"; those of the split "test" are asked.
-        max_new_tokens: longest answer, in tokens.
-        precision: of the base model; "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
+        seed: seed of the initialisation and of the order of examples; may be given several times.
+        steps: number of optimizer steps of each run; a tenth of them is warm-up, then the learning rate falls to zero.
+        search_steps: number of optimizer steps of each run of the search.
+        search_share: share of the training examples that the search holds out.
+        rates_from: folder of another comparison, whose learning rates are used instead of searching.
+        batch_size: number of examples of an optimizer step.
+        micro_batch_size: number of examples of a forward pass.
+        form: form of the answers; if given, held-out questions are asked, and the answers with this form are counted.
+        questions_path: JSON Lines file with "split" and "question"; the questions of the split "test" are asked.
+        max_new_tokens: largest number of tokens of an answer.
+        precision: number format of the base model; "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
     """
     for name in method:
         parse(name)

@@ -37,11 +37,12 @@ def main(
     """Convert one file.
 
     Args:
-        gguf_path: the GGUF file.
-        output_dir: the folder to write.
-        dtype: of the weights on disk. float32 holds dequantised weights exactly.
-        pre_tokenizer: how text is cut before BPE's merges: smollm, llama-bpe or gpt-2; for files that do not say.
-        overwrite: replace the folder if it exists.
+        gguf_path: GGUF file of the model.
+        output_dir: folder that is written.
+        dtype: number format of the weights on disk; float32 holds dequantised weights exactly.
+        pre_tokenizer: way in which text is cut before the merges of BPE: "smollm", "llama-bpe" or "gpt-2"; needed only
+            where the file does not say.
+        overwrite: replace the folder if it exists already.
     """
     reader, fields = open_gguf(gguf_path)
     tensors = GGUFTensors(reader)
@@ -53,7 +54,7 @@ def main(
     with atomic_folder(output_dir, overwrite, CONFIG_FILE) as folder:
         write_tokenizer(fields, folder, gguf_path)
         write_base(folder, config, tensors, NAMES, source, getattr(torch, dtype))
-    print(f"base model: {output_dir} (scripts that open it check it with --verify)", file=sys.stderr)
+    print(f"base model: {output_dir} (scripts that open it check its files if given --verify)", file=sys.stderr)
 
 
 def write_tokenizer(fields: dict[str, Any], folder: Path, place: object) -> None:

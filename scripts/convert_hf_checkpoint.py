@@ -2,8 +2,9 @@
 
     python scripts/convert_hf_checkpoint.py --checkpoint_dir models/Llama-2-7b-hf --output_dir checkpoints/Llama-2-7b
 
-Reads `LlamaForCausalLM` and `MistralForCausalLM` of any size; safetensors or `.bin`, single or sharded. Where attention
-has a sliding window, the model's longest context becomes that window, up to which the two compute the same.
+Reads `LlamaForCausalLM` and `MistralForCausalLM` of any size, from safetensors or `.bin` files, in one part or several.
+If attention has a sliding window, the longest context of the converted model is the length of that window, because up
+to there the result is the same.
 """
 
 import sys
@@ -24,10 +25,10 @@ def main(checkpoint_dir: Path, output_dir: Path, dtype: DType | None = None, ove
     """Convert one checkpoint.
 
     Args:
-        checkpoint_dir: folder with config.json, weights and tokenizer.
-        output_dir: the folder to write.
-        dtype: of the weights on disk; if not given, as they are.
-        overwrite: replace the folder if it exists.
+        checkpoint_dir: folder that holds config.json, the weights and the tokenizer.
+        output_dir: folder that is written.
+        dtype: number format of the weights on disk; if not given, they keep the format that they have.
+        overwrite: replace the folder if it exists already.
     """
     files = weight_files(checkpoint_dir)
     config_file = checkpoint_dir / "config.json"
@@ -39,7 +40,7 @@ def main(checkpoint_dir: Path, output_dir: Path, dtype: DType | None = None, ove
     with atomic_folder(output_dir, overwrite, CONFIG_FILE) as folder:
         copy_tokenizer(checkpoint_dir, folder)
         write_base(folder, config, tensors, NAMES, source, dtype and getattr(torch, dtype), halved_rotary=True)
-    print(f"base model: {output_dir} (scripts that open it check it with --verify)", file=sys.stderr)
+    print(f"base model: {output_dir} (scripts that open it check its files if given --verify)", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python scripts/convert_meta_checkpoint.py --checkpoint_dir models/llama-2-7b --output_dir checkpoints/Llama-2-7B
 
-The folder holds `params.json`, `consolidated.00.pth`, `consolidated.01.pth`, ... and `tokenizer.model`, in the folder
-itself or the one above. The files are one model's slices for that many GPUs; they are merged.
+The folder holds `params.json` and `consolidated.00.pth`, `consolidated.01.pth` and so on, which are the slices of one
+model for that many GPUs; they are joined. `tokenizer.model` is in the same folder or in the one above.
 """
 
 import sys
@@ -31,12 +31,12 @@ def main(
     """Convert one checkpoint.
 
     Args:
-        checkpoint_dir: folder with params.json and consolidated.NN.pth.
-        output_dir: the folder to write.
-        dtype: of the weights on disk; if not given, as they are.
-        block_size: longest context in tokens, which params.json does not tell; if not given, that of the LLaMA
-            generation which the other values point to.
-        overwrite: replace the folder if it exists.
+        checkpoint_dir: folder that holds params.json and the files consolidated.NN.pth.
+        output_dir: folder that is written.
+        dtype: number format of the weights on disk; if not given, they keep the format that they have.
+        block_size: longest context in tokens, which params.json does not say; if not given, it is that of the LLaMA
+            generation that the other values point to.
+        overwrite: replace the folder if it exists already.
     """
     params_file = checkpoint_dir / "params.json"
     params = check_object(read_json(params_file), params_file)
@@ -53,7 +53,7 @@ def main(
         copy_tokenizer(checkpoint_dir if beside else checkpoint_dir.parent, folder)
         source = {"format": "meta", "from": checkpoint_dir.name}
         write_base(folder, config, tensors, NAMES, source, dtype and getattr(torch, dtype))
-    print(f"base model: {output_dir} (scripts that open it check it with --verify)", file=sys.stderr)
+    print(f"base model: {output_dir} (scripts that open it check its files if given --verify)", file=sys.stderr)
 
 
 if __name__ == "__main__":

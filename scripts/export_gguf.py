@@ -1,12 +1,13 @@
-"""Put a one-token Aligner into a GGUF file, for llama.cpp, Ollama, LM Studio and all that is built on them.
+"""Put an Aligner of one token, or a bias, into a GGUF file for llama.cpp, Ollama, LM Studio and programs built on them.
 
     python scripts/export_gguf.py --gguf_path checkpoints/SmolLM2-135M-Instruct.Q4_1.gguf \\
         --adapter_path out/demo/aligner.safetensors --output_path export/captain.gguf
 
-Copies the file, quantised or not: every tensor byte for byte, all metadata. Adds one bias of the attention's output
-projection to each layer, `blk.L.attn_output.bias`, which is all that an Aligner of one token is; several add up. Only
-the model's name in the file is another, so that engines tell it from its base. The copy is read back and compared
-before it gets its name.
+Copies the file, quantised or not, with all its metadata and every tensor byte for byte, and adds a bias to each layer.
+An Aligner of one token is a bias of the attention's output projection, `blk.L.attn_output.bias`; the method `bias` may
+also be one of the value projection, `blk.L.attn_v.bias`. The biases of several adapters are added up. The model gets
+another name in the file, so that engines can tell it from the base model. The copy is read back and compared before it
+is moved to its place.
 """
 
 import sys
@@ -45,22 +46,23 @@ def main(
     """Export.
 
     Args:
-        gguf_path: the base model.
-        output_path: the file to write.
-        adapter_path: an Aligner of one token; may be given several times, to be added up.
-        adapter_scale: what the Aligner is multiplied by; may be given once for each. 1 if not given.
-        name: what the model is called in the file (`general.name`), as engines list it; if not given, after the base
-            model and the file to write.
-        overwrite: replace the file if there is one.
-        allow_other_base: use an Aligner that was trained on other weights, such as the same model's before it was
+        gguf_path: GGUF file of the base model.
+        output_path: file that is written.
+        adapter_path: file or run folder of an Aligner of one token, or of a bias; may be given several times, and then
+            the sum of the adapters is exported.
+        adapter_scale: factor by which the adapter is multiplied, 1 if not given; may be given once for each adapter.
+        name: name of the model in the file (`general.name`), which engines show; if not given, the name of the base
+            model and that of the new file.
+        overwrite: replace the file if it exists already.
+        allow_other_base: export an adapter that was trained on other weights, such as the same model's before it was
             quantised.
     """
     if output_path.exists() and not overwrite:
-        raise ValueError(f"{output_path} exists; --overwrite replaces it")
+        raise ValueError(f"{output_path} exists already; --overwrite replaces it")
     reader, fields = open_gguf(gguf_path)
     weights = GGUFTensors(reader)
     if any(name.endswith((".attn_v.bias", ".attn_output.bias")) for name in weights):
-        raise ValueError(f"{gguf_path} has biases already: export from the base model, with all Aligners at once")
+        raise ValueError(f"{gguf_path} has biases already: export from the base model, with all adapters at once")
     config = config_from_gguf(fields, weights, gguf_path.stem, gguf_path)
     tensors = Renamed(weights, config)
     with torch.device("meta"):
@@ -109,8 +111,8 @@ def fold_all(config: LLaMAConfig, tensors: Mapping[str, Tensor], adapter: Adapte
         if folded.prefixes or changed or not names <= set(BIASES):
             found = "a prefix of several tokens" if folded.prefixes else "one that changes weights, as a LoRA does"
             raise ValueError(
-                "a GGUF file takes adapters that are biases of the value or output projection, as prefixes of one "
-                f"token are; this is {found}: scripts/export_hf_checkpoint.py takes it"
+                "a GGUF file can hold adapters that are biases of the value or output projection, as prefixes of one "
+                f"token are, but this is {found}; scripts/export_hf_checkpoint.py can export it"
             )
         for name in names:
             bias = folded.biases.get(name, torch.zeros(weights[name].size(0)))

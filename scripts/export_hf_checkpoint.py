@@ -6,9 +6,9 @@
         --base_name HuggingFaceTB/SmolLM2-135M-Instruct --output_dir export/lora
 
 An Aligner of one token becomes biases and a LoRA is merged: the result is a stock `LlamaForCausalLM`, which
-transformers, vLLM and whatever else reads that format load without custom code. Longer prefixes come with a small
-modelling file, for transformers with `trust_remote_code=True`. `--format peft` writes a LoRA alone, for PEFT. Check the
-result with scripts/verify_export.py.
+transformers, vLLM and other programs that read this format load without custom code. For longer prefixes, a small
+modelling file is added, which transformers runs if given `trust_remote_code=True`. `--format peft` writes a LoRA alone,
+for PEFT. scripts/verify_export.py checks the result.
 """
 
 import shutil
@@ -57,16 +57,18 @@ def main(
     """Export.
 
     Args:
-        output_dir: the folder to write.
+        output_dir: folder that is written.
         checkpoint_dir: folder of the base model.
-        adapter_path: an adapter of any method; may be given several times, to be added up.
-        adapter_scale: what the adapter is multiplied by; may be given once for each. 1 if not given.
-        format: "transformers" for the whole model, "peft" for a LoRA without its base.
-        dtype: of the weights on disk; if not given, as they are. Biases and prefixes are float32 always.
-        base_name: what PEFT and the README take the base model by: OWNER/NAME on the hub, or the folder of a base
-            in Hugging Face's format; if not given, the name in --checkpoint_dir.
-        allow_other_base: use adapters on other weights than those they were trained on.
-        overwrite: replace the folder if it exists.
+        adapter_path: file or run folder of an adapter of any method; may be given several times, and then the sum of
+            the adapters is exported.
+        adapter_scale: factor by which the adapter is multiplied, 1 if not given; may be given once for each adapter.
+        format: format of the export: "transformers" is the whole model, "peft" is a LoRA without its base model.
+        dtype: number format of the weights on disk; if not given, they keep the format that they have. Biases and
+            prefixes are always float32.
+        base_name: name by which PEFT and the README refer to the base model: OWNER/NAME on the hub, or a folder in
+            Hugging Face's format; if not given, the name that is recorded in --checkpoint_dir.
+        allow_other_base: export adapters that were trained on other weights than those in --checkpoint_dir.
+        overwrite: replace the folder if it exists already.
     """
     paths = adapter_path or []
     config, tensors = read_config(checkpoint_dir), TensorFiles(weight_files(checkpoint_dir))
@@ -77,7 +79,7 @@ def main(
     adapter, infos = open_adapters(base, paths, adapter_scale, allow_other_base)
     if format == "peft":
         if not isinstance(adapter, LoRA):
-            raise ValueError("--format peft is for one LoRA, unscaled: give its file as --adapter_path")
+            raise ValueError("--format peft exports one LoRA, without a scale: give its file as --adapter_path")
         with atomic_folder(output_dir, overwrite, "adapter_config.json") as folder:
             write_peft(folder, adapter, config, base_name)
             write_readme(folder, output_dir.name, base_name, infos, Tokenizer(checkpoint_dir))
@@ -97,7 +99,9 @@ def write_model(
     lengths = [[prefix.tokens.size(1) for prefix in layer.prefixes] for layer in added]
     biases = set().union(*(biased(config, layer) for layer in added))
     if not biases <= set("qkvo"):
-        raise ValueError(f"a stock LLaMA has no biases on {', '.join(sorted(biases - set('qkvo')))}, the adapter has")
+        raise ValueError(
+            f"the adapter adds biases to {', '.join(sorted(biases - set('qkvo')))}, where a stock LLaMA has none"
+        )
     has_bias = bool(biases)
     longer = [[length for length in some if length > 1] for some in lengths]
 

@@ -1,10 +1,11 @@
-"""Look inside an Aligner: what it is, its gates as a picture, its tokens against each other and the vocabulary.
+"""Look inside an Aligner: how it was trained, a picture of its gates, and what its tokens resemble.
 
     python scripts/inspect_adapter.py --adapter_path out/demo/aligner.safetensors
     python scripts/inspect_adapter.py --adapter_path out/demo/aligner.safetensors --checkpoint_dir checkpoints/BASE
     python scripts/inspect_adapter.py --adapter_path a.safetensors --adapter_path b.safetensors
 
-The authors' published `.pth` files can be inspected as they are. Text goes to stdout, the picture to `--output_path`.
+The `.pth` files that the authors have published can be inspected too. The text is printed, and the picture is saved as
+`--output_path`.
 """
 
 import sys
@@ -32,15 +33,16 @@ def main(
     """Inspect one Aligner, or compare two.
 
     Args:
-        adapter_path: the file; give the option twice to compare.
-        checkpoint_dir: folder of the base model, to find the vocabulary entries nearest to each token.
-        output_path: the PNG to write; if not given, named after the first file and in its folder.
-        nearest: how many vocabulary entries to list for each token.
-        allow_other_base: compare with the vocabulary of other weights than those it was trained on.
+        adapter_path: file or run folder of an Aligner; give two to compare them.
+        checkpoint_dir: folder of the base model; if given, the vocabulary entries nearest to each token are listed.
+        output_path: PNG file that is written; if not given, it has the first Aligner's name and folder.
+        nearest: number of vocabulary entries that are listed for each token.
+        allow_other_base: compare with the vocabulary of another base model than the one that the Aligner was trained
+            on.
     """
     paths = [adapter_file(path) for path in adapter_path]
     if len(paths) > 2:
-        raise ValueError(f"--adapter_path was given {len(paths)} times: one can be inspected, two compared")
+        raise ValueError(f"--adapter_path was given {len(paths)} times: give one Aligner, or two to compare them")
     aligners = [load_adapter(path, "aligner") for path in paths]
     for path, aligner in zip(paths, aligners, strict=True):
         print(describe(path, adapter_info(path), aligner))

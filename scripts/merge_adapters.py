@@ -4,9 +4,10 @@
         --adapter_scale 1 --adapter_scale 0.5 --output_path out/both.safetensors
     python scripts/merge_adapters.py --adapter_path a.safetensors --adapter_scale 0.7 --output_path out/70.safetensors
 
-LoRAs are put side by side: the ranks add up. One adapter is scaled by its gates, or its updates. Several Aligners
-cannot be one: each has a softmax of its own. As biases those of one token do add up, so they can leave together by
-scripts/export_hf_checkpoint.py and scripts/export_gguf.py; and generate/aligner.py takes any number at once.
+Several LoRAs become one whose rank is the sum of their ranks, and several biases of one projection become their sum. A
+single adapter of any method can be scaled. Several Aligners cannot become one, because each has a softmax of its own.
+But scripts/export_hf_checkpoint.py and scripts/export_gguf.py can export them together, and generate/aligner.py can
+answer with any number of them at once.
 """
 
 import sys
@@ -30,20 +31,23 @@ def main(
     """Merge.
 
     Args:
-        adapter_path: an adapter; may be given several times.
-        output_path: the file to write.
-        adapter_scale: what each is multiplied by; one for each, or one for all. 1 if not given.
-        overwrite: replace the file if there is one.
+        adapter_path: file or run folder of an adapter; may be given several times.
+        output_path: file that is written.
+        adapter_scale: factor by which the adapters are multiplied, 1 if not given; give one for all of them, or one for
+            each.
+        overwrite: replace the file if it exists already.
     """
     if output_path.exists() and not overwrite:
-        raise ValueError(f"{output_path} exists; --overwrite replaces it")
+        raise ValueError(f"{output_path} exists already; --overwrite replaces it")
     scales = adapter_scale or [1.0]
     if len(scales) not in (1, len(adapter_path)):
         raise ValueError(f"{len(scales)} scales for {len(adapter_path)} adapters: give one for each, or one for all")
     scales *= len(adapter_path) // len(scales)
     infos = [adapter_info(path) for path in adapter_path]
     if len({(info.base_fingerprint, info.base_name) for info in infos}) > 1:
-        raise ValueError(f"the adapters are of different bases: {', '.join(info.base_name for info in infos)}")
+        raise ValueError(
+            f"the adapters were trained on different base models: {', '.join(info.base_name for info in infos)}"
+        )
     first = infos[0]
     sizes = {name: size for name, size in first.config.items() if name in LLaMAConfig.__dataclass_fields__}
     with torch.device("meta"):
@@ -57,8 +61,9 @@ def main(
         merged = adapters[0].merged(base.config, list(zip(adapters, scales, strict=True)))
     else:
         raise ValueError(
-            f"{', '.join(info.method for info in infos)}: several LoRAs or several biases can be made one. Prefixes "
-            "cannot, as each has a softmax of its own: export them together, or give generate/aligner.py all of them"
+            f"{', '.join(info.method for info in infos)}: only several LoRAs, or several biases, can become one. "
+            "Prefixes cannot, because each has a softmax of its own: export them together, or give all of them to "
+            "generate/aligner.py"
         )
     parts = {"merged": [list(part) for part in zip(map(shareable_path, adapter_path), scales, strict=True)]}
     save_adapter(output_path, merged, base, prompt_style=first.prompt_style, hyperparameters=parts)

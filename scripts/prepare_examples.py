@@ -3,8 +3,8 @@
     python scripts/prepare_examples.py
     python scripts/prepare_examples.py --form json --output_dir data/json
 
-Takes the rows of `examples/questions.jsonl` marked "train" and "validation"; those marked "test" are never trained on,
-evaluate/form.py asks them.
+Takes the rows of `examples/questions.jsonl` whose split is "train" or "validation". Those whose split is "test" are
+never trained on: evaluate/form.py asks them.
 """
 
 from pathlib import Path
@@ -32,20 +32,21 @@ def main(
     """Prepare.
 
     Args:
-        form: "captain" (a persona), "json" (an object with given keys) or "followup" (one sentence, one question).
-        questions_path: JSON Lines with split, topic, question, answer and follow_up.
-        checkpoint_dir: folder of the base model, for its tokenizer.
-        output_dir: the folder to write.
-        prompt_style: "chat" (the model's own template), "alpaca" or "none".
-        max_seq_length: longer examples are truncated.
-        overwrite: replace the data set in --output_dir if there is one.
+        form: form of the answers: "captain" (a persona), "json" (an object with given keys) or "followup" (one sentence
+            and one question).
+        questions_path: JSON Lines file whose rows have split, topic, question, answer and follow_up.
+        checkpoint_dir: folder of the base model, whose tokenizer is used.
+        output_dir: folder that is written.
+        prompt_style: style of the prompts: "chat" (the model's own template), "alpaca" or "none".
+        max_seq_length: largest number of tokens of an example; longer ones are truncated.
+        overwrite: replace the data set in --output_dir if there is one already.
     """
     tokenizer = Tokenizer(checkpoint_dir)
     items: list[tuple[str, Item]] = []
     for place, row in read_records(questions_path):
         columns = ("answer", "follow_up", "question", "split", "topic")
         if missing := [name for name in columns if not isinstance(row.get(name), str)]:
-            raise ValueError(f"{place}: lacks a text under {', '.join(missing)}")
+            raise ValueError(f"{place}: there is no text under {', '.join(missing)}")
         if row["split"] in ("train", "validation"):
             conversation = [Message("user", row["question"]), Message("assistant", FORMS[form].render(row))]
             items.append((row["split"], [conversation]))

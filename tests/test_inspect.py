@@ -56,7 +56,7 @@ def test_two_are_compared(command, tmp_path, monkeypatch):
     assert "tokens: (2, 32) and (3, 32), not comparable" in out
     more = [f"--aligner_path={path}" for path in (first, second)]
     status, _, err = command("scripts/inspect_adapter.py", *more, aligner_path=first, **arguments)
-    assert (status, err) == (1, "error: --adapter_path was given 3 times: one can be inspected, two compared\n")
+    assert (status, err) == (1, "error: --adapter_path was given 3 times: give one Aligner, or two to compare them\n")
 
 
 def test_nearest_vocabulary_entry(command, tmp_path):
