@@ -4,10 +4,10 @@
         --adapter_path out/demo/aligner.safetensors --output_path export/captain.gguf
 
 Copies the file, quantised or not, with all its metadata and every tensor byte for byte, and adds a bias to each layer.
-An Aligner of one token is a bias of the attention's output projection, `blk.L.attn_output.bias`; the method `bias` may
-also be one of the value projection, `blk.L.attn_v.bias`. The biases of several adapters are added up. The model gets
-another name in the file, so that engines can tell it from the base model. The copy is read back and compared before it
-is moved to its place.
+An Aligner of one token is a bias of the attention's output projection, which is `blk.L.attn_output.bias` in the file. A
+bias of the value projection is `blk.L.attn_v.bias`. Those of several adapters are added up. The model gets another name
+in the file, so that engines can tell it from the base model. The copy is read back and compared before it is moved to
+its place.
 """
 
 import sys

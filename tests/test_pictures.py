@@ -1,4 +1,4 @@
-"""What all pictures have in common: a title, legends that cover no data, shares in percent."""
+"""What all pictures have in common: a title, legends that cover no data, names apart, shares in percent."""
 
 from itertools import combinations
 
