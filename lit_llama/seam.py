@@ -10,7 +10,7 @@ and an adapter may add two kinds of things to it.
 their keys are not rotated. Each query head h multiplies what comes of it by its gate g_h. The paper's formula
 (arXiv 2312.05503), with the layer's own frozen projections:
 
-    out = W_o concat_h( attention(q_h, k, v) + g_h * softmax(q_h K^T / sqrt(hs)) V ),       K, V = P W_k^T, P W_v^T
+    out = W_o concat_h( attention(q_h, k, v) + g_h * softmax(q_h K^T / sqrt(hs)) V ),       K, V = P W_k, P W_v
 
 **Updates** of a projection y = W x, by the projection's name: functions u of its input and its output that are added
 to the output,
@@ -29,6 +29,10 @@ The contract:
 - Adapters scale: a prefix by its gates, an update by `scaled`.
 - Rows of a batch may have different adapters. That is why an update is a named tuple of tensors whose first dimension
   counts rows, 1 for the whole batch, and in which zeros add nothing: `lit_llama.combine` stacks and pads them.
+- What is saved and loaded by its name is a module with float32 parameters, which says what it is (see
+  `lit_llama.bias`): `method`, the name in `lit_llama.adapters.METHODS`; `base_sizes`, the fields of the configuration
+  that its shapes depend on; `sizes`, their values and its own arguments; `scale_`, which multiplies what it adds; and,
+  if several can be made one, `merged`.
 - An update is affine in x and y together, u(x, y) = c + M x + S y, so that it folds exactly into a weight and a bias,
   W' = (I + S) W + M and b' = (I + S) b + c. So does a prefix of one token, whose softmax is 1 whatever the query. See
   `lit_llama.formats.folding`, which refuses an update that is not affine.
@@ -47,7 +51,7 @@ class LayerPrefix(NamedTuple):
     """Tokens that one layer attends to beside its own sequence: one prefix for the whole batch, or one for each row.
 
     Args:
-        tokens: (1 or B, N, C), in the place of the layer's input embeddings.
+        tokens: (1 or B, N, C), in the place of the layer's normalised input x: no norm is applied to them.
         gates: (1 or B, nh), what each query head's contribution is multiplied by.
         mask: bool (B, N), which tokens there are, for rows with fewer than N but at least one; None means all.
     """

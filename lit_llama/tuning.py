@@ -25,10 +25,12 @@ from lit_llama.base import Base
 from lit_llama.data import Batch, TokenDataset
 from lit_llama.data_writing import hold_out, write_dataset
 from lit_llama.losses import SUPERVISED_METRICS, LossSums, supervised_loss
+from lit_llama.model import LLaMA
 from lit_llama.plan import Decay, Plan
 from lit_llama.prompts import Message
 from lit_llama.runs import Run, RunFolder
 from lit_llama.samples import sample_answers
+from lit_llama.seam import Adapter
 from lit_llama.states import recorded_setting
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.training import Loss, Say, fit, write_line
@@ -61,6 +63,8 @@ def train(
     max_seq_length: int = 512,
     seed: int = 1337,
     out_dir: Path | str | None = None,
+    loss: Callable[[LLaMA, Adapter | None, Batch], LossSums] = supervised_loss,
+    measured: Mapping[str, str] = SUPERVISED_METRICS,
 ) -> dict[str, float]:
     """Train an adapter on prompts and responses, on the device that the base model is on.
 
@@ -85,9 +89,11 @@ def train(
         max_seq_length: longer examples are cut at this number of tokens.
         seed: seed of the draw and of the order of pairs.
         out_dir: folder for all that a script of finetune/ writes; if not given, nothing is written.
+        loss: what is minimised, by the base model with the adapter, over a batch.
+        measured: what the loss measures, with the label of its axis in the picture.
 
     Returns:
-        What validation measured at its best: the "loss" in nats per token of the held-out responses.
+        What validation measured at its best; the "loss" is in nats per token of the held-out responses.
 
     Raises:
         ValueError: an option is out of range, or there is nothing to train on.
@@ -111,8 +117,8 @@ def train(
     fabric = Fabric(accelerator=device.type, devices=1 if device.type == "cpu" else [device.index or 0])
     optimizer = AdamW(adapter.to(device).parameters(), weight_decay=weight_decay)
 
-    def loss(batch: Batch) -> LossSums:
-        return supervised_loss(base.model, adapter, batch)
+    def batch_loss(batch: Batch) -> LossSums:
+        return loss(base.model, adapter, batch)
 
     def show_answers() -> str:
         return sample_answers(base.model, adapter, base.tokenizer, base.style, held_out)
@@ -120,10 +126,15 @@ def train(
     with tempfile.TemporaryDirectory() as folder:
         _write_pairs(Path(folder) / "data", base, pairs, validation_share, max_seq_length, seed)
         data, held_out = (TokenDataset(Path(folder) / "data", split, base.tokenizer) for split in SPLITS)
-        plan = find_learning_rate(fabric, adapter, optimizer, loss, data, base.tokenizer, plan.for_items(len(data)))
+        plan = find_learning_rate(
+            fabric, adapter, optimizer, batch_loss, data, base.tokenizer, plan.for_items(len(data)), measured=measured
+        )
         options = asdict(plan) | {"weight_decay": weight_decay, "out_dir": out_dir}
         run = Run() if out_dir is None else RunFolder(Path(out_dir), base.model, base.style.name, options)
-        progress = fit(fabric, adapter, optimizer, loss, data, held_out, plan, run, show_answers=show_answers)
+        progress = fit(
+            fabric, adapter, optimizer, batch_loss, data, held_out, plan, run,
+            measured=measured, show_answers=show_answers,
+        )  # fmt: skip
     run.restore_best(adapter)
     adapter.eval()
     return progress.best

@@ -11,6 +11,7 @@ from lit_llama.adapters import METHODS, load_adapter
 from lit_llama.checkpoint import load_base
 from lit_llama.data import open_data
 from lit_llama.losses import supervised_loss
+from lit_llama.tuning import train
 
 PAGE = (ROOT / "howto" / "extend.md").read_text(encoding="utf-8")
 DEMO = "checkpoints/SmolLM2-135M-Instruct"
@@ -92,7 +93,7 @@ def test_a_model_family(run_section, tmp_path, tied):
         )
 
 
-def test_a_loss(run_section, capsys):
+def test_a_loss(run_section, capsys, tmp_path):
     names = run_section("A loss")
     model, batch, loss = names["base"].model, names["batch"], names["loss_near_the_base"]
     said = eval(capsys.readouterr().out)
@@ -113,6 +114,14 @@ def test_a_loss(run_section, capsys):
     torch.testing.assert_close(sums.metrics["loss"], alone.metrics["loss"] + 0.1 * divergence, atol=1e-3, rtol=1e-4)
     sums.metrics["loss"].backward()
     assert aligner.tokens.grad.abs().sum() > 0
+    measured = {"loss": "loss per scored token (nats)", "divergence": "divergence from the base (nats)"}
+    file = tmp_path / "run" / "metrics.csv"
+    best = train(
+        names["base"], names["Aligner"](model.config), [("a b", "c d")] * 4,
+        steps=2, loss=loss, measured=measured, out_dir=file.parent,
+    )  # fmt: skip
+    assert best["divergence"] > 0
+    assert "validation_divergence" in file.read_text().splitlines()[0]
 
 
 def test_a_data_set(run_section, base_dir):
