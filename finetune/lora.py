@@ -19,7 +19,7 @@ from lit_llama.losses import LossSums, supervised_loss
 from lit_llama.plan import Decay, Plan
 from lit_llama.samples import sample_answers
 from lit_llama.script.command_line import run
-from lit_llama.script.machine import Machine, together
+from lit_llama.script.machine import Machine, build_all
 from lit_llama.training import fit
 from lit_llama.tuning import find_learning_rate
 
@@ -78,7 +78,7 @@ def main(
     """
     options = dict(locals())
     torch.manual_seed(seed)
-    machine, plan, lora = together(
+    machine, plan, lora = build_all(
         lambda: Machine(**machine),
         lambda: Plan(
             learning_rate=learning_rate, decay=decay, batch_size=batch_size, micro_batch_size=micro_batch_size,

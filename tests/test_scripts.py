@@ -1,5 +1,6 @@
 """The scripts as people run them: options in, text on stdout, files where asked for, one line for an error."""
 
+import inspect
 import json
 import os
 import re
@@ -114,13 +115,15 @@ def test_help_groups_options_with_types_in_words(command):
     options = {name: re.findall(r"^  (--.*?)(?:  |$)", text, re.MULTILINE) for name, text in groups.items()}
     assert {"--seed NUMBER", "--decay {none,linear}", "--pack"} <= set(options["experiment"])
     assert {"--devices NUMBER", "--quantize {nf4,int8}", "--threads NUMBER"} <= set(options["machine"])
-    assert {"--out_dir FOLDER", "--resume", "--logger TEXT"} <= set(options["files"])
+    assert {"--resume", "--logger TEXT"} <= set(options["machine"])
+    assert {"--out_dir FOLDER", "--data_dir FOLDER"} <= set(options["files"])
     assert "(default: out/demo)" in out
     for script in SCRIPTS:
         _, out, _ = command(script, "--help")
         assert "--threads NUMBER" in out
         assert not re.search(r"null|None|Path\(|Optional|<class|type:|\+, --", out), script
-        for name in load_script(script).main.__annotations__.keys() - {"return", "options"}:
+        parameters = inspect.signature(load_script(script).main).parameters
+        for name in [name for name, one in parameters.items() if one.kind is not inspect.Parameter.VAR_KEYWORD]:
             assert len(re.findall(rf"^  --{name}\b", out, re.MULTILINE)) == 1, f"{script} --{name}"
 
 

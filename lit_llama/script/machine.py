@@ -1,7 +1,5 @@
 """The options of the machine, which all scripts of finetune/ have: where a run computes, and what it keeps."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from lit_llama.plan import Plan
 from lit_llama.runs import RunFolder
 from lit_llama.script.launch import launch, make_loggers
 
+# Annotations are not postponed here: to read the options' types, the parser would import what follows for them.
 if TYPE_CHECKING:  # takes seconds to import, which --help should not cost
     from lightning.fabric import Fabric
     from torch.distributed.device_mesh import DeviceMesh
@@ -60,7 +59,7 @@ class Machine:
         if problems:
             raise ValueError("; ".join(problems))
 
-    def launch(self, out_dir: Path, plan: Plan) -> tuple[Fabric, DeviceMesh | None]:
+    def launch(self, out_dir: Path, plan: Plan) -> "tuple[Fabric, DeviceMesh | None]":
         """Start the processes of a run, or join those that torchrun, `fabric run` or SLURM started.
 
         Args:
@@ -106,7 +105,7 @@ class Machine:
         )
 
 
-def together(*parts: Callable[[], Any]) -> list[Any]:
+def build_all(*parts: Callable[[], Any]) -> list[Any]:
     """Make what the options ask for, and report what is wrong with all of it at once.
 
     Args:
