@@ -13,8 +13,8 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -95,6 +95,23 @@ class Said(NamedTuple):
     status: int = 500
 
 
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Let signals that end the server wait until the worker has all that it begins with; else it prints a traceback.
+
+    The worker inherits that they wait: Ctrl-C and service managers reach both processes, and the main one ends the two.
+    """
+    ending = {signal.SIGINT, signal.SIGTERM}
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ending)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Worker:
     """The main process's end. Create it, `wait_until_ready`, and `listen` from an event loop; `close` it at the end.
 
@@ -106,13 +123,14 @@ class Worker:
         context = multiprocessing.get_context("spawn")  # which hands on no socket that is open here
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=work, args=(theirs, opening), name="model", daemon=True)
-        # Ctrl-C goes to both processes. The main one alone ends the two; the worker inherits that it is ignored.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            self._process.start()
-        finally:
-            signal.signal(signal.SIGINT, handler)
-        theirs.close()
+            with _signals_held_back():
+                self._process.start()
+            theirs.close()
+        except BaseException:  # such as the signal that was held back
+            if self._process.pid is not None:
+                self._process.kill()
+            raise
         self._answers: dict[int, asyncio.Queue[Said]] = {}
         self._next_number = 0
         self._is_ending = False
