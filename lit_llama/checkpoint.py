@@ -201,7 +201,7 @@ def _infer_config(path: Path, tensors: TensorFiles) -> LLaMAConfig:
     shapes = {name: tensors[name].shape for name in tensors}
     for preset in PRESETS:
         if shapes == parameter_shapes(preset):
-            # Lit-LLaMA computes with this epsilon and window whatever the generation.
+            # Lit-LLaMA computes with this epsilon and window for every generation of LLaMA.
             return replace(preset, name=path.stem, norm_eps=1e-5, block_size=2048)
     embedding = shapes.get("transformer.wte.weight")
     found = f"its embedding is {tuple(embedding)}" if embedding else "it has no transformer.wte.weight"

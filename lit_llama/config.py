@@ -115,7 +115,7 @@ class LLaMAConfig:
 
     @classmethod
     def from_name(cls, name: str) -> "LLaMAConfig":
-        """The preset of that name, whatever its case and punctuation; "7B" alone means LLaMA 7B.
+        """The preset of that name, in any case and punctuation; "7B" alone means LLaMA 7B.
 
         Raises:
             ValueError: no such preset.

@@ -1,4 +1,4 @@
-"""What training minimises and validation measures. Always in float32, whatever the model computes in.
+"""What training minimises and validation measures. Always in float32, also where the model computes in fewer bits.
 
 A loss returns sums over a micro batch and how many things they are sums over, because micro batches differ in that and
 the mean is over all of an optimizer step, or of a data set.

@@ -278,7 +278,7 @@ class CausalSelfAttention(nn.Module):
             (B, nh, T, hs), or (1 or B, nh, 1, hs) where one token makes it the same at every position.
         """
         k, v, mask = prefix
-        if v.size(2) == 1:  # the softmax over one token is 1, whatever the query
+        if v.size(2) == 1:  # the softmax over one token is 1 for every query
             return v
         k, v = (heads.expand(q.size(0), -1, -1, -1) for heads in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, nh, T, hs)

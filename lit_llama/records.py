@@ -125,7 +125,7 @@ def _read_file(path: Path, bad: Bad) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def _unpacked(path: Path) -> Iterator[BinaryIO]:
-    """The bytes of a text file after its mark of UTF-8, unpacked if it is packed, whatever its name says."""
+    """The bytes of a text file after its mark of UTF-8, unpacked if it is packed; its name does not matter."""
     with open(path, "rb") as file:
         start = file.read(32)
     kind, unpack = next((entry for opening, entry in _PACKED.items() if start.startswith(opening)), ("", None))

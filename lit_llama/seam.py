@@ -34,7 +34,7 @@ The contract:
   that its shapes depend on; `sizes`, their values and its own arguments; `scale_`, which multiplies what it adds; and,
   if several can be made one, `merged`.
 - An update is affine in x and y together, u(x, y) = c + M x + S y, so that it folds exactly into a weight and a bias,
-  W' = (I + S) W + M and b' = (I + S) b + c. So does a prefix of one token, whose softmax is 1 whatever the query. See
+  W' = (I + S) W + M and b' = (I + S) b + c. So does a prefix of one token, whose softmax is 1 for every query. See
   `lit_llama.formats.folding`, which refuses an update that is not affine.
 """
 

@@ -1,6 +1,6 @@
 """What an adapter becomes outside this project: weights, biases, and prefixes of a layer's own.
 
-With one token, the softmax over the prefix is 1 whatever the query, so all that an Aligner adds to layer l is
+With one token, the softmax over the prefix is 1 for every query, so all that an Aligner adds to layer l is
 
     b_l = W_o concat_h(gate_h v_h),   v = P W_v
 

@@ -180,7 +180,7 @@ class AdapterStore:
             if self._quantize is None:
                 check_bits(path, info, "none")
             values = torch.cat([tensor.flatten() for tensor in adapter.state_dict().values()])
-        except Exception as error:  # whatever is wrong with one file must not stop the others
+        except Exception as error:  # a fault of any kind in one file must not stop the others
             # Those who ask are told of the name that they know, not of the folder.
             return StoredAdapter(stamp, error=str(error).replace(str(path), path.name) or type(error).__name__)
         kind = Kind(info.method, info.config, info.style)
