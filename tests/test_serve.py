@@ -29,7 +29,7 @@ from lit_llama.serving.access import Access, allowed_hosts
 from lit_llama.serving.http import ApiError, Gate, _Connection, bind
 from lit_llama.serving.requests import ChatRequest
 from lit_llama.serving.store import AdapterStore
-from lit_llama.serving.worker import Job, Rows
+from lit_llama.serving.worker import Job, Rows, signals_held_back
 from lit_llama.tokenizer import Tokenizer
 
 KEY = "a secret"
@@ -539,6 +539,25 @@ def test_sigterm_ends_it_once_however_often_it_comes(base_dir, adapter_dir, mome
     assert status == 143
     assert "Traceback" not in said
     assert "leaked" not in said
+
+
+def test_a_signal_waits_until_the_worker_has_started():
+    """Whichever thread the system hands it to; a worker whose pipe breaks while it begins prints a traceback."""
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    idle = threading.Event()
+    other = threading.Thread(target=idle.wait)
+    other.start()
+    try:
+        with signals_held_back():
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(10_000):  # handlers run between two steps of the interpreter
+                assert not came
+        assert came == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        idle.set()
+        other.join()
 
 
 def test_ctrl_c_ends_it_once(base_dir, adapter_dir):

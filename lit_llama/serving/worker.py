@@ -96,20 +96,29 @@ class Said(NamedTuple):
 
 
 @contextmanager
-def _signals_held_back() -> Iterator[None]:
+def signals_held_back() -> Iterator[None]:
     """Let signals that end the server wait until the worker has all that it begins with; else it prints a traceback.
 
-    The worker inherits that they wait: Ctrl-C and service managers reach both processes, and the main one ends the two.
+    The worker inherits a mask, as Ctrl-C and service managers reach both processes and the main one ends the two. The
+    mask alone does not hold the main process: the signal goes to another of its threads, and Python then runs the
+    handler in this one.
     """
-    ending = {signal.SIGINT, signal.SIGTERM}
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ending)
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, set(handlers))
+    for number in handlers:
+        signal.signal(number, lambda number, _: came.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 class Worker:
@@ -124,7 +133,7 @@ class Worker:
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=work, args=(theirs, opening), name="model", daemon=True)
         try:
-            with _signals_held_back():
+            with signals_held_back():
                 self._process.start()
             theirs.close()
         except BaseException:  # such as the signal that was held back
