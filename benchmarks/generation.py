@@ -1,4 +1,4 @@
-"""How fast this project generates, beside transformers and llama.cpp on the same base, in one run.
+"""How fast this project generates, next to transformers and llama.cpp on the same base, in one run.
 
     python benchmarks/generation.py
     python benchmarks/generation.py --gguf_path checkpoints/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -74,7 +74,7 @@ def main(
         prompt_tokens: in each row.
         new_tokens: generated in each row.
         rounds: how often every engine has its turn.
-        precision: of the base model; "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
+        precision: number format of the base model; "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
     """
     config = read_config(checkpoint_dir)
     torch.manual_seed(0)

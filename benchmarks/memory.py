@@ -38,7 +38,7 @@ def main(
         base: presets by name; may be given several times.
         micro_batch_size: examples per forward.
         tokens: in each example.
-        start_layer: of the Aligner; layers below it keep nothing.
+        start_layer: first layer of the Aligner; layers below it keep nothing.
         devices: that a sharded base is spread over.
     """
     print(f"GB on each device, bfloat16, {micro_batch_size} examples of {tokens} tokens per forward, N = 1\n")

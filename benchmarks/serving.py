@@ -57,7 +57,7 @@ def main(
         seconds: after this time no more requests are sent.
         max_tokens: longest answer, in tokens.
         models: number of the server's models that are asked, the base among them.
-        seed: of the order.
+        seed: seed of the order.
     """
     check_loopback(url)
     for name, value in {"clients": clients, "requests": requests, "seconds": seconds, "models": models}.items():
@@ -118,7 +118,7 @@ def ask_together(
     """Ask from many threads until there is nothing left to ask, or no time.
 
     Args:
-        url: of the server.
+        url: address of the server.
         bodies: the requests.
         order: numbers of those to send, one after the other.
         clients: threads.

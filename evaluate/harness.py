@@ -14,7 +14,7 @@ from typing import Any
 
 from lit_llama.files import require_extra
 from lit_llama.script.command_line import run
-from lit_llama.script.evaluation import open_model
+from lit_llama.script.evaluation import evaluated_model
 from lit_llama.script.launch import join_processes
 
 
@@ -43,7 +43,7 @@ def main(
         seed: seed of that draw.
         chat_template: put prompts in the model's chat format, examples as turns.
         batch_size: number of requests computed at once.
-        options: those of the model, see `open_model`.
+        options: those of the model, see `evaluated_model`.
     """
     require_extra("lm_eval", "evaluate")
     from lm_eval.utils import make_table
@@ -56,7 +56,7 @@ def main(
     overrides = {} if num_fewshot is None else {"num_fewshot": num_fewshot}
     loaded = load_tasks(tasks.split(","), data_dir, out_dir / "data", **overrides)
     join_processes()
-    lm = HarnessModel(open_model(**options), batch_size)
+    lm = HarnessModel(evaluated_model(**options), batch_size)
     results = run_tasks(
         lm,
         loaded,

@@ -17,7 +17,7 @@ from lit_llama.evaluation.statistics import in_words, share_interval
 from lit_llama.figures import picture
 from lit_llama.files import atomic_file, require_extra
 from lit_llama.script.command_line import run
-from lit_llama.script.evaluation import open_model
+from lit_llama.script.evaluation import evaluated_model
 from lit_llama.script.launch import join_processes
 from lit_llama.tables import markdown
 
@@ -80,7 +80,7 @@ def main(
         seed: seed of that draw.
         chat_template: put prompts in the model's chat format, examples as turns.
         batch_size: number of requests computed at once.
-        options: those of the model, see `open_model`.
+        options: those of the model, see `evaluated_model`.
     """
     require_extra("lm_eval", "evaluate")
     from lit_llama.evaluation.harness import HarnessModel, run_tasks
@@ -89,7 +89,7 @@ def main(
     task, shots, metric = SETTINGS[setting]
     tasks = load_tasks([task], data_dir, out_dir / "data", num_fewshot=shots)
     join_processes()
-    lm = HarnessModel(open_model(**options), batch_size)
+    lm = HarnessModel(evaluated_model(**options), batch_size)
     chosen = None if questions is None else random_questions(tasks, questions, seed)
     results = run_tasks(lm, tasks, out_dir, questions=chosen, chat_template=chat_template, counts=metric)
     if results is None:

@@ -28,7 +28,7 @@ from lit_llama.evaluation.statistics import bootstrap, in_words
 from lit_llama.files import read_text
 from lit_llama.losses import response_logprobs
 from lit_llama.script.command_line import run
-from lit_llama.script.evaluation import open_model
+from lit_llama.script.evaluation import evaluated_model
 from lit_llama.tables import markdown
 
 
@@ -36,7 +36,7 @@ class Piece(NamedTuple):
     """What a model makes of a window or an example.
 
     Args:
-        logprob: of the scored tokens together, in nats.
+        logprob: log-probability of the scored tokens together, in nats.
         tokens: scored.
     """
 
@@ -57,17 +57,17 @@ def main(
     Args:
         text_path: a text file.
         data_dir: or a prepared data set.
-        split: of the data set.
+        split: split of the data set.
         window: longest context for a text, in tokens; the model's own may be shorter.
         out_dir: where log-probabilities are kept.
-        options: those of the model, see `open_model`.
+        options: those of the model, see `evaluated_model`.
     """
     if (text_path is None) == (data_dir is None):
         raise ValueError("give --text_path or --data_dir, one of them")
     if window < 2:
         raise ValueError(f"--window is {window}, it must be at least 2")
     text = "" if text_path is None else read_text(text_path)
-    base = open_model(**options)
+    base = evaluated_model(**options)
     window = min(window, base.model.config.block_size)
     if data_dir is None:
         ids = base.tokenizer.encode(text, bos=True)

@@ -26,7 +26,7 @@ def main(
         answers_dir: questions and answers, from `evaluate/vicuna.py`.
         model: whose answers, in this order; may be given several times; if not given, all that are there.
         output_path: the page; `responses.html` in --answers_dir if not given.
-        title: of the page.
+        title: title of the page.
     """
     questions, answers = read_folder(answers_dir, model)
     output_path = output_path or answers_dir / "responses.html"

@@ -20,65 +20,44 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lit_llama.base import Base, Bits, open_base
-from lit_llama.devices.precision import Precision
+from lit_llama.base import Base
 from lit_llama.prompts import Message
 from lit_llama.sampling import check_sampling
 from lit_llama.script.answers import adapter_in
 from lit_llama.script.command_line import run
+from lit_llama.script.opening import open_model
 
 ROOM = 64  # tokens of the window that are kept free for an answer
 
 
 def main(
-    checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
     adapter_path: Path | None = None,
     adapter_scale: float = 1.0,
     adapter_dir: Path = Path("out"),
     system: str | None = None,
-    prompt_style: str | None = None,
     max_new_tokens: int = 512,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float = 1.0,
     seed: int = 1337,
-    precision: Precision = "auto",
-    quantize: Bits | None = None,
-    compile: bool = False,
-    allow_other_base: bool = False,
+    **options: Any,
 ) -> None:
     """Talk.
 
     Args:
-        checkpoint_dir: folder of the base model.
         adapter_path: file or run folder of the adapter to begin with; if not given, the base model answers alone.
         adapter_scale: factor by which the adapter is multiplied, from 0 (the base model) to beyond 1.
         adapter_dir: folder in which the command /adapter looks for names.
         system: system message, which comes before the conversation.
-        prompt_style: how a conversation is written for the model: "chat" (the model's own template), "hh" or "beaver";
-            "alpaca", "metamath" and "none" have no place for earlier turns. If not given, as the adapter was trained.
         max_new_tokens: length of the longest answer, in tokens.
         temperature: randomness of sampling; 0 always takes the likeliest token.
         top_k: number of likeliest tokens that are sampled from.
         top_p: probability that the likeliest tokens must hold together; only they are sampled from.
         seed: seed of sampling for the first answer; the next answer has the next seed.
-        precision: number format of the base model; "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
-        quantize: number of bits of the base model's weights: "nf4" or "int8" (bitsandbytes) saves memory,
-            "int4-fast" or "int8-fast" (torchao on a GPU) saves time; if not given, as the adapter was trained.
-        compile: compile the decoding step, with CUDA graphs on a GPU. It takes a while at the first answer.
-        allow_other_base: use adapters on other weights than those they were trained on.
+        options: how the base model is opened, see `open_model`.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p)
-    base = open_base(
-        checkpoint_dir,
-        adapter_path,
-        prompt_style=prompt_style,
-        precision=precision,
-        quantize=quantize,
-        compile=compile,
-        for_generation=True,
-        allow_other_base=allow_other_base,
-    )
+    base = open_model(adapter_path, **options)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     chat = Chat(base, adapter_dir, adapter_path, adapter_scale, system, seed, sampling)
     say(f"{chat.base.name}; /help lists the commands")

@@ -54,9 +54,9 @@ class AdapterInfo:
         step: optimizer steps done.
         validation_loss: at that step.
         seconds: training took.
-        hyperparameters: of the training run.
+        hyperparameters: options of the training run.
         fingerprint: the `adapter_fingerprint` of what the file holds; empty in files that older code wrote.
-        format_version: of the file.
+        format_version: version of the file's format.
     """
 
     method: str

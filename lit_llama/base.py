@@ -92,11 +92,11 @@ class Base:
         tokenizer: its tokenizer.
         adapter: what is added to it, if anything; several are a `WeightedSum`.
         style: how prompts become text: as asked for, or as the adapter was trained, or the base's own chat template.
-        name: of base and adapters, for reports.
+        name: what base and adapters are called, for reports.
         identity: all that an answer depends on, apart from prompt and sampling: weights, adapters with their scales
             and prompt style. Names and folders of files are not part of it.
         infos: what the files of the adapters say about themselves.
-        weights: of the base: its fingerprint, and its dtype or number of bits; two models that differ in any of these
+        weights: the base's fingerprint, and its dtype or number of bits; two models that differ in any of these
             answer differently.
         quantize: number of bits of the base's weights.
         asked_quantize: the number that was asked for; if None, adapters that were trained with another are refused.
@@ -143,7 +143,7 @@ class Base:
         read = read_adapters(adapter)
         infos = _infos(read)
         keeps_style = self.asked_style is not None or (read and not infos)
-        if not read and self.tokenizer.chat_template is None:  # beside an adapter, the base is asked as that is
+        if not read and self.tokenizer.chat_template is None:  # next to an adapter, the base is asked as that is
             keeps_style = True
         style = self.style if keeps_style else style_of(None, infos[0].style if infos else None, self.tokenizer)
         return self._with(read, scale, style)

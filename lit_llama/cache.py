@@ -41,7 +41,7 @@ class KVCache:
     finite values may lie there, as 0 times infinity or NaN is NaN.
 
     Args:
-        layers: of each layer.
+        layers: the cache of each layer.
         length: positions S kept for each row.
     """
 

@@ -118,7 +118,7 @@ def load_base(
 
     Args:
         path: a folder written by one of the conversion scripts, or a plain Lit-LLaMA `.pth` file.
-        dtype: of the weights in memory; if None, bfloat16 on a GPU that has it and float32 elsewhere.
+        dtype: number format of the weights in memory; if None, bfloat16 on a GPU that has it and float32 elsewhere.
         device: where to put the weights.
         config: sizes of a `.pth` file that are no known preset's.
         mesh: shard the weights over these processes, see `lit_llama.devices.sharding`.

@@ -38,7 +38,7 @@ class PerRow:
     """Another adapter for each row of a batch, or none; of different methods and sizes.
 
     Args:
-        adapters: of each row.
+        adapters: the adapter of each row.
     """
 
     def __init__(self, adapters: Sequence[Adapter | None]) -> None:

@@ -40,7 +40,7 @@ def write_base(
         names: for each Lit-LLaMA parameter name, "{}" in the place of the layer's number, the names of the source's
             tensors that it is stacked of.
         source: where the model came from, kept in `lit_config.json`.
-        dtype: of the weights on disk; as they come if None.
+        dtype: number format of the weights on disk; as they come if None.
         halved_rotary: the source's query and key rows have each head's rotary pairs as two halves, not interleaved.
         shard_bytes: largest shard.
 
@@ -128,7 +128,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     """
     if not any((source / name).is_file() for name in TOKENIZER_FILES[:2]):
         raise FileNotFoundError(
-            f"{source} holds no tokenizer: expected tokenizer.json or tokenizer.model beside the weights"
+            f"{source} holds no tokenizer: expected tokenizer.json or tokenizer.model next to the weights"
         )
     for name in TOKENIZER_FILES:
         if (source / name).is_file():

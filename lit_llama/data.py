@@ -88,7 +88,7 @@ class Batch(NamedTuple):
         ids: token ids (B, T).
         scored: bool (B, T), tokens that the loss scores; never padding, nor the first of an example, which nothing
             predicts.
-        lengths: of the examples in a packed row.
+        lengths: lengths of the examples in a packed row.
         reference: log-probability of each example's scored tokens under a reference (E), where it was computed before.
     """
 
@@ -164,7 +164,7 @@ class TokenDataset:
     Attributes:
         header: the content of `dataset.json`.
         lengths: tokens in each item.
-        sha256: of the split's content.
+        sha256: hash of the split's content.
         reference: log-probabilities of the examples under a reference (items, 2), for batches to carry; see
             `lit_llama.dpo_reference`.
 
@@ -305,7 +305,7 @@ def step_batches(
         step: optimizer step, counted from 0.
         batch_size: items per step.
         micro_batch_size: items per forward.
-        seed: of the permutations.
+        seed: seed of the permutations.
 
     Returns:
         Micro batches of item indices.

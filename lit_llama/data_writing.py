@@ -29,7 +29,7 @@ class SplitSummary:
 
     Args:
         lengths: tokens in each example that was written.
-        sha256: of the token ids and of which are scored.
+        sha256: hash of the token ids and of which are scored.
         scored_tokens: tokens that the loss scores.
         truncated: items cut at the window's end, and so without the token that ends the response.
         skipped: items left out: too long, or with a prompt that fills the window alone.
@@ -83,7 +83,7 @@ def write_dataset(
         too_long: whether longer examples are truncated or skipped.
         source: where the text came from, recorded in `dataset.json`.
         kind: items of one conversation ("supervised"), or of a chosen and a rejected one ("pairs").
-        scored_turns: of a conversation's responses, "all" are scored or the "last".
+        scored_turns: which of a conversation's responses are scored, "all" or the "last".
         total: how many items there are, for the progress bar.
         overwrite: replace the data set in `folder` if there is one.
 
@@ -205,8 +205,8 @@ def hold_out(dataset: TokenDataset, tokenizer: Tokenizer, folder: Path, share: f
         dataset: whose items are used.
         tokenizer: the one it was made with.
         folder: the new data set; must not exist yet.
-        share: of the items that becomes the new validation split, drawn at random.
-        seed: of the draw.
+        share: share of the items that becomes the new validation split, drawn at random.
+        seed: seed of the draw.
 
     Raises:
         ValueError: there is too little data.

@@ -42,9 +42,9 @@ def cached_reference(
     Args:
         fabric: whose processes share the work; a sharded base computes in step.
         model: the base model.
-        reference: beside it, if any.
-        dataset: of pairs.
-        folder: of the file.
+        reference: adapter of the reference, if any.
+        dataset: the pairs.
+        folder: folder of the file.
         micro_batch_size: pairs per forward.
         quantize: how the base is quantised.
 

@@ -87,7 +87,7 @@ def check_list(values: Any, name: str, kind: type, place: object, least: float |
     Args:
         values: what should be a list.
         name: what it is called, for error messages.
-        kind: of the entries, see `take`.
+        kind: type of the entries, see `take`.
         place: the file, for error messages.
         least: smallest number among them.
 

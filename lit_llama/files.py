@@ -156,7 +156,7 @@ def shareable_path(path: Path) -> str:
     """A path as it is recorded in what people share: without the folders of this machine.
 
     Args:
-        path: of a file or folder.
+        path: a file or folder.
 
     Returns:
         The path from the working directory if it lies there, a relative path as it is, otherwise the last component.

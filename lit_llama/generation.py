@@ -180,7 +180,7 @@ def respond(
         adapter: what is added to the base model, if anything.
         max_new_tokens: per answer; a longer one is cut.
         batch_size: number of prompts answered at once.
-        seed: of sampling, for the first prompt; the next one has the next.
+        seed: seed of sampling for the first prompt; the next one has the next.
         what: title of the progress bar.
         sampling: `temperature`, `top_k` and `top_p` of `GenerationRequest`; greedy if not given.
     """
@@ -220,7 +220,7 @@ def stream_text(
         messages: the conversation so far.
         adapter: what is added to the base model, if anything.
         max_new_tokens: longest answer, in tokens.
-        seed: of sampling.
+        seed: seed of sampling.
         sampling: `temperature`, `top_k` and `top_p` of `stream`; greedy if not given.
 
     Raises:
@@ -278,7 +278,7 @@ class AnswerText:
 
     Args:
         tokenizer: decodes.
-        style: of the prompt; tells where the answer ends.
+        style: prompt style; tells where the answer ends.
     """
 
     def __init__(self, tokenizer: Tokenizer, style: PromptStyle) -> None:

@@ -36,7 +36,7 @@ class LossSums(NamedTuple):
 
     Args:
         metrics: scalars by name; "loss" is the one that is minimised.
-        count: of what they are sums over: scored tokens, or pairs.
+        count: number of things that they are sums over: scored tokens, or pairs.
     """
 
     metrics: dict[str, Tensor]
@@ -62,7 +62,7 @@ def response_logprobs(model: LLaMA, adapter: Adapter | None, batch: Batch) -> Te
 
     Args:
         model: the base model.
-        adapter: beside it, if any.
+        adapter: what is added to it, if anything.
         batch: examples, padded or packed.
 
     Returns:
@@ -110,7 +110,7 @@ def preference_loss(
         beta: how strongly the policy is held to the reference; small is loose.
         kind: "sigmoid" or "ipo".
         label_smoothing: e, from 0 to below 1/2.
-        chosen_weight: of the chosen response's cross-entropy per token.
+        chosen_weight: weight of the chosen response's cross-entropy per token.
 
     Returns:
         The `PREFERENCE_METRICS` over pairs. A reward is beta (policy - reference); accuracy counts the pairs whose

@@ -90,7 +90,7 @@ def plot_metrics(rows: list[dict[str, float]], measured: Mapping[str, str], titl
     Args:
         rows: those of `metrics.csv`.
         measured: what to draw, with the label of its axis; names with the same label share one.
-        title: of the picture.
+        title: title of the picture.
         path: the PNG to write.
     """
     labels = list(dict.fromkeys(measured.values()))

@@ -37,7 +37,7 @@ class SequenceLayout(NamedTuple):
         mask: (B, 1, T, S), 0 for cached positions that a query sees and minus infinity for others; None means causal
             attention within a sequence.
         positions: (B, T), where to store keys and values in the cache; None stores them from 0.
-        lengths: of the sequences that the only row holds, one after the other; None means that a row is a sequence.
+        lengths: lengths of the sequences that the only row holds, one after the other; None: a row is a sequence.
     """
 
     rope: tuple[Tensor, Tensor]
@@ -335,8 +335,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: (B, heads, T, hs).
-        cos: of each pair's angle, (1 or B, 1, T, hs / 2).
-        sin: likewise.
+        cos: cosine of each pair's angle, (1 or B, 1, T, hs / 2).
+        sin: sine of each pair's angle, likewise.
 
     Returns:
         (B, heads, T, hs), in the dtype of `x`.

@@ -40,7 +40,7 @@ class Plan:
         max_grad_norm: larger gradients are scaled down to this norm.
         eval_interval: optimizer steps between validations; the last step is always followed by one.
         patience: number of validations in a row without a lower loss after which the run ends; None for no such end.
-        seed: of the order of items.
+        seed: seed of the order of items.
         pack: put the examples of a forward into one row instead of padding them.
 
     Raises:

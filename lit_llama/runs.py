@@ -131,7 +131,7 @@ class RunFolder(Run):
             result was another.
         resume: continue from the last state in the folder, if there is one.
         save_interval: optimizer steps between states; one is also saved every 10 minutes.
-        fingerprints: of what else changes the result, in addition to base and data, by name.
+        fingerprints: hashes of what else changes the result, in addition to base and data, by name.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ class Header(NamedTuple):
 
     Args:
         metadata: texts by name.
-        shapes: of its tensors, by name.
+        shapes: shapes of its tensors, by name.
     """
 
     metadata: dict[str, str]

@@ -24,8 +24,8 @@ def sample_answers(
         model: the base model.
         adapter: as far as it is trained.
         tokenizer: the base's.
-        style: of the data set's prompts.
-        dataset: of examples, or of pairs, whose chosen answers are wanted.
+        style: prompt style of the data set.
+        dataset: examples, or pairs, whose chosen answers are wanted.
 
     Returns:
         Lines with the user's turn, the answer and the wanted answer of each, without what the template adds.
@@ -66,7 +66,7 @@ def user_turn(style: PromptStyle, tokenizer: Tokenizer, prompt: list[int]) -> st
     """The user's last turn in a prompt, without what the style writes around it.
 
     Args:
-        style: of the prompt.
+        style: prompt style.
         tokenizer: that made it.
         prompt: token ids of the text that the assistant continues.
 

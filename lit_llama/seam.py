@@ -48,7 +48,7 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # of the attention and
 
 
 class LayerPrefix(NamedTuple):
-    """Tokens that one layer attends to beside its own sequence: one prefix for the whole batch, or one for each row.
+    """Tokens that one layer attends to outside its own sequence: one prefix for the whole batch, or one for each row.
 
     Args:
         tokens: (1 or B, N, C), in the place of the layer's normalised input x: no norm is applied to them.
@@ -93,7 +93,7 @@ class LayerAdapter(NamedTuple):
     """What an adapter adds to one layer; nothing, unless said otherwise.
 
     Args:
-        prefixes: what the attention attends to beside its sequence, each with a softmax of its own.
+        prefixes: what the attention attends to in addition to its sequence, each with a softmax of its own.
         updates: what is added to the outputs of projections, by the names in `PROJECTIONS`.
     """
 

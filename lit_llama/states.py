@@ -30,7 +30,7 @@ class Progress:
         best: what validation measured then.
         first: what it measured before the first step.
         skipped: steps skipped because loss or gradient was not finite.
-        skipped_in_a_row: of those, the last ones without a good step between.
+        skipped_in_a_row: how many of those came last, without a good step between.
         seconds: what the run took, over all its parts.
     """
 
@@ -47,7 +47,7 @@ class Progress:
 
         Args:
             what: what was measured.
-            value: of it.
+            value: its value.
             place: where the best adapter so far stays.
 
         Raises:
@@ -67,7 +67,7 @@ class Progress:
 
         Args:
             skipped: whether the step changed nothing, because its loss or gradient was not finite.
-            loss: of the step.
+            loss: loss of the step.
             place: where the best adapter so far stays.
 
         Raises:
@@ -154,7 +154,7 @@ def load_state(path: Path, adapter: AnyAdapter, optimizer: Optimizer, identity: 
     """Put a run's state back.
 
     Args:
-        path: of the state. Those written before states held a hash are read as they are.
+        path: file of the state. Those written before states held a hash are read as they are.
         adapter: takes the trained values.
         optimizer: over its parameters; takes its moments.
         identity: all that changes the result, by name.

@@ -36,7 +36,7 @@ def side_by_side(header: Sequence[str], rows: Iterable[Sequence[str]], widths: S
     Args:
         header: a title for each column.
         rows: a text for each column.
-        widths: of the columns, in characters.
+        widths: widths of the columns, in characters.
     """
 
     def line(cells: Iterable[str]) -> str:

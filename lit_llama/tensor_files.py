@@ -96,7 +96,7 @@ def weight_files(folder: Path) -> list[Path]:
             for tensor, shard in weight_map.items():
                 check_value(shard, f"{index}: file of {tensor}", str)
                 if Path(shard).name != shard:
-                    raise ValueError(f"{index}: file of {tensor} is {shard!r}, expected the name of a file beside it")
+                    raise ValueError(f"{index}: file of {tensor} is {shard!r}, expected the name of a file next to it")
             files = [folder / shard for shard in sorted(set(weight_map.values()))]
             if not files:
                 raise ValueError(f"{index} names no weights")

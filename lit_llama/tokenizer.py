@@ -72,7 +72,7 @@ class Tokenizer:
         except Exception as error:  # both libraries raise bare exceptions
             raise ValueError(
                 f"{file} is not a tokenizer that can be read ({error}); for Llama 3, whose tokenizer.model is in "
-                "tiktoken's format, put the tokenizer.json of its Hugging Face version beside it"
+                "tiktoken's format, put the tokenizer.json of its Hugging Face version next to it"
             ) from None
         self.fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()
         self.vocab_size = self._backend.vocab_size

@@ -60,7 +60,7 @@ def fit(
         fabric: chooses the device and sums over devices.
         adapter: what is trained, float32.
         optimizer: over its parameters.
-        loss: of a batch, by the base model with the adapter.
+        loss: loss of a batch, by the base model with the adapter.
         train: what is learned.
         validation: what is measured, all of it, before the first step, every `plan.eval_interval` steps and at the end.
         plan: how many steps, of how many items, at which learning rate.

@@ -190,10 +190,10 @@ def find_learning_rate(
         fabric: the processes of the run, which share the work.
         adapter: what is to be trained.
         optimizer: over its parameters.
-        loss: of a batch, by the base model with the adapter.
+        loss: loss of a batch, by the base model with the adapter.
         train: the training data.
         tokenizer: the one that they were made with.
-        plan: of the run, with its number of steps.
+        plan: plan of the run, with its number of steps.
         around: the rate in the middle of the first three.
         share: share of the training data that is kept apart.
         measured: what the loss measures.

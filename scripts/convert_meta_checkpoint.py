@@ -48,9 +48,9 @@ def main(
         raise FileNotFoundError(f"{checkpoint_dir} holds no weights: expected consolidated.00.pth, ...")
     tensors = MergedTensors([TensorFiles([file], ignore=r"rope\.freqs") for file in files], params["dim"])
     config = config_from_meta(params, tensors, output_dir.name, block_size, params_file)
-    beside = (checkpoint_dir / "tokenizer.model").is_file() or (checkpoint_dir / "tokenizer.json").is_file()
+    has_tokenizer = (checkpoint_dir / "tokenizer.model").is_file() or (checkpoint_dir / "tokenizer.json").is_file()
     with atomic_folder(output_dir, overwrite, CONFIG_FILE) as folder:
-        copy_tokenizer(checkpoint_dir if beside else checkpoint_dir.parent, folder)
+        copy_tokenizer(checkpoint_dir if has_tokenizer else checkpoint_dir.parent, folder)
         source = {"format": "meta", "from": checkpoint_dir.name}
         write_base(folder, config, tensors, NAMES, source, dtype and getattr(torch, dtype))
     print(f"base model: {output_dir} (scripts that open it check its files if given --verify)", file=sys.stderr)

@@ -7,7 +7,7 @@ Objects with "chosen", "rejected" and
 
 - "prompt", "question" or "instruction" (perhaps with "input" and "system"), each a text, or
 - "conversations", ShareGPT's preference layout of `from` and `value`, or "prompt" as a list of messages, or
-- neither, where chosen and rejected are whole conversations that differ in the last turn; these may also stand beside
+- neither, where chosen and rejected are whole conversations that differ in the last turn; these may also stand next to
   the prompt that they repeat,
 
 or in another layout that howto/prepare_data.md lists. Without a file, Intel's Orca pairs are fetched.

@@ -49,7 +49,7 @@ def main(
         peft_base: folder of the base model in Hugging Face's format, for an adapter in PEFT's.
         prompt: what to answer; may be given several times. A few questions if not given.
         prompt_style: as in generate/aligner.py.
-        max_new_tokens: of each answer.
+        max_new_tokens: length of the longest answer, in tokens.
         tolerance: largest difference between logits, float32 on both sides.
         least_correlation: between the logits of a GGUF file and ours.
         allow_other_base: as in the export.

@@ -51,6 +51,14 @@ def test_scripts_do_not_import_each_other(folder):
                 assert module.split(".")[0] not in scripts, f"{name(path)}, line {node.lineno}: {module}"
 
 
+def test_plain_english():
+    """Descriptions of arguments begin with a noun, and no word needs to be guessed at."""
+    riddles = re.compile(r"^ +\w+: of |\b(beside|lest|anew|whatever)\b", re.IGNORECASE)
+    texts = [*FILES, *ROOT.glob("*.md"), *ROOT.glob("howto/*.md"), *ROOT.glob("examples/*.md")]
+    lines = [(name(path), line) for path in texts for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [(where, line) for where, line in lines if riddles.search(line)] == []
+
+
 def test_the_map_names_every_room():
     """Each file of the library stands in a wing that CONTRIBUTING.md names, or is named there itself."""
     rows = [line for line in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines() if line[:1] == "|"]

@@ -37,7 +37,7 @@ def local_rows(tensor: Tensor, parameter: Tensor, dtype: torch.dtype) -> Tensor:
 
     Args:
         tensor: the whole weight.
-        parameter: of a model that `shard` prepared, in whose place the share goes.
+        parameter: a parameter of a model that `shard` prepared, in whose place the share goes.
         dtype: to convert to.
     """
     from torch.distributed.tensor import DTensor

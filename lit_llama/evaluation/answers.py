@@ -33,7 +33,7 @@ class Question(NamedTuple):
 
     Args:
         id: its number or name.
-        category: of several.
+        category: the kind of question, one of several.
         turns: what the user says, one after the other.
         input: what the first turn is about, for prompt styles that keep it apart.
         aligner: name of the Aligner that is to answer, in a folder of them.
@@ -78,7 +78,7 @@ def as_question(place: str, row: dict[str, Any], number: int) -> Question:
     """A row of a file of prompts: with `prompt`, with `instruction` and perhaps `input`, or FastChat's with `turns`.
 
     Args:
-        place: of the row, for error messages.
+        place: where the row stands, for error messages.
         row: the object.
         number: the question's id if the row has no `question_id`.
 
@@ -254,7 +254,7 @@ def read_folder(
     """The questions of a folder, and the answers of models to all of them.
 
     Args:
-        folder: of questions and answers.
+        folder: folder of questions and answers.
         models: whose; all, in the order of their names, if None.
 
     Raises:

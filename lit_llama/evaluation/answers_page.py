@@ -67,10 +67,10 @@ def write_page(
     """Write the page: a section for each question, a column for each model, a search and a choice of categories.
 
     Args:
-        path: of the file.
+        path: where to write the page.
         questions: in their order.
         answers: by model and question, a text for each turn.
-        title: of the page.
+        title: title of the page.
         pattern: answers in which it is found are marked.
     """
     categories = dict.fromkeys(question.category for question in questions)

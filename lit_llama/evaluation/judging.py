@@ -52,14 +52,14 @@ class Judge(NamedTuple):
 
     Args:
         model: its name at the endpoint.
-        temperature: of its sampling; None leaves it to the endpoint. Left out, too, where the endpoint refuses it.
-        max_tokens: of a judgement, and of the thoughts before it; sent as `max_completion_tokens` where the endpoint
+        temperature: randomness of its sampling; None leaves it to the endpoint, as does an endpoint's refusal.
+        max_tokens: length of a judgement with the thoughts before it; sent as `max_completion_tokens` where an endpoint
             refuses `max_tokens`.
-        workers: requests at once.
-        requests_per_minute: at most; None means as fast as answers come.
-        timeout: seconds until a request is given up and tried again.
-        retries: of a request that fails or is refused for a while, with growing pauses.
-        attempts: at a judgement that can be read; after those the case has none.
+        workers: number of requests at once.
+        requests_per_minute: number of requests that are sent in a minute at most; None sends them as answers come.
+        timeout: number of seconds until a request is given up and tried again.
+        retries: number of times that a failed or refused request is sent again, with growing pauses.
+        attempts: number of attempts at a judgement that can be read; after those the case has none.
     """
 
     model: str
@@ -73,11 +73,11 @@ class Judge(NamedTuple):
 
 
 def estimate(cases: Sequence[Case], path: Path, judge: Judge, input_price: float, output_price: float) -> str:
-    """What judging will take, in words, beside what is there already.
+    """What judging will take in addition to what is there already, in words.
 
     Args:
         cases: to be judged.
-        path: of the judgements.
+        path: file of the judgements.
         judge: who judges.
         input_price: US dollars for a million tokens.
         output_price: likewise.
@@ -105,7 +105,7 @@ def judge_all(
 
     Args:
         cases: to be judged.
-        path: of the judgements; those that are there are used.
+        path: file of the judgements; those that are there are used.
         judge: who judges.
         read: the verdict in what the judge says; None if there is none.
 

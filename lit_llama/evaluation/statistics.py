@@ -15,11 +15,11 @@ def bootstrap(
     """The 95% percentile interval of a mean, or of a ratio of sums.
 
     Args:
-        values: of each member of the sample.
+        values: what was measured on each member of the sample.
         weights: what the sum of the values is divided by, member by member, such as numbers of tokens; 1 each if not
             given, which makes it the mean.
         resamples: number of bootstrap samples.
-        seed: of their draw.
+        seed: seed of their draw.
 
     Returns:
         Its ends; None where all members say the same, a single one among them, as an interval of width zero would claim

@@ -53,8 +53,8 @@ class FoldedLayer(NamedTuple):
     """One layer with an adapter in it.
 
     Args:
-        weights: of the projections by name, (out, in) each.
-        biases: of those that have one, by name, (out) float32.
+        weights: weights of the projections by name, (out, in) each.
+        biases: biases of those projections that have one, by name, (out) float32.
         prefixes: the longer ones, with keys and values (1, nh, N, hs) float32, the values times the gates.
     """
 

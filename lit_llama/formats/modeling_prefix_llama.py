@@ -1,4 +1,4 @@
-"""A LLaMA with prefixes beside its self-attention: what an Aligner of several tokens becomes in transformers.
+"""A LLaMA with prefixes in addition to its self-attention: what an Aligner of several tokens becomes in transformers.
 
 For every prefix and layer, with the rotated queries q of the self-attention,
 

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lit_llama.adapters import adapter_file
-from lit_llama.base import AdapterLike, Base, Bits, open_base, read_adapters
-from lit_llama.devices.precision import Precision
+from lit_llama.base import Base, read_adapters
 from lit_llama.evaluation.answers import ANSWERS, QUESTIONS, Question, answer_questions, read_answers, write_questions
 from lit_llama.evaluation.judging import Case, Judge, estimate, judge_all
+from lit_llama.script.opening import open_model
 
 Answers = dict[int | str, list[str]]  # by the question's id, a text for each turn
 
 
-def open_model(
+def evaluated_model(
     adapter_path: list[Path] | None = None, adapter_scale: list[float] | None = None, **options: Any
 ) -> Base:
     """Open the model that is evaluated: a base model, perhaps with adapters that are added up.
@@ -25,9 +25,9 @@ def open_model(
     Args:
         adapter_path: file or run folder of an adapter of any method; may be given several times, to add up adapters.
         adapter_scale: number that the adapter is multiplied by; may be given once for each adapter. 1 if not given.
-        options: those of `_open`.
+        options: how the base model is opened, see `open_model`.
     """
-    return _open(adapter_path, adapter_scale, **options)
+    return open_model(adapter_path, adapter_scale, compile=False, **options)
 
 
 def ask(
@@ -39,7 +39,6 @@ def ask(
     temperature: float = 0.0,
     seed: int = 1337,
     batch_size: int = 16,
-    prompt_style: str | None = None,
     **options: Any,
 ) -> tuple[dict[str, Base], dict[str, Answers]]:
     """Let several models with one base answer questions, and keep each answer in `out_dir` as soon as it is there.
@@ -52,9 +51,7 @@ def ask(
         temperature: randomness of sampling; 0 always takes the likeliest token.
         seed: seed of sampling.
         batch_size: number of prompts answered at once.
-        prompt_style: prompt style for all models; if not given, each adapter has the one that it was trained with, and
-            the base model its own chat template.
-        options: those of `_open`.
+        options: how the base model is opened, see `open_model`.
 
     Returns:
         The models, and their answers, by name.
@@ -63,7 +60,7 @@ def ask(
         raise ValueError(f"--batch_size is {batch_size}, it must be at least 1")
     paths = list(dict.fromkeys(path for mixture in mixtures.values() for path in mixture))
     adapters = dict(zip(paths, read_adapters(paths), strict=True))
-    base = _open(list(adapters.values()), None, prompt_style=prompt_style, **options)
+    base = open_model(list(adapters.values()), compile=False, **options)
     write_questions(out_dir / QUESTIONS, questions)
     models, answers = {}, {}
     for name, mixture in mixtures.items():
@@ -74,40 +71,6 @@ def ask(
         answer_questions(models[name], name, questions, file, batch_size=batch_size, **sampling)
         answers[name] = read_answers(file)
     return models, answers
-
-
-def _open(
-    adapters: Sequence[AdapterLike] | None,
-    scales: Sequence[float] | None,
-    *,
-    checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
-    prompt_style: str | None = None,
-    precision: Precision = "auto",
-    quantize: Bits | None = None,
-    allow_other_base: bool = False,
-) -> Base:
-    """Open a base model for evaluation.
-
-    Args:
-        adapters: see `lit_llama.base.open_base`.
-        scales: a number for each adapter.
-        checkpoint_dir: folder of the base model.
-        prompt_style: how prompts become text.
-        precision: number format of the base model; "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
-        quantize: number of bits of the base model's weights, see generate/aligner.py; if not given, as the adapters
-            were trained.
-        allow_other_base: use adapters on other weights than those they were trained on.
-    """
-    return open_base(
-        checkpoint_dir,
-        adapters,
-        scales,
-        prompt_style=prompt_style,
-        precision=precision,
-        quantize=quantize,
-        for_generation=True,
-        allow_other_base=allow_other_base,
-    )
 
 
 def column_names(paths: Sequence[Path], *taken: str) -> dict[str, Path]:

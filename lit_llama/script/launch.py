@@ -1,4 +1,4 @@
-"""The processes of a run, and the loggers that it reports to beside its own files."""
+"""The processes of a run, and the loggers that it reports to in addition to its own files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def launch(
         devices: on each node: GPUs if there are any, otherwise processes on the CPU.
         num_nodes: machines.
         shard_base: the processes will hold a share of the base each, not a copy.
-        loggers: beside `metrics.csv`.
+        loggers: loggers in addition to `metrics.csv`.
         out_dir: folder of the run, to be refused before a base is loaded if another run has it.
 
     Returns:
@@ -136,5 +136,5 @@ def make_loggers(names: Sequence[str], out_dir: Path, resume: bool) -> list[Logg
 
             loggers.append(WandbLogger(name=out_dir.name, save_dir=out_dir, project="aligner"))
         else:
-            raise ValueError(f"--logger {name}: there are tensorboard and wandb, beside metrics.csv which is always on")
+            raise ValueError(f"--logger {name}: there are tensorboard and wandb; metrics.csv is always on")
     return loggers

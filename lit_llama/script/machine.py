@@ -91,7 +91,7 @@ class Machine:
             out_dir: the folder.
             base: the base model, with the style of the training prompts.
             options: all keywords of a script, with those of the machine under "machine".
-            fingerprints: of what else changes the result, in addition to base and data, by name.
+            fingerprints: hashes of what else changes the result, in addition to base and data, by name.
         """
         own = {name: value for name, value in options.items() if name != "machine"}
         return RunFolder(
@@ -115,7 +115,7 @@ def build_all(*parts: Callable[[], Any]) -> list[Any]:
         The things.
 
     Raises:
-        ValueError: of all parts that raised one.
+        ValueError: one or several parts raised one; the message has them all.
     """
     made, problems = [], []
     for part in parts:

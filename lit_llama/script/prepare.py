@@ -118,7 +118,7 @@ class _Survey:
     """What becomes of the records of some files.
 
     Args:
-        kept: of each record that could be read, whether it is used.
+        kept: for each record that could be read, whether it is used.
         left_out: how many records are left out for a reason.
         first: the place of the first of them.
         remarks: what is to be said about records that are used, and of how many it is true.

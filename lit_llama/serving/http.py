@@ -321,8 +321,8 @@ def serve(app: Any, worker: Worker, listener: socket.socket, address: str, endin
         app: answers requests.
         worker: has the model, which is loaded.
         listener: a bound socket.
-        address: of it, to be printed when it listens.
-        ending: of signals.
+        address: the listener's address, to be printed when it listens.
+        ending: how signals end the server.
 
     Raises:
         ValueError: the worker died.

@@ -68,7 +68,7 @@ class Job(NamedTuple):
         prompt: token ids.
         adapter: name of an adapter in the folder; None is the base model alone.
         scale: number that the adapter is multiplied by.
-        seed: of sampling, 0 to 2**64 - 1.
+        seed: seed of sampling, 0 to 2**64 - 1.
         options: other arguments of `lit_llama.decoder.GenerationRequest`.
     """
 

@@ -1,0 +1,50 @@
+"""The options with which scripts open a base model, declared once.
+
+A script whose `main` hands its `**options` on to this function has its options, apart from those that it gives itself.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lit_llama.base import AdapterLike, Base, Bits, open_base
+from lit_llama.devices.precision import Precision
+
+
+def open_model(
+    adapters: AdapterLike | Sequence[AdapterLike] | None,
+    scales: Sequence[float] | None = None,
+    *,
+    checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
+    prompt_style: str | None = None,
+    precision: Precision = "auto",
+    quantize: Bits | None = None,
+    compile: bool = False,
+    allow_other_base: bool = False,
+) -> Base:
+    """Open a base model that answers, perhaps with adapters.
+
+    Args:
+        adapters: see `lit_llama.base.open_base`.
+        scales: a number for each adapter.
+        checkpoint_dir: folder of the base model.
+        prompt_style: how a prompt is written for the model: "chat" (the model's own template), "alpaca", "metamath",
+            "hh", "beaver" or "none" (the prompt alone); if not given, as the adapter was trained, and for a base model
+            alone "chat", or "none" if it has no template.
+        precision: number format of the base model; "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
+        quantize: number of bits of the base model's weights: "nf4" or "int8" (bitsandbytes) saves memory,
+            "int4-fast" or "int8-fast" (torchao on a GPU) saves time; if not given, as the adapter was trained; "none"
+            keeps the weights whole.
+        compile: compile the decoding step, with CUDA graphs on a GPU. It takes a while, so it is for long work.
+        allow_other_base: use an adapter on other weights than those it was trained on.
+    """
+    return open_base(
+        checkpoint_dir,
+        adapters,
+        scales,
+        prompt_style=prompt_style,
+        precision=precision,
+        quantize=quantize,
+        compile=compile,
+        for_generation=True,
+        allow_other_base=allow_other_base,
+    )
