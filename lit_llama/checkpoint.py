@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -57,12 +57,14 @@ def verify_base(checkpoint_dir: Path) -> int:
     if checkpoint_dir.is_file():
         warnings.warn(f"{checkpoint_dir} is a bare file, which has no hash to check", stacklevel=2)
         return 0
-    config, file = read_config(checkpoint_dir), checkpoint_dir / CONFIG_FILE
-    expected = take(check_object(read_json(file), file), "sha256", dict, file, {})
+    read_config(checkpoint_dir)  # refuses what is not a configuration
+    file = checkpoint_dir / CONFIG_FILE
+    content = check_object(read_json(file), file)
+    expected = take(content, "sha256", dict, file, {})
     if not expected:
         warnings.warn(f"{file} has no hash to check: convert the model again to have one", stacklevel=2)
         return 0
-    found = base_hashes(checkpoint_dir, config)
+    found = base_hashes(checkpoint_dir, content["config"])
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             what = f"the configuration in {file}" if name == "config" else f"{checkpoint_dir / name}"
@@ -70,8 +72,13 @@ def verify_base(checkpoint_dir: Path) -> int:
     return len(found) - 1
 
 
-def base_hashes(folder: Path, config: LLaMAConfig) -> dict[str, str]:
-    """SHA-256 of what a base computes with: each file of weights, the tokenizer, and the configuration but its name."""
+def base_hashes(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """SHA-256 of what a base computes with: each file of weights, the tokenizer, and the configuration but its name.
+
+    Args:
+        folder: the base's.
+        config: fields of the configuration as they are in its file, which may be older than some fields.
+    """
     files = weight_files(folder) + [folder / name for name in TOKENIZER_FILES[:2] if (folder / name).is_file()]
     hashes = {}
     for file in tqdm(files, desc="hashing", unit="file", leave=False):
@@ -80,7 +87,7 @@ def base_hashes(folder: Path, config: LLaMAConfig) -> dict[str, str]:
             while block := content.read(2**20):
                 digest.update(block)
         hashes[file.name] = digest.hexdigest()
-    sizes = json.dumps({**config.to_dict(), "name": ""}, sort_keys=True)
+    sizes = json.dumps({**config, "name": ""}, sort_keys=True)
     return hashes | {"config": hashlib.sha256(sizes.encode()).hexdigest()}
 
 
@@ -157,7 +164,7 @@ def load_base(
         layer = model.get_submodule(name.rpartition(".")[0])
         if mesh is not None:
             weights[name] = local_rows(tensor, model.get_parameter(name), dtype)
-        elif is_quantized(layer):
+        elif is_quantized(layer) and name.endswith(".weight"):
             load_quantized(layer, tensor, device, dtype)
         else:
             weights[name] = tensor.to(device=device, dtype=dtype)

@@ -6,7 +6,7 @@ import reprlib
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from lit_llama.fields import check_value, take
+from lit_llama.fields import check_list, check_value, take
 
 # Larger than any model's, small enough that no file can make this program build for minutes.
 MOST_TOKENS = 2**24
@@ -21,6 +21,8 @@ _LARGEST = {
     "intermediate_size": 2**20,
 }
 _FILLED = ("n_kv_head", "head_size", "intermediate_size")  # 0 if not given
+# What LLaMA does not have. A file may leave these out, because it may have been written before they were known.
+_FEATURES = ("qkv_bias", "o_bias", "qk_norm", "unrotated_layers")
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,10 @@ class LLaMAConfig:
         rope_base: base of the rotary frequencies.
         rope_scaling: stretching of the rotary frequencies, if any.
         tie_embeddings: the output projection is the embedding.
+        qkv_bias: the projections of queries, keys and values have a bias (Qwen2).
+        o_bias: the output projection of the attention has a bias (Llama with `attention_bias`).
+        qk_norm: each head's query and key is normalised by RMSNorm before rotation (Qwen3).
+        unrotated_layers: numbers of the layers whose queries and keys are not rotated (SmolLM3), in ascending order.
 
     Raises:
         ValueError: a field is of another type, out of range, or contradicts another one.
@@ -95,11 +101,16 @@ class LLaMAConfig:
     rope_base: float = 10000.0
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False
+    unrotated_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         fill = object.__setattr__  # the dataclass is frozen
         check_value(self.name, "name", str)
-        check_value(self.tie_embeddings, "tie_embeddings", bool)
+        for name in ("tie_embeddings", "qkv_bias", "o_bias", "qk_norm"):
+            check_value(getattr(self, name), name, bool)
         for name, most in _LARGEST.items():
             check_value(getattr(self, name), name, int, 0 if name in _FILLED else 1, most)
         for name, most in (("norm_eps", 1.0), ("rope_base", 1e15)):
@@ -112,6 +123,13 @@ class LLaMAConfig:
         check_value(self.head_size, "head_size", int, 1)  # more heads than the embedding has values
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head is {self.n_head}, expected a multiple of n_kv_head, {self.n_kv_head}")
+        layers = check_list(list(self.unrotated_layers), "unrotated_layers", int, None, least=0)
+        if layers != sorted(set(layers)) or (layers and layers[-1] >= self.n_layer):
+            raise ValueError(
+                f"unrotated_layers is {reprlib.repr(layers)}, expected numbers of layers below {self.n_layer} in "
+                "ascending order"
+            )
+        fill(self, "unrotated_layers", tuple(layers))
 
     @classmethod
     def from_name(cls, name: str) -> "LLaMAConfig":
@@ -128,17 +146,19 @@ class LLaMAConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "LLaMAConfig":
-        """The inverse of `to_dict`.
+        """The inverse of `to_dict`. What LLaMA does not have may be left out.
 
         Raises:
             ValueError: a field is missing or unknown, so that a file of another version is never half read; or it
                 cannot be a model's.
         """
-        expected, found = set(cls.__dataclass_fields__), set(fields)
-        if expected != found:
-            lacking, unknown = (reprlib.repr(sorted(names)) for names in (expected - found, found - expected))
+        known, found = set(cls.__dataclass_fields__), set(fields)
+        missing, unknown = known - found - set(_FEATURES), found - known
+        if missing or unknown:
+            lacking, unknown = (reprlib.repr(sorted(names)) for names in (missing, unknown))
             raise ValueError(f"model configuration lacks {lacking} and has unknown {unknown}")
         scaling = take(fields, "rope_scaling", dict, "model configuration", default=None)
+        check_value(fields.get("unrotated_layers", []), "unrotated_layers", list)
         try:
             return cls(**{**fields, "rope_scaling": RopeScaling(**scaling) if scaling else None})
         except TypeError as error:  # a field of the scaling is missing or unknown
@@ -164,7 +184,7 @@ class LLaMAConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, as JSON knows them."""
-        return asdict(self)
+        return {**asdict(self), "unrotated_layers": list(self.unrotated_layers)}
 
 
 def _plain(name: str) -> str:

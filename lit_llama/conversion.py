@@ -68,9 +68,8 @@ def write_base(
         return tensor.to(dtype=dtype).contiguous()
 
     write_weights(folder, ({name: read(name)} for name in shapes), len(shapes), shard_bytes)
-    write_json(
-        folder / CONFIG_FILE, {"config": config.to_dict(), "source": source, "sha256": base_hashes(folder, config)}
-    )
+    fields = config.to_dict()
+    write_json(folder / CONFIG_FILE, {"config": fields, "source": source, "sha256": base_hashes(folder, fields)})
 
 
 def write_weights(

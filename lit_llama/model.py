@@ -1,5 +1,8 @@
 """LLaMA: attention, MLP, norm, rotary embedding. The file reads top to bottom and knows no method of tuning.
 
+Other families differ from LLaMA by fields of the configuration: biases in the attention (Qwen2), a norm of each head's
+query and key (Qwen3), layers without rotation (SmolLM3).
+
 Names and layout of the parameters are Lit-LLaMA's: query, key and value projections stacked in `c_attn`, rotary
 pairs interleaved. Shape comments use B batch, T time, C embedding, nh query heads, nkv key/value heads, hs head size,
 N prefix tokens, S cache length, V vocabulary.
@@ -27,6 +30,10 @@ from lit_llama.seam import (
     Updates,
     updated,
 )
+
+# The attention's parameters whose rows stand in the order of the rotary pairs, and how many of the parts that each is
+# stacked of do so: of q, k and v the first two.
+ROTARY_PARTS = {"c_attn.weight": 2, "c_attn.bias": 2, "q_norm.scale": 1, "k_norm.scale": 1}
 
 
 class SequenceLayout(NamedTuple):
@@ -160,17 +167,17 @@ class Transformer(nn.Module):
     def __init__(self, config: LLaMAConfig) -> None:
         super().__init__()
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.ln_f = RMSNorm(config.n_embd, config.norm_eps)
 
 
 class Block(nn.Module):
     """Pre-norm transformer block; takes and returns (B, T, C), see `CausalSelfAttention.forward` for the rest."""
 
-    def __init__(self, config: LLaMAConfig) -> None:
+    def __init__(self, config: LLaMAConfig, index: int) -> None:
         super().__init__()
         self.rms_1 = RMSNorm(config.n_embd, config.norm_eps)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, index)
         self.rms_2 = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
         self.recompute = False
@@ -190,14 +197,17 @@ class Block(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """Grouped-query causal self-attention, with the seam for a gated prefix."""
+    """Grouped-query causal self-attention of layer `index`, with the seam for a gated prefix."""
 
-    def __init__(self, config: LLaMAConfig) -> None:
+    def __init__(self, config: LLaMAConfig, index: int) -> None:
         super().__init__()
         self.n_head, self.n_kv_head, self.head_size = config.n_head, config.n_kv_head, config.head_size
         self.rows = config.qkv_rows
-        self.c_attn = nn.Linear(config.n_embd, sum(self.rows), bias=False)
-        self.c_proj = nn.Linear(self.n_head * self.head_size, config.n_embd, bias=False)
+        self.rotates = index not in config.unrotated_layers
+        self.c_attn = nn.Linear(config.n_embd, sum(self.rows), bias=config.qkv_bias)
+        self.c_proj = nn.Linear(self.n_head * self.head_size, config.n_embd, bias=config.o_bias)
+        self.q_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else None
 
     def forward(
         self, x: Tensor, layout: SequenceLayout, adapter: LayerAdapter | ExpandedAdapter, cache: LayerCache | None
@@ -213,7 +223,7 @@ class CausalSelfAttention(nn.Module):
         Returns:
             (B, T, C).
         """
-        q, k, v = self.qkv(x, adapter.updates, layout.rope)
+        q, k, v = self.qkv(x, adapter.updates, layout.rope if self.rotates else None)
         if cache is not None:
             if layout.positions is None:
                 cache.prefill(k, v)
@@ -236,18 +246,22 @@ class CausalSelfAttention(nn.Module):
     def qkv(
         self, x: Tensor, updates: Updates, rope: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Project (B, T, C) to queries (B, nh, T, hs), keys and values (B, nkv, T, hs), and rotate the first two."""
+        """Queries (B, nh, T, hs), keys and values (B, nkv, T, hs) of (B, T, C); the first two normalised and rotated.
+
+        What is not rotated, as a prefix and some families' layers, is given no angles.
+        """
         y = self.c_attn(x)  # (B, T, (nh + 2 nkv) * hs)
         if any(name in updates for name in "qkv"):
             parts = y.split(self.rows, dim=-1)
             y = torch.cat([updated(name, part, x, updates) for name, part in zip("qkv", parts, strict=True)], dim=-1)
         heads = y.unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (B, nh + 2 nkv, T, hs)
-        sizes = [self.n_head, self.n_kv_head, self.n_kv_head]
-        if rope is None:
-            q, k, v = heads.split(sizes, dim=1)
-            return q, k, v
         turned, v = heads.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=1)
-        q, k = apply_rope(turned, *rope).split(sizes[:2], dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = turned.split([self.n_head, self.n_kv_head], dim=1)
+            turned = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)
+        if rope is not None:
+            turned = apply_rope(turned, *rope)
+        q, k = turned.split([self.n_head, self.n_kv_head], dim=1)
         return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

@@ -12,6 +12,8 @@ their keys are not rotated. Each query head h multiplies what comes of it by its
 
     out = W_o concat_h( attention(q_h, k, v) + g_h * softmax(q_h K^T / sqrt(hs)) V ),       K, V = P W_k, P W_v
 
+Where the layer's projections have biases, and its keys a norm, those of the prefix have them too.
+
 **Updates** of a projection y = W x, by the projection's name: functions u of its input and its output that are added
 to the output,
 

@@ -106,7 +106,7 @@ def fold_all(config: LLaMAConfig, tensors: Mapping[str, Tensor], adapter: Adapte
     names = set().union(*(biased(config, layer) for layer in added))
     for i, layer in enumerate(tqdm(added, desc="folding", unit="layer", leave=False)):
         weights = projections(config, tensors, i)
-        folded = fold(config, weights, layer)
+        folded = fold(config, tensors, i, layer)
         changed = [name for name in weights if not torch.equal(folded.weights[name], weights[name])]
         if folded.prefixes or changed or not names <= set(BIASES):
             found = "a prefix of several tokens" if folded.prefixes else "one that changes weights, as a LoRA does"

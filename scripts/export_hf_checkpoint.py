@@ -28,7 +28,7 @@ from lit_llama.config import LLaMAConfig
 from lit_llama.conversion import copy_tokenizer, source_names, write_weights
 from lit_llama.devices.precision import DType
 from lit_llama.files import atomic_folder, read_json, write_json
-from lit_llama.formats.folding import FoldedLayer, biased, fold, projections
+from lit_llama.formats.folding import FoldedLayer, biased, fold
 from lit_llama.formats.hf import HF_LAYER, NAMES, PROJECTIONS, config_to_hf, halves_from_pairs
 from lit_llama.formats.peft import write_peft
 from lit_llama.formats.tokenizer_files import write_for_transformers
@@ -109,7 +109,7 @@ def write_model(
         outside = [name for name in tensors if ".h." not in name]
         yield {NAMES[name][0]: tensors[name].to(dtype) for name in outside}
         for i in range(config.n_layer):
-            layer = fold(config, projections(config, tensors, i), added[i])
+            layer = fold(config, tensors, i, added[i])
             yield layer_tensors(i, layer, has_bias, config.head_size, dtype) | {
                 source_names(name, NAMES)[0]: tensors[name].to(dtype)
                 for name in (f"transformer.h.{i}.rms_1.scale", f"transformer.h.{i}.rms_2.scale")

@@ -98,7 +98,7 @@ def golden_config() -> LLaMAConfig:
 
 
 def tiny_config(**changes: Any) -> LLaMAConfig:
-    """Grouped-query, tied, with a head size of its own: everything that can differ from LLaMA 1."""
+    """Grouped-query, tied, with a head size of its own, biases, norms: everything that can differ from LLaMA 1."""
     sizes: dict[str, Any] = {
         "name": "tiny",
         "block_size": 64,
@@ -110,17 +110,20 @@ def tiny_config(**changes: Any) -> LLaMAConfig:
         "head_size": 16,
         "intermediate_size": 48,
         "tie_embeddings": True,
+        "qkv_bias": True,
+        "o_bias": True,
+        "qk_norm": True,
+        "unrotated_layers": [1],
     }
     return LLaMAConfig(**{**sizes, **changes})
 
 
 @pytest.fixture
 def tiny_model() -> LLaMA:
-    torch.manual_seed(0)
+    torch.manual_seed(2)
     model = LLaMA(tiny_config()).requires_grad_(False).eval()
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            parameter.normal_(std=0.25)
+    for name, parameter in model.named_parameters():
+        parameter.normal_(mean=float("scale" in name), std=0.25 if parameter.dim() == 2 else 0.1)
     return model
 
 

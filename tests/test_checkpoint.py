@@ -168,6 +168,10 @@ def test_damaged_bases_are_refused(copied_base):
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling's factor is 0"),
         ({"tie_embeddings": 1}, "tie_embeddings is 1, expected true or false"),
         ({"name": 3}, "name is 3, expected text"),
+        ({"qkv_bias": "yes"}, "qkv_bias is 'yes', expected true or false"),
+        ({"unrotated_layers": 3}, "unrotated_layers is 3, expected a list"),
+        ({"unrotated_layers": [0.5]}, r"unrotated_layers\[0\] is 0.5, expected a whole number"),
+        ({"unrotated_layers": [4]}, r"unrotated_layers is \[4\], expected numbers of layers below 4"),
         ({"surprise": 3}, r"has unknown \['surprise'\]"),
     ],
 )

@@ -101,10 +101,10 @@ def test_one_token_aligners_add_up_to_a_sum_of_biases(tiny_model):
     found = tiny_model(ids, WeightedSum((first, 0.7), (second, -0.4)))
     group, values = config.n_head // config.n_kv_head, config.n_kv_head * config.head_size
     for index, block in enumerate(tiny_model.transformer.h):
-        bias = torch.zeros(config.n_embd)
+        bias = block.attn.c_proj.bias.clone()
         for aligner, scale in ((first, 0.7), (second, -0.4)):
             if index >= aligner.start_layer:
-                v = block.attn.c_attn.weight[-values:] @ aligner.tokens[0]
+                v = block.attn.c_attn.weight[-values:] @ aligner.tokens[0] + block.attn.c_attn.bias[-values:]
                 heads = v.view(config.n_kv_head, -1).repeat_interleave(group, dim=0)  # (nh, hs)
                 gates = aligner.gates[index - aligner.start_layer]
                 bias += scale * block.attn.c_proj.weight @ (gates[:, None] * heads).flatten()

@@ -30,16 +30,16 @@ def test_blocks_change_nothing(tied, length):
 def test_fewer_bits_are_rounded_weights(rows):
     """By hand: 255 values at equal distances for each output, or 16 for each 32 weights, within a step of bfloat16."""
     torch.manual_seed(0)
-    weight, x = torch.randn(48, 64), torch.randn(2, rows, 64).bfloat16()
+    weight, bias, x = torch.randn(48, 64), torch.randn(48), torch.randn(2, rows, 64).bfloat16()
     step = weight.abs().amax(1, keepdim=True) / 127
     int8 = step * (weight / step).round()
     groups = weight.view(48, 2, 32)
     low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
     int4 = (low + ((groups - low) / (high - low) * 15).round() * (high - low) / 15).view(48, 64)
     for layer, rounded in ((Int8Linear, int8), (Int4Linear, int4)):
-        expected = x.float() @ rounded.T
-        torch.testing.assert_close(layer(weight)(x).float(), expected, atol=0.15, rtol=0.02)
-        assert (layer(weight)(x).float() - expected).abs().mean() < 0.5 * (expected - x.float() @ weight.T).abs().mean()
+        expected, found = x.float() @ rounded.T + bias, layer(weight, bias)(x).float()
+        torch.testing.assert_close(found, expected, atol=0.15, rtol=0.02)
+        assert (found - expected).abs().mean() < 0.5 * (x.float() @ (rounded - weight).T).abs().mean()
 
 
 @pytest.mark.parametrize("quantize", ["int8-fast", "int4-fast"])

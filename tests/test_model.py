@@ -49,6 +49,13 @@ def test_config_survives_json(preset):
     assert LLaMAConfig.from_dict(preset.to_dict()) == preset
 
 
+def test_config_from_before_there_were_other_families():
+    fields = LLaMAConfig().to_dict()
+    for feature in ("qkv_bias", "o_bias", "qk_norm", "unrotated_layers"):
+        del fields[feature]
+    assert LLaMAConfig.from_dict(fields) == LLaMAConfig()
+
+
 def test_config_with_unknown_field_is_refused():
     with pytest.raises(ValueError, match=r"lacks \[\] and has unknown \['colour'\]"):
         LLaMAConfig.from_dict({**tiny_config().to_dict(), "colour": "red"})
@@ -68,8 +75,9 @@ def test_one_token_is_a_bias(tiny_model):
     handles = []
     for index in range(1, config.n_layer):
         attention = tiny_model.transformer.h[index].attn
-        value_rows = attention.c_attn.weight[(config.n_head + config.n_kv_head) * config.head_size :]
-        value = (value_rows @ aligner.tokens[0]).view(config.n_kv_head, config.head_size)
+        values = slice((config.n_head + config.n_kv_head) * config.head_size, None)
+        value = attention.c_attn.weight[values] @ aligner.tokens[0] + attention.c_attn.bias[values]
+        value = value.view(config.n_kv_head, config.head_size)
         group = config.n_head // config.n_kv_head
         heads = [aligner.gates[index - 1, h] * value[h // group] for h in range(config.n_head)]
         bias = attention.c_proj.weight @ torch.cat(heads)

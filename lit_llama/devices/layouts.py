@@ -24,16 +24,19 @@ class BlockedLinear(nn.Module):
 
     Args:
         weight: (out, in), float32 or bfloat16, on a CPU.
+        bias: (out), in the same dtype, if the layer has one.
     """
 
     packed: Tensor
+    bias: Tensor | None
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.register_buffer("packed", torch.ops.mkldnn._reorder_linear_weight(weight, 1))
+        self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
 class Int8Linear(nn.Module):
@@ -41,13 +44,16 @@ class Int8Linear(nn.Module):
 
     Args:
         weight: (out, in).
+        bias: (out), if the layer has one.
     """
 
     packed: Tensor
     scales: Tensor
+    bias: Tensor | None
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
+        self.register_buffer("bias", bias)
         scales = weight.float().abs().amax(1).clamp(min=1e-12) / 127  # (out)
         self.register_buffer("packed", (weight.float() / scales[:, None]).round().to(torch.int8))
         self.register_buffer("scales", scales.to(torch.bfloat16))
@@ -55,7 +61,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.size(-1)).to(torch.bfloat16)
         y = torch.ops.aten._weight_int8pack_mm(rows, self.packed, self.scales)
-        return y.view(*x.shape[:-1], -1).to(x.dtype)
+        return _with_bias(y, x, self.bias)
 
 
 class Int4Linear(nn.Module):
@@ -63,6 +69,7 @@ class Int4Linear(nn.Module):
 
     Args:
         weight: (out, in), `in` a multiple of 32 and `out` of 16.
+        bias: (out), if the layer has one.
 
     Raises:
         ValueError: the sizes are not multiples.
@@ -70,9 +77,11 @@ class Int4Linear(nn.Module):
 
     packed: Tensor
     scales_and_offsets: Tensor
+    bias: Tensor | None
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
+        self.register_buffer("bias", bias)
         if weight.size(1) % GROUP or weight.size(0) % 16:
             raise ValueError(
                 f"the base has a layer of {weight.size(1)} inputs and {weight.size(0)} outputs; 4-bit weights need "
@@ -90,7 +99,13 @@ class Int4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.size(-1)).to(torch.bfloat16).contiguous()
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP, self.scales_and_offsets)
-        return y.view(*x.shape[:-1], -1).to(x.dtype)
+        return _with_bias(y, x, self.bias)
+
+
+def _with_bias(rows: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """Outputs (rows, out) in the shape and dtype of the inputs (..., in) that they come from, with the bias added."""
+    y = rows.view(*x.shape[:-1], -1).to(x.dtype)
+    return y if bias is None else y + bias.to(x.dtype)
 
 
 def lay_out(model: LLaMA) -> LLaMA:
@@ -140,12 +155,16 @@ def quantize_by_torchao(model: LLaMA, weight_only: WeightOnly) -> None:
     torchao.quantize_(model.transformer.h, config)
 
 
-def _replace(model: LLaMA, layer: Callable[[Tensor], nn.Module], head: Callable[[Tensor], nn.Module]) -> None:
+Layer = Callable[[Tensor, Tensor | None], nn.Module]  # of a weight and a bias
+
+
+def _replace(model: LLaMA, layer: Layer, head: Layer) -> None:
     for name, linear in list(model.transformer.h.named_modules()):
         if isinstance(linear, nn.Linear):
-            model.transformer.h.set_submodule(name, layer(linear.weight.detach()))
+            bias = None if linear.bias is None else linear.bias.detach()
+            model.transformer.h.set_submodule(name, layer(linear.weight.detach(), bias))
     weight = model.transformer.wte.weight if model.lm_head is None else model.lm_head.weight
-    model.lm_head = head(weight.detach())  # type: ignore[assignment]
+    model.lm_head = head(weight.detach(), None)  # type: ignore[assignment]
 
 
 def compile_decoding(model: LLaMA) -> LLaMA:

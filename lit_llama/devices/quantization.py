@@ -36,10 +36,10 @@ def use_quantized_layers(model: LLaMA, quantize: Quantize, dtype: torch.dtype) -
     # It says on each use that int8 casts its inputs to float16, and which faster kernels could be installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     bitsandbytes = require_extra("bitsandbytes", "quantize")
-    options: dict[str, Any] = {"bias": False, "device": "meta"}
+    options: dict[str, Any] = {"device": "meta"}
     for name, layer in list(model.transformer.h.named_modules()):
         if isinstance(layer, nn.Linear):
-            sizes = layer.in_features, layer.out_features
+            sizes = layer.in_features, layer.out_features, layer.bias is not None
             if quantize == "nf4":
                 if layer.in_features % _BLOCK:  # its CPU kernels return something else then
                     raise ValueError(

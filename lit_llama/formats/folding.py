@@ -13,7 +13,7 @@ Several of them add up. A longer prefix is neither, and stays one: its keys and 
 """
 
 from collections.abc import Mapping
-from types import MappingProxyType
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -64,25 +64,22 @@ class FoldedLayer(NamedTuple):
 
 
 @torch.no_grad()
-def fold(
-    config: LLaMAConfig,
-    weights: Mapping[str, Tensor],
-    added: LayerAdapter,
-    biases: Mapping[str, Tensor] = MappingProxyType({}),
-) -> FoldedLayer:
+def fold(config: LLaMAConfig, tensors: Mapping[str, Tensor], index: int, added: LayerAdapter) -> FoldedLayer:
     """Put what an adapter adds to a layer into its weights and biases, as far as possible.
 
     Args:
         config: configuration of the base model.
-        weights: weights of the layer's projections by name, (out, in) each, on the adapter's device.
+        tensors: the base model's tensors by Lit-LLaMA names, on the adapter's device.
+        index: number of the layer.
         added: what the adapter adds, in evaluation mode.
-        biases: biases that the layer's projections have already, by name, (out) each.
 
     Raises:
         ValueError: an update is not affine.
     """
+    weights, biases = (projections(config, tensors, index, part) for part in ("weight", "bias"))
     # What comes out of the prefix goes through the output projection with its update; tokens go in without.
-    expanded = _attention(config, weights, biases).expand(added._replace(updates=NO_UPDATES), torch.float32).prefixes
+    prefixes = added._replace(updates=NO_UPDATES)
+    expanded = _attention(config, tensors, index).expand(prefixes, torch.float32).prefixes if added.prefixes else ()
     folded, folded_biases = dict(weights), {name: bias.float() for name, bias in biases.items()}
     for name, updates in added.updates.items():
         weight = weights[name].float()
@@ -100,22 +97,22 @@ def fold(
     return FoldedLayer(folded, folded_biases, [prefix for prefix in expanded if prefix.v.size(2) > 1])
 
 
-def _attention(config: LLaMAConfig, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor]) -> CausalSelfAttention:
-    """A layer's attention in float32, from the weights and biases of its projections."""
+def _attention(config: LLaMAConfig, tensors: Mapping[str, Tensor], index: int) -> CausalSelfAttention:
+    """A layer's attention in float32; it may have biases that were merged into it and that no configuration knows."""
+    layer = f"transformer.h.{index}.attn."
+    has = {name: f"{layer}{module}.bias" in tensors for name, module in (("qkv_bias", "c_attn"), ("o_bias", "c_proj"))}
     with torch.device("meta"):
-        attention = CausalSelfAttention(config)
-    stacked = torch.cat([weights[name].float() for name in "qkv"])
-    attention.load_state_dict({"c_attn.weight": stacked, "c_proj.weight": weights["o"].float()}, assign=True)
-    if any(name in biases for name in "qkv"):
-        parts = [biases.get(name, stacked.new_zeros(weights[name].size(0))).float() for name in "qkv"]
-        attention.c_attn.bias = torch.nn.Parameter(torch.cat(parts))
+        attention = CausalSelfAttention(replace(config, **has), index)
+    attention.load_state_dict({name: tensors[layer + name].float() for name in attention.state_dict()}, assign=True)
     return attention
 
 
 @torch.no_grad()
 def biased(config: LLaMAConfig, added: LayerAdapter) -> set[str]:
     """The projections that have a bias once an adapter's layer is folded, without folding it."""
-    names = {"o"} if any(prefix.tokens.size(1) == 1 for prefix in added.prefixes) else set()
+    names = set("qkv" if config.qkv_bias else "") | set("o" if config.o_bias else "")
+    if any(prefix.tokens.size(1) == 1 for prefix in added.prefixes):
+        names.add("o")
     for name, updates in added.updates.items():
         device = next(value.device for value in updates[0] if isinstance(value, Tensor))  # type: ignore[attr-defined]
         zero_in, zero_out = (torch.zeros(1, 1, size, device=device) for size in config.width(name))
@@ -182,8 +179,7 @@ def merge(model: LLaMA, adapter: Adapter) -> None:
         for linear in (block.attn.c_attn, *(block.get_submodule(module) for module in MODULES.values())):
             if is_quantized(linear) or isinstance(linear.weight, DTensor):
                 raise ValueError("an adapter can be merged only into whole weights, not quantised or sharded ones")
-        weights, biases = (projections(model.config, tensors, i, part) for part in ("weight", "bias"))
-        folded = fold(model.config, weights, added, biases)
+        weights, folded = projections(model.config, tensors, i), fold(model.config, tensors, i, added)
         for name in PROJECTIONS:
             weights[name].copy_(folded.weights[name])
         if any(name in folded.biases for name in "qkv"):
