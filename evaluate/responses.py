@@ -23,9 +23,10 @@ def main(
     """Write the page.
 
     Args:
-        answers_dir: questions and answers, from `evaluate/vicuna.py`.
-        model: whose answers, in this order; may be given several times; if not given, all that are there.
-        output_path: the page; `responses.html` in --answers_dir if not given.
+        answers_dir: folder of questions and answers, from `evaluate/vicuna.py`.
+        model: name of a model whose answers are shown; may be given several times, in the order of the columns; if not
+            given, all models.
+        output_path: file of the page; if not given, `responses.html` in --answers_dir.
         title: title of the page.
     """
     questions, answers = read_folder(answers_dir, model)

@@ -47,7 +47,7 @@ def main(
     check_samples(num_samples, temperature)
     prompts = read_prompts(prompt, prompts_file)
     refuse_names(prompts)
-    base = open_model(None, allow_other_base=False, **options)
+    base = open_model(None, None, allow_other_base=False, **options)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
 
     def answer(number: int, answers_before: int) -> Iterator[str]:

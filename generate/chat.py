@@ -57,7 +57,7 @@ def main(
         options: how the base model is opened, see `open_model`.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p)
-    base = open_model(adapter_path, **options)
+    base = open_model(adapter_path, None, **options)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     chat = Chat(base, adapter_dir, adapter_path, adapter_scale, system, seed, sampling)
     say(f"{chat.base.name}; /help lists the commands")

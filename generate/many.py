@@ -52,7 +52,7 @@ def main(
     """
     prompts = read_prompts(None, prompts_file)
     paths = {p.adapter: adapter_in(adapter_dir, p.adapter) for p in prompts if p.adapter is not None}
-    first = open_model(next(iter(paths.values()), None), **options)
+    first = open_model(next(iter(paths.values()), None), None, **options)
     bases: dict[str | None, Base] = {None: first.with_adapter(None)}
     bases |= {name: first.with_adapter(path) for name, path in paths.items()}  # one model in memory
 

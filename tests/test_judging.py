@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -47,8 +48,9 @@ class Endpoint:
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
                 self.send_header("retry-after-ms", "5")
-                self.end_headers()
-                self.wfile.write(data)
+                with suppress(BrokenPipeError):  # who asked has given up
+                    self.end_headers()
+                    self.wfile.write(data)
 
             def log_message(self, *_):
                 pass

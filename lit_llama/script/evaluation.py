@@ -60,7 +60,7 @@ def ask(
         raise ValueError(f"--batch_size is {batch_size}, it must be at least 1")
     paths = list(dict.fromkeys(path for mixture in mixtures.values() for path in mixture))
     adapters = dict(zip(paths, read_adapters(paths), strict=True))
-    base = open_model(list(adapters.values()), compile=False, **options)
+    base = open_model(list(adapters.values()), None, compile=False, **options)
     write_questions(out_dir / QUESTIONS, questions)
     models, answers = {}, {}
     for name, mixture in mixtures.items():
@@ -122,8 +122,9 @@ def judged(
             left out where the endpoint refuses it.
         max_tokens: length of the longest judgement, in tokens; a judge that thinks first needs thousands, as its
             thoughts count.
-        workers: number of requests at once.
-        requests_per_minute: limit of the endpoint; if not given, requests are sent as fast as answers come.
+        workers: number of requests that are sent at once.
+        requests_per_minute: number of requests that the endpoint allows in a minute; if not given, requests are sent as
+            fast as answers come.
         timeout: number of seconds after which a request is given up and sent again.
         retries: number of times that a failed request is sent again, with growing pauses.
         input_price: price of a million tokens that the judge reads, in US dollars, for the estimate.

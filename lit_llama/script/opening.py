@@ -1,6 +1,7 @@
 """The options with which scripts open a base model, declared once.
 
-A script whose `main` hands its `**options` on to this function has its options, apart from those that it gives itself.
+A script whose `main` hands its `**options` on to this function has the function's options, apart from those that it
+gives itself.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ from lit_llama.devices.precision import Precision
 
 def open_model(
     adapters: AdapterLike | Sequence[AdapterLike] | None,
-    scales: Sequence[float] | None = None,
+    scales: Sequence[float] | None,
+    /,
     *,
     checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
     prompt_style: str | None = None,
