@@ -75,8 +75,49 @@ def response_logprobs(model: LLaMA, adapter: Adapter | None, batch: Batch) -> Te
 def _scored_logprobs(model: LLaMA, adapter: Adapter | None, batch: Batch) -> Tensor:
     """Log-probability of each scored token, float32 (n); logits are computed for those alone."""
     predicts_scored = F.pad(batch.scored[:, 1:], (0, 1))  # position t predicts token t + 1
-    logits = model(batch.ids, adapter, logits_at=predicts_scored, lengths=batch.lengths)  # (n, V)
-    return -F.cross_entropy(logits.float(), batch.ids[batch.scored], reduction="none")
+    hidden = model.hidden_states(batch.ids, adapter, at=predicts_scored, lengths=batch.lengths)  # (n, C)
+    return token_logprobs(model, hidden, batch.ids[batch.scored])
+
+
+def token_logprobs(model: LLaMA, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability of a token at each position.
+
+    The logits of a few positions at a time are all that is ever kept, here and in the backward pass.
+
+    Args:
+        model: the base model.
+        hidden: its hidden states (n, C) at n positions, see `LLaMA.hidden_states`.
+        tokens: ids of the tokens that follow (n).
+
+    Returns:
+        (n) float32, in nats.
+    """
+
+    def score(hidden: Tensor, tokens: Tensor) -> Tensor:
+        return -F.cross_entropy(model.head(hidden).float(), tokens, reduction="none")
+
+    return model.scores(score, hidden, tokens)
+
+
+def divergence(model: LLaMA, teacher: Tensor, student: Tensor) -> Tensor:
+    """Kullback-Leibler divergence KL(teacher || student) of the next token's distributions at each position.
+
+    The logits of a few positions at a time are all that is ever kept, here and in the backward pass.
+
+    Args:
+        model: the base model, whose head both share.
+        teacher: hidden states (n, C) that the distributions to be learned are made of; they get no gradient.
+        student: hidden states (n, C) at the same positions.
+
+    Returns:
+        (n) float32, in nats.
+    """
+
+    def score(student: Tensor, teacher: Tensor) -> Tensor:
+        wanted, found = (model.head(hidden).float().log_softmax(-1) for hidden in (teacher, student))  # (k, V)
+        return F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+
+    return model.scores(score, student, teacher)
 
 
 def preference_loss(

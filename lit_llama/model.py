@@ -1,4 +1,4 @@
-"""LLaMA: attention, MLP, norm, rotary embedding. The file reads top to bottom and knows no method of tuning.
+"""LLaMA: attention, MLP, norm. The file reads top to bottom and knows no method of tuning.
 
 Other families differ from LLaMA by fields of the configuration: biases in the attention (Qwen2), a norm of each head's
 query and key (Qwen3), layers without rotation (SmolLM3).
@@ -8,7 +8,6 @@ pairs interleaved. Shape comments use B batch, T time, C embedding, nh query hea
 N prefix tokens, S cache length, V vocabulary.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lit_llama.backward import scores_in_pieces
 from lit_llama.cache import KVCache, LayerCache
 from lit_llama.config import LLaMAConfig
+from lit_llama.rotary import apply_rope, rope_frequencies
 from lit_llama.seam import (
     NO_UPDATES,
     Adapter,
@@ -34,6 +35,7 @@ from lit_llama.seam import (
 # The attention's parameters whose rows stand in the order of the rotary pairs, and how many of the parts that each is
 # stacked of do so: of q, k and v the first two.
 ROTARY_PARTS = {"c_attn.weight": 2, "c_attn.bias": 2, "q_norm.scale": 1, "k_norm.scale": 1}
+LOGITS_AT_ONCE = 2**24  # 64 MB in float32, of which a loss makes a few copies
 
 
 class SequenceLayout(NamedTuple):
@@ -110,6 +112,32 @@ class LLaMA(nn.Module):
         Raises:
             ValueError: more positions than the model's window.
         """
+        return self.head(
+            self.hidden_states(ids, adapter, at=logits_at, cache=cache, positions=positions, lengths=lengths)
+        )
+
+    def hidden_states(
+        self,
+        ids: Tensor,
+        adapter: Adapter | None = None,
+        *,
+        at: Tensor | None = None,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        lengths: list[int] | None = None,
+    ) -> Tensor:
+        """What the output head reads: the last layer's output, normed.
+
+        Args:
+            ids: see `forward`, as the other arguments.
+            at: bool (B, T); at these positions alone.
+
+        Returns:
+            (B, T, C), or (n, C) for the n positions chosen by `at`, row by row.
+
+        Raises:
+            ValueError: more positions than the model's window.
+        """
         T = ids.size(1)
         longest = max(lengths) if lengths else T
         if longest > self.config.block_size:
@@ -123,10 +151,28 @@ class LLaMA(nn.Module):
             else:
                 added = LayerAdapter() if adapter is None else adapter.layer(i)
             x = block(x, layout, added, layer_cache)
-        if logits_at is not None:
-            x = x[logits_at]  # (n, C)
-        x = self.transformer.ln_f(x)
+        if at is not None:
+            x = x[at]  # (n, C)
+        return self.transformer.ln_f(x)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., C)."""
         return F.linear(x, self.transformer.wte.weight) if self.lm_head is None else self.lm_head(x)
+
+    def scores(self, score: Callable[..., Tensor], hidden: Tensor, *others: Tensor) -> Tensor:
+        """A number for each hidden state, such as a loss, without the logits of all of them at once.
+
+        Args:
+            score: takes a few rows of `hidden`, and the same rows of each of `others`, from which it may make logits
+                by `head`; returns a number for each. It depends on nothing else that gets a gradient.
+            hidden: (n, C), gets a gradient.
+            others: (n, ...) each, get none.
+
+        Returns:
+            (n).
+        """
+        piece = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
+        return scores_in_pieces(score, piece, hidden, *others)
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:
         """An empty KV cache, `batch_size` rows of `length` positions, on the model's device and in its dtype."""
@@ -323,37 +369,3 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scale * F.rms_norm(x, x.shape[-1:], eps=self.eps)
-
-
-def rope_frequencies(config: LLaMAConfig) -> Tensor:
-    """Angle per position of each rotary pair, stretched as `config.rope_scaling` says.
-
-    Returns:
-        (hs / 2) float32, on the CPU.
-    """
-    exponents = torch.arange(0, config.head_size, 2, device="cpu", dtype=torch.float32) / config.head_size
-    frequencies = 1.0 / config.rope_base**exponents
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    stretched = frequencies / scaling.factor
-    if scaling.type == "linear":
-        return stretched
-    turns = scaling.original_block_size * frequencies / (2 * math.pi)  # in the original context
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    return torch.lerp(stretched, frequencies, kept.clamp(0, 1))
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of interleaved pairs, in float32 (arXiv 2104.09864).
-
-    Args:
-        x: (B, heads, T, hs).
-        cos: cosine of each pair's angle, (1 or B, 1, T, hs / 2).
-        sin: sine of each pair's angle, likewise.
-
-    Returns:
-        (B, heads, T, hs), in the dtype of `x`.
-    """
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, heads, T, hs / 2)
-    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).type_as(x)

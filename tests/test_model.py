@@ -7,7 +7,8 @@ from conftest import GOLDEN, random_aligner, tiny_config
 from lit_llama.aligner import Aligner
 from lit_llama.checkpoint import load_base
 from lit_llama.config import PRESETS, LLaMAConfig, RopeScaling
-from lit_llama.model import LLaMA, rope_frequencies
+from lit_llama.model import LLaMA
+from lit_llama.rotary import rope_frequencies
 
 
 def test_base_logits_are_the_authors(golden, golden_config):

@@ -24,12 +24,15 @@ def shard(model: LLaMA, mesh: DeviceMesh) -> LLaMA:
         model: changed in place.
         mesh: has a dimension "data_parallel", as that of Lightning Fabric's `ModelParallelStrategy`.
     """
-    from torch.distributed.fsdp import fully_shard  # takes most of a second to import
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # takes most of a second to import
 
     processes = mesh["data_parallel"]
     for block in model.transformer.h:
         fully_shard(block, mesh=processes)
-    return fully_shard(model, mesh=processes)  # type: ignore[return-value] (the embedding, perhaps tied, and the head)
+    fully_shard(model, mesh=processes)  # the embedding, perhaps tied, and the head
+    for method in ("hidden_states", "scores"):  # which losses call instead of `forward`
+        register_fsdp_forward_method(model, method)
+    return model
 
 
 def local_rows(tensor: Tensor, parameter: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ from lit_llama.config import MOST_TOKENS, LLaMAConfig, RopeScaling
 from lit_llama.fields import naming, take
 from lit_llama.files import check_file, require_extra
 from lit_llama.formats.hf import within_window
-from lit_llama.model import rope_frequencies
+from lit_llama.rotary import rope_frequencies
 
 LAYER = "transformer.h.{}."
 NAMES = {
