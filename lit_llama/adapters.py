@@ -1,6 +1,7 @@
 """Adapter files: read, write, verify; and the one table of methods.
 
-An adapter is one safetensors file whose metadata say what it is. The Aligner authors' `.pth` files are read as well.
+An adapter is one safetensors file whose metadata say what it is. The Aligner authors' `.pth` files and PEFT's folders
+are read as well.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ from lit_llama.config import LLaMAConfig
 from lit_llama.devices.quantization import Quantize, bits_of
 from lit_llama.fields import check_list, take
 from lit_llama.files import atomic_file, check_file, parse_json
+from lit_llama.formats import peft
 from lit_llama.formats.authors import read_authors_aligner
 from lit_llama.llama_adapter import LLaMAAdapter
 from lit_llama.lora import LoRA
@@ -125,10 +127,10 @@ def save_adapter(
 
 
 def adapter_file(path: Path | str) -> Path:
-    """The file of an adapter. The folder of a training run stands for the adapter in it.
+    """The file of an adapter. The folder of a training run, or PEFT's of an adapter, stands for the adapter in it.
 
     Args:
-        path: the file, or a folder with one file named after a method, such as `aligner.safetensors`.
+        path: the file, or a folder with one file named after a method, such as `aligner.safetensors`, or as PEFT does.
 
     Raises:
         FileNotFoundError: there is no such file, or the folder does not hold exactly one.
@@ -138,17 +140,21 @@ def adapter_file(path: Path | str) -> Path:
         check_file(path)
         return path
     names = [f"{method}.safetensors" for method in (*METHODS, *FORMER_METHODS)]
-    found = [name for name in names if (path / name).is_file()]
+    found = [name for name in (*names, *peft.WEIGHT_FILES) if (path / name).is_file()]
+    if found[1:] == [peft.WEIGHT_FILES[1]]:  # PEFT's older format, kept next to its newer one
+        found.pop()
     if len(found) != 1:
         raise FileNotFoundError(
             f"{path} is a folder and holds {' and '.join(found) or 'no adapter'}; expected the file of an adapter, or "
-            f"a training run's folder, with one of {', '.join(names)} in it"
+            f"a training run's folder, with one of {', '.join(names)} in it, or PEFT's folder of an adapter"
         )
     return path / found[0]
 
 
 def load_adapter(path: Path | str, method: Method | None = None) -> AnyAdapter:
     """Load an adapter for use: this project's file of any method, or an Aligner of the authors'.
+
+    PEFT's folders need the base model's sizes as well: see `read_adapter` and `lit_llama.base.open_base`.
 
     Args:
         path: the file, or the folder of its training run.
@@ -172,7 +178,11 @@ def adapter_info(path: Path | str) -> AdapterInfo:
 
 
 def read_adapter(
-    path: Path | str, method: Method | None = None, model: LLaMA | None = None, allow_other_base: bool = False
+    path: Path | str,
+    method: Method | None = None,
+    model: LLaMA | None = None,
+    allow_other_base: bool = False,
+    config: LLaMAConfig | None = None,
 ) -> tuple[AnyAdapter, AdapterInfo]:
     """Load an adapter for use, together with what its file says about itself. The file is read once.
 
@@ -181,12 +191,14 @@ def read_adapter(
         method: the only one that is accepted.
         model: the base model that it must belong to, see `check_base`; any base if None.
         allow_other_base: accept an adapter that was trained on other weights of the same sizes, with a warning.
+        config: configuration of the base model, which PEFT's folders need; the configuration of `model` if not given.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, not an adapter, of another method, or of another base.
     """
     path = adapter_file(path)
+    config = model.config if config is None and model is not None else config
 
     def check(info: AdapterInfo, shapes: Mapping[str, Sequence[int]]) -> AnyAdapter:
         if method is not None and info.method != method:
@@ -196,6 +208,10 @@ def read_adapter(
             check_base(path, info, model, allow_other_base)
         return adapter
 
+    if peft.is_peft(path):
+        adapter, info = _read_peft(path, config)
+        check(info, {name: tensor.shape for name, tensor in adapter.state_dict().items()})
+        return adapter.eval(), info
     if path.suffix == ".safetensors":
 
         def check_header(header: Header) -> tuple[AnyAdapter, AdapterInfo]:
@@ -211,6 +227,14 @@ def read_adapter(
     if info.fingerprint and adapter_fingerprint(adapter) != info.fingerprint:
         raise ValueError(f"{path} is damaged: its values are not those of its fingerprint; fetch or write it again")
     return adapter.eval(), info
+
+
+def _read_peft(path: Path, config: LLaMAConfig | None) -> tuple[AnyAdapter, AdapterInfo]:
+    if config is None:
+        raise ValueError(f"{path.parent} is an adapter in PEFT's format, which can be used only with its base model")
+    adapter, base_name, recorded = peft.read_peft(path, config)
+    fingerprint, style = recorded.get("base_fingerprint", ""), recorded.get("prompt_style", "chat")
+    return adapter, AdapterInfo(adapter.method, adapter.sizes, base_name, fingerprint, style)
 
 
 def _parse_info(path: Path, metadata: Mapping[str, str]) -> AdapterInfo:

@@ -17,6 +17,7 @@ import torch
 from lit_llama.adapters import AdapterInfo, AnyAdapter, adapter_fingerprint, check_base, check_bits, read_adapter
 from lit_llama.checkpoint import load_base, read_config
 from lit_llama.combine import WeightedSum
+from lit_llama.config import LLaMAConfig
 from lit_llama.devices.layouts import WeightOnly, compile_decoding, lay_out, quantize_for_inference
 from lit_llama.devices.precision import PRECISIONS, Precision
 from lit_llama.devices.quantization import Quantize
@@ -51,12 +52,15 @@ class ReadAdapter:
     info: AdapterInfo | None = None
 
 
-def read_adapters(adapters: AdapterLike | Sequence[AdapterLike] | None) -> list[ReadAdapter]:
+def read_adapters(
+    adapters: AdapterLike | Sequence[AdapterLike] | None, config: LLaMAConfig | None = None
+) -> list[ReadAdapter]:
     """Read adapters from their files, for several bases with different ones of them.
 
     Args:
         adapters: file or run folder of an adapter, or an adapter itself, or several; what was read already stays as it
             is.
+        config: configuration of the base model, which PEFT's folders need.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -69,7 +73,7 @@ def read_adapters(adapters: AdapterLike | Sequence[AdapterLike] | None) -> list[
         if isinstance(one, ReadAdapter):
             read.append(one)
         elif isinstance(one, str | Path):
-            adapter, info = read_adapter(Path(one))
+            adapter, info = read_adapter(Path(one), config=config)
             content = adapter_fingerprint(adapter)[:16]
             read.append(ReadAdapter(adapter, f"{one} ({content[:8]})", content, Path(one), info))
         elif isinstance(one, AnyAdapter):
@@ -140,7 +144,7 @@ class Base:
             ValueError: a file is damaged, of another base, or trained on a base with another number of bits; or there
                 are too many or too few scales.
         """
-        read = read_adapters(adapter)
+        read = read_adapters(adapter, self.model.config)
         infos = _infos(read)
         keeps_style = self.asked_style is not None or (read and not infos)
         if not read and self.tokenizer.chat_template is None:  # next to an adapter, the base is asked as that is
@@ -243,7 +247,7 @@ def open_base(
     checkpoint_dir = Path(checkpoint_dir)
     config, tokenizer = read_config(checkpoint_dir), Tokenizer(checkpoint_dir)
     tokenizer.check_vocabulary(config.vocab_size)
-    read = read_adapters(adapter_path)  # refused before the base is loaded
+    read = read_adapters(adapter_path, config)  # refused before the base is loaded
     _scales(adapter_scale, len(read))
     infos = _infos(read)
     style = style_of(prompt_style, infos[0].style if infos else None, tokenizer)
@@ -303,7 +307,7 @@ def open_adapters(
         FileNotFoundError: a file is missing.
         ValueError: a file is damaged or of another base, or there are too many or too few scales.
     """
-    read = read_adapters(adapters)
+    read = read_adapters(adapters, model.config)
     for one in read:
         if one.info is not None:
             check_base(one.path or Path(one.name), one.info, model, allow_other_base)

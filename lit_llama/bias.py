@@ -14,6 +14,8 @@ from torch import Tensor
 from lit_llama.config import LLaMAConfig
 from lit_llama.seam import LayerAdapter
 
+Target = Literal["o", "v"]
+
 
 class Constant(NamedTuple):
     """The update that adds the same vector, (1 or B, out), at every position."""
@@ -38,10 +40,10 @@ class Bias(nn.Module):
     method = "bias"
     base_sizes = ("n_layer", "n_head", "n_embd", "n_kv_head", "head_size")
 
-    def __init__(self, config: LLaMAConfig, target: Literal["o", "v"] = "o") -> None:
+    def __init__(self, config: LLaMAConfig, target: Target = "o") -> None:
         super().__init__()
         self.sizes = {name: getattr(config, name) for name in self.base_sizes} | {"target": target}
-        self.target: Literal["o", "v"] = target
+        self.target: Target = target
         self.vectors = nn.Parameter(torch.zeros(config.n_layer, config.width(target)[1], dtype=torch.float32))
 
     def layer(self, index: int) -> LayerAdapter:

@@ -25,7 +25,7 @@ from lit_llama.checkpoint import base_fingerprint, parameter_shapes
 from lit_llama.config import LLaMAConfig
 from lit_llama.conversion import source_names
 from lit_llama.files import atomic_file, require_extra
-from lit_llama.formats.folding import biased, fold, projections
+from lit_llama.formats.folding import added_vectors
 from lit_llama.formats.gguf import NAMES, GGUFTensors, config_from_gguf, open_gguf
 from lit_llama.model import LLaMA
 from lit_llama.script.command_line import run
@@ -99,25 +99,17 @@ def fold_all(config: LLaMAConfig, tensors: Mapping[str, Tensor], adapter: Adapte
     """The biases by name, float32; zeros for layers to which the adapter adds nothing.
 
     Raises:
-        ValueError: there is more in the adapter than biases.
+        ValueError: there is more in the adapter than biases that llama.cpp reads.
     """
-    biases: dict[str, np.ndarray] = {}
-    added = [adapter.layer(i) for i in range(config.n_layer)]
-    names = set().union(*(biased(config, layer) for layer in added))
-    for i, layer in enumerate(tqdm(added, desc="folding", unit="layer", leave=False)):
-        weights = projections(config, tensors, i)
-        folded = fold(config, tensors, i, layer)
-        changed = [name for name in weights if not torch.equal(folded.weights[name], weights[name])]
-        if folded.prefixes or changed or not names <= set(BIASES):
-            found = "a prefix of several tokens" if folded.prefixes else "one that changes weights, as a LoRA does"
-            raise ValueError(
-                "a GGUF file can hold adapters that are biases of the value or output projection, as prefixes of one "
-                f"token are, but this is {found}; scripts/export_hf_checkpoint.py can export it"
-            )
-        for name in names:
-            bias = folded.biases.get(name, torch.zeros(weights[name].size(0)))
-            biases[BIASES[name].format(i)] = bias.numpy()
-    return biases
+    layers = added_vectors(config, tensors, adapter)
+    if others := layers[0].keys() - BIASES.keys():
+        raise ValueError(
+            f"the adapter adds a bias to the projection {', '.join(sorted(others))}; llama.cpp's LLaMA has them on "
+            f"{' and '.join(BIASES)}"
+        )
+    return {
+        BIASES[name].format(i): vector.numpy() for i, vectors in enumerate(layers) for name, vector in vectors.items()
+    }
 
 
 def write(path: Path, reader: Any, biases: dict[str, np.ndarray], name: str) -> None:

@@ -7,13 +7,13 @@
 
 An Aligner of one token becomes biases and a LoRA is merged: the result is a stock `LlamaForCausalLM`, which
 transformers, vLLM and other programs that read this format load without custom code. For longer prefixes, a small
-modelling file is added, which transformers runs if given `trust_remote_code=True`. `--format peft` writes a LoRA alone,
-for PEFT. scripts/verify_export.py checks the result.
+modelling file is added, which transformers runs if given `trust_remote_code=True`. `--format peft` writes an Aligner of
+one token, a bias or a LoRA without the base model, for PEFT. scripts/verify_export.py checks the result.
 """
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -30,9 +30,8 @@ from lit_llama.devices.precision import DType
 from lit_llama.files import atomic_folder, read_json, write_json
 from lit_llama.formats.folding import FoldedLayer, biased, fold
 from lit_llama.formats.hf import HF_LAYER, NAMES, PROJECTIONS, config_to_hf, halves_from_pairs
-from lit_llama.formats.peft import write_peft
+from lit_llama.formats.peft import CONFIG_FILE, write_peft
 from lit_llama.formats.tokenizer_files import write_for_transformers
-from lit_llama.lora import LoRA
 from lit_llama.model import LLaMA
 from lit_llama.prompts import prompt_style
 from lit_llama.script.command_line import run
@@ -62,7 +61,8 @@ def main(
         adapter_path: file or run folder of an adapter of any method; may be given several times, and then the sum of
             the adapters is exported.
         adapter_scale: factor by which the adapter is multiplied, 1 if not given; may be given once for each adapter.
-        format: format of the export: "transformers" is the whole model, "peft" is a LoRA without its base model.
+        format: format of the export: "transformers" is the whole model, "peft" is the adapter without its base model: a
+            LoRA, or Aligners of one token and biases, which are BEFT's vectors to PEFT.
         dtype: number format of the weights on disk; if not given, they keep the format that they have. Biases and
             prefixes are always float32.
         base_name: name by which PEFT and the README refer to the base model: OWNER/NAME on the hub, or a folder in
@@ -78,10 +78,11 @@ def main(
     base.fingerprint = base_fingerprint(tensors) if paths else ""
     adapter, infos = open_adapters(base, paths, adapter_scale, allow_other_base)
     if format == "peft":
-        if not isinstance(adapter, LoRA):
-            raise ValueError("--format peft exports one LoRA, without a scale: give its file as --adapter_path")
-        with atomic_folder(output_dir, overwrite, "adapter_config.json") as folder:
-            write_peft(folder, adapter, config, base_name)
+        if adapter is None:
+            raise ValueError("--format peft exports an adapter without its base model: give its file as --adapter_path")
+        metadata = {"base_fingerprint": base.fingerprint, "prompt_style": infos[0].style}
+        with atomic_folder(output_dir, overwrite, CONFIG_FILE) as folder:
+            write_peft(folder, adapter, config, tensors, base_name, metadata)
             write_readme(folder, output_dir.name, base_name, infos, Tokenizer(checkpoint_dir))
     else:
         with atomic_folder(output_dir, overwrite, "config.json") as folder:
@@ -191,7 +192,7 @@ library_name: peft
 
 # {title}
 
-{adapters} of {base}, exported to PEFT's format by Lit-LLaMA-Aligner {version}.
+An adapter for {base} ({adapters}), exported to PEFT's format by Lit-LLaMA-Aligner {version}.
 
 ```python
 from peft import PeftModel
@@ -211,7 +212,7 @@ answer = model.generate(ids, max_new_tokens=256, do_sample=False)[0, ids.size(1)
 print(tokenizer.decode(answer, skip_special_tokens=True))"""
 
 
-def write_readme(folder: Path, name: str, base: str, infos: list[AdapterInfo], tokenizer: Tokenizer) -> None:
+def write_readme(folder: Path, name: str, base: str, infos: Sequence[AdapterInfo], tokenizer: Tokenizer) -> None:
     """Say what the folder holds and how to get an answer from it."""
     styles = [info.prompt_style for info in infos if info.prompt_style]
     untrained = "chat" if tokenizer.chat_template else "none"
@@ -223,14 +224,14 @@ def write_readme(folder: Path, name: str, base: str, infos: list[AdapterInfo], t
             "text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)\n"
             'ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]'
         )
-    is_peft = not (folder / "config.json").is_file()
-    code = not is_peft and "auto_map" in read_json(folder / "config.json")
+    for_peft = (folder / CONFIG_FILE).is_file()
+    code = not for_peft and "auto_map" in read_json(folder / "config.json")
     how = "Stock `LlamaForCausalLM`; what the adapters add is in the weights and biases of its projections."
     if code:
         how = f"`{MODELING_FILE.name}` holds the attention that the prefixes need."
     if not infos:
         how = "The weights are those of the base model."
-    if is_peft:
+    if for_peft:
         how = "The base model is not in this folder: it is read from where its name says."
     if styles:
         how += f" Trained with prompts in the style {', '.join(sorted(set(styles)))}."
@@ -238,10 +239,10 @@ def write_readme(folder: Path, name: str, base: str, infos: list[AdapterInfo], t
         " ".join([info.method, *(str(info.config[size]) for size in ("length", "r") if size in info.config)])
         for info in infos
     ]
-    text = (PEFT_README if is_peft else MODEL_README).format(
+    text = (PEFT_README if for_peft else MODEL_README).format(
         title=name,
         base=base,
-        adapters="LoRA" if is_peft else "".join(f" + {adapter}" for adapter in adapters),
+        adapters=" + ".join(adapters) if for_peft else "".join(f" + {adapter}" for adapter in adapters),
         version=lit_llama.__version__,
         options=", trust_remote_code=True" if code else "",
         answer=ANSWER.format(ids=ids),

@@ -192,7 +192,6 @@ def test_the_readmes_example_answers_as_we_do(tmp_path, base, command, monkeypat
 def test_what_cannot_be_exported_is_refused(tmp_path, base, base_dir, command):
     file = save_aligner(tmp_path / "a.safetensors", base, 1)
     for more, message in (
-        ({"format": "peft", "checkpoint_dir": base}, "--format peft exports one LoRA, without a scale"),
         ({"checkpoint_dir": base_dir}, "was trained on|was made for another base"),
         ({"checkpoint_dir": base, "adapter_scale": "0.5, 2"}, "adapter_scale"),
     ):

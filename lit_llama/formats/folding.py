@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from lit_llama.config import LLaMAConfig
 from lit_llama.devices.quantization import is_quantized
@@ -119,6 +120,39 @@ def biased(config: LLaMAConfig, added: LayerAdapter) -> set[str]:
         if any(update(zero_in, zero_out).any() for update in updates):
             names.add(name)
     return names
+
+
+@torch.no_grad()
+def added_vectors(config: LLaMAConfig, tensors: Mapping[str, Tensor], adapter: Adapter) -> list[dict[str, Tensor]]:
+    """What an adapter adds to the outputs of projections, if that is the same at every position.
+
+    Args:
+        config: configuration of the base model.
+        tensors: the base model's tensors by Lit-LLaMA names.
+        adapter: prefixes of one token, biases, and sums of them.
+
+    Returns:
+        The vectors of each layer by projection, (out) float32: the same projections in all layers, with zeros where
+        nothing is added.
+
+    Raises:
+        ValueError: there is more in the adapter.
+    """
+    added, without = [adapter.layer(i) for i in range(config.n_layer)], replace(config, qkv_bias=False, o_bias=False)
+    names = set().union(*(biased(without, layer) for layer in added))
+    layers: list[dict[str, Tensor]] = []
+    for i, layer in enumerate(tqdm(added, desc="folding", unit="layer", leave=False)):
+        weights, biases = (projections(config, tensors, i, part) for part in ("weight", "bias"))
+        folded = fold(config, tensors, i, layer)
+        if folded.prefixes or any(not torch.equal(folded.weights[name], weights[name]) for name in weights):
+            found = "a prefix of several tokens" if folded.prefixes else "one that changes weights, as a LoRA does"
+            raise ValueError(
+                "this format can hold adapters that are biases of projections, as prefixes of one token are, but this "
+                f"is {found}; scripts/export_hf_checkpoint.py can export it as a whole model"
+            )
+        nothing = {name: torch.zeros(weights[name].size(0)) for name in PROJECTIONS if name in names}
+        layers.append({name: folded.biases.get(name, zero) - biases.get(name, zero) for name, zero in nothing.items()})
+    return layers
 
 
 def affine_parts(update: Update, weight: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from lit_llama.adapters import adapter_file
 from lit_llama.base import Base, read_adapters
+from lit_llama.checkpoint import read_config
 from lit_llama.evaluation.answers import ANSWERS, QUESTIONS, Question, answer_questions, read_answers, write_questions
 from lit_llama.evaluation.judging import Case, Judge, estimate, judge_all
 from lit_llama.script.opening import open_model
@@ -39,6 +40,7 @@ def ask(
     temperature: float = 0.0,
     seed: int = 1337,
     batch_size: int = 16,
+    checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
     **options: Any,
 ) -> tuple[dict[str, Base], dict[str, Answers]]:
     """Let several models with one base answer questions, and keep each answer in `out_dir` as soon as it is there.
@@ -51,6 +53,7 @@ def ask(
         temperature: randomness of sampling; 0 always takes the likeliest token.
         seed: seed of sampling.
         batch_size: number of prompts answered at once.
+        checkpoint_dir: folder of the base model.
         options: how the base model is opened, see `open_model`.
 
     Returns:
@@ -59,8 +62,8 @@ def ask(
     if batch_size < 1:
         raise ValueError(f"--batch_size is {batch_size}, it must be at least 1")
     paths = list(dict.fromkeys(path for mixture in mixtures.values() for path in mixture))
-    adapters = dict(zip(paths, read_adapters(paths), strict=True))
-    base = open_model(list(adapters.values()), None, compile=False, **options)
+    adapters = dict(zip(paths, read_adapters(paths, read_config(checkpoint_dir)), strict=True))
+    base = open_model(list(adapters.values()), None, compile=False, checkpoint_dir=checkpoint_dir, **options)
     write_questions(out_dir / QUESTIONS, questions)
     models, answers = {}, {}
     for name, mixture in mixtures.items():
