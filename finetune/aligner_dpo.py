@@ -1,11 +1,13 @@
-"""Tune an Aligner on preference pairs, by Direct Preference Optimization (arXiv 2305.18290).
+"""Tune an Aligner on preference pairs, by Direct Preference Optimization (arXiv 2305.18290) or a loss of its family.
 
     python finetune/aligner_dpo.py --data_dir data/pairs --adapter_path out/chosen/aligner.safetensors
     python finetune/aligner_dpo.py --data_dir data/pairs --adapter_path out/lora/lora.safetensors --out_dir out/lora-dpo
+    python finetune/aligner_dpo.py --data_dir data/pairs --loss orpo --out_dir out/orpo
 
 Needs pairs made by one of scripts/prepare_*.py with --kind pairs. Training usually starts from an adapter that was
 first tuned on the chosen answers (--kind supervised); it may be of any method. Policy and reference share one base in
-memory.
+memory. The losses and their sources stand in lit_llama/preference_losses.py; for answers without pairs there is
+finetune/aligner_kto.py.
 """
 
 from pathlib import Path
@@ -13,20 +15,20 @@ from typing import Any, Literal
 
 import torch
 
-from lit_llama.adapters import METHODS, AnyAdapter, Method, adapter_fingerprint, check_base, read_adapter
+from lit_llama.adapters import Method
 from lit_llama.base import open_base
-from lit_llama.checkpoint import read_config
 from lit_llama.data import Batch, open_data
-from lit_llama.dpo_reference import cached_reference
-from lit_llama.losses import (
-    PREFERENCE_METRICS,
-    LossSums,
-    PreferenceLoss,
-    check_preference_loss,
-    preference_loss,
-    response_logprobs,
-)
+from lit_llama.dpo_reference import cached_reference, read_policy_and_reference, reference_logprobs
+from lit_llama.losses import LossSums, response_logprobs
 from lit_llama.plan import Decay, Plan
+from lit_llama.preference_losses import (
+    PAIR_LOSSES,
+    PREFERENCE_METRICS,
+    PairLoss,
+    check_reference,
+    pair_coefficients,
+    pair_loss,
+)
 from lit_llama.samples import sample_answers
 from lit_llama.script.command_line import run
 from lit_llama.script.machine import Machine, build_all
@@ -43,10 +45,11 @@ def main(
     aligner_length: int = 1,  # paper: 1 and 10
     reference_path: Path | None = None,
     cache_reference: bool = False,
-    beta: float = 0.1,
-    loss: PreferenceLoss = "sigmoid",
-    label_smoothing: float = 0.0,
-    chosen_weight: float = 0.0,
+    loss: PairLoss = "sigmoid",
+    beta: float | None = None,  # 0.1 as in the paper; 2 of SimPO
+    label_smoothing: float | None = None,  # 0; 0.1 of robust
+    target_margin: float | None = None,  # 0.5 of SimPO
+    chosen_weight: float | None = None,  # 0
     learning_rate: float | Literal["auto"] = 3e-3,  # paper: 1e-4, of which their schedule reached 1.9e-5
     decay: Decay = "linear",  # paper: none
     weight_decay: float = 0.02,
@@ -75,11 +78,15 @@ def main(
         reference_path: adapter that the policy is held to, or "base" for the base model alone; if not given, the one
             that training starts from.
         cache_reference: compute the reference's log-probabilities once, and keep them in --data_dir.
-        beta: strength with which the policy is held to the reference; a small one lets it go further.
-        loss: "sigmoid", DPO's own, or "ipo" (arXiv 2310.12036).
-        label_smoothing: share of pairs that are taken to be the wrong way round (conservative DPO).
+        loss: "sigmoid", DPO's own; "robust", "ipo", "ipo_mean", "hinge" or "apo_zero", which also have a reference;
+            "simpo" or "orpo", which have none. lit_llama/preference_losses.py has the formulas.
+        beta: strength with which the policy is held to the reference: a small one lets it go further. SimPO's is the
+            scale of its margin, ORPO's the weight of the odds ratio. If not given, 0.1, or 2 with simpo.
+        label_smoothing: share of pairs that are taken to be the wrong way round, with sigmoid, robust and simpo. If not
+            given, 0, or 0.1 with robust.
+        target_margin: margin that simpo aims at, 0.5 if not given.
         chosen_weight: weight of the chosen response's cross-entropy per token, which is added to the loss; DPO alone
-            may make both responses less likely.
+            may make both responses less likely. If not given, 0; orpo has that term already.
         learning_rate: peak of the learning rate, reached at the end of warm-up; "auto" tries a few for a few steps on a
             part of the training pairs kept apart, and takes the best.
         decay: how the learning rate falls from the peak: "linear" to zero, or "none".
@@ -100,25 +107,23 @@ def main(
     """
     options = dict(locals())
     torch.manual_seed(seed)
-    reference_path = reference_path or adapter_path or Path("base")
-    machine, plan, _, start, held_to = build_all(
+    has_reference = PAIR_LOSSES[loss].has_reference
+    machine, plan, coefficients, _, start = build_all(
         lambda: Machine(**machine),
         lambda: Plan(
             learning_rate=learning_rate, decay=decay, batch_size=batch_size, micro_batch_size=micro_batch_size,
             epochs=epochs, max_steps=max_steps, warmup_steps=warmup_steps, max_grad_norm=max_grad_norm,
             eval_interval=eval_interval, patience=patience, seed=seed, pack=pack,
         ),
-        lambda: check_preference_loss(beta, loss, label_smoothing, chosen_weight),
-        lambda: read_adapter(adapter_path) if adapter_path else new_adapter(checkpoint_dir, method, aligner_length),
-        lambda: (None, None) if reference_path == Path("base") else read_adapter(reference_path),
+        lambda: pair_coefficients(
+            loss, beta=beta, label_smoothing=label_smoothing, target_margin=target_margin, chosen_weight=chosen_weight
+        ),
+        lambda: check_reference(loss, reference_path=reference_path, cache_reference=cache_reference),
+        lambda: read_policy_and_reference(checkpoint_dir, adapter_path, reference_path, method, aligner_length),
     )  # fmt: skip
-    (policy, policy_info), (reference, reference_info) = start, held_to
+    policy = start.policy
     tokenizer, (train, validation) = open_data(checkpoint_dir, data_dir, max_seq_length, kind="pairs")
     plan = plan.for_items(len(train))
-    fingerprints = {
-        "start": "new" if adapter_path is None else adapter_fingerprint(policy),
-        "reference": "base" if reference is None else adapter_fingerprint(reference),
-    }
 
     fabric, mesh = machine.launch(out_dir, plan)
     base = open_base(
@@ -127,24 +132,18 @@ def main(
     )  # fmt: skip
     if machine.activation_checkpointing:
         base.model.checkpoint_activations()
-    for path, info in ((adapter_path, policy_info), (reference_path, reference_info)):
-        if info is not None:
-            check_base(path, info, base.model)
-    if reference is not None:
-        reference.to(fabric.device).requires_grad_(False)
+    start.join(base.model, fabric.device)
     if cache_reference:
         for dataset in (train, validation):
             dataset.reference = cached_reference(
-                fabric, base.model, reference, dataset, data_dir, micro_batch_size, quantize=machine.quantize
+                fabric, base.model, start.reference, dataset, data_dir, micro_batch_size, quantize=machine.quantize
             )
-    optimizer = torch.optim.AdamW(policy.to(fabric.device).parameters(), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=weight_decay)
 
     def measure(batch: Batch) -> LossSums:
-        with torch.no_grad():
-            kept = batch.reference
-            reference_logprobs = response_logprobs(base.model, reference, batch) if kept is None else kept
-        policy_logprobs, lengths = response_logprobs(base.model, policy, batch), batch.scored_lengths()
-        return preference_loss(policy_logprobs, reference_logprobs, lengths, beta, loss, label_smoothing, chosen_weight)
+        reference = reference_logprobs(base.model, start.reference, batch) if has_reference else None
+        logprobs = response_logprobs(base.model, policy, batch)
+        return pair_loss(loss, logprobs, reference, batch.scored_lengths(), coefficients)
 
     def show_answers() -> str:
         return sample_answers(base.model, policy, tokenizer, base.style, validation)
@@ -153,17 +152,11 @@ def main(
         fabric, policy, optimizer, measure, train, tokenizer, plan,
         around=3e-3, measured=PREFERENCE_METRICS, resume_dir=out_dir if machine.resume else None,
     )  # fmt: skip
-    folder = machine.run_folder(out_dir, base, options, fingerprints)
+    folder = machine.run_folder(out_dir, base, options | coefficients, start.fingerprints)
     fit(
         fabric, policy, optimizer, measure, train, validation, plan, folder,
         measured=PREFERENCE_METRICS, show_answers=show_answers,
     )  # fmt: skip
-
-
-def new_adapter(checkpoint_dir: Path, method: Method, aligner_length: int) -> tuple[AnyAdapter, None]:
-    """A fresh adapter of any method, of which no file says anything."""
-    sizes = {"length": aligner_length} if method == "aligner" else {}
-    return METHODS[method](read_config(checkpoint_dir), **sizes), None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Log-probabilities of a preference data set under the reference of DPO, computed once and kept on disk."""
+"""Preference tuning's policy and reference, and the reference's log-probabilities, which may be kept on disk."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,14 +15,80 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_llama.adapters import AnyAdapter, adapter_fingerprint
-from lit_llama.data import TokenDataset, by_length
+from lit_llama.adapters import METHODS, AdapterInfo, AnyAdapter, Method, adapter_fingerprint, check_base, read_adapter
+from lit_llama.checkpoint import read_config
+from lit_llama.data import Batch, TokenDataset, by_length
 from lit_llama.files import atomic_file
 from lit_llama.losses import response_logprobs
 from lit_llama.model import LLaMA
 
 if TYPE_CHECKING:  # takes seconds to import, which --help should not cost
     from lightning.fabric import Fabric
+
+
+class PolicyAndReference(NamedTuple):
+    """The adapter that preference tuning trains, and what it is held to.
+
+    Args:
+        policy: the adapter that is trained.
+        reference: the adapter that it is held to; None for the base model alone.
+        files: those that they were read from, with what each says about itself.
+        fingerprints: hashes of both, by name, for the record of a run.
+    """
+
+    policy: AnyAdapter
+    reference: AnyAdapter | None
+    files: list[tuple[Path, AdapterInfo]]
+    fingerprints: dict[str, str]
+
+    def join(self, model: LLaMA, device: torch.device) -> None:
+        """Move both to the base model's device; raises ValueError if they do not belong to that base model."""
+        for path, info in self.files:
+            check_base(path, info, model)
+        self.policy.to(device)
+        if self.reference is not None:
+            self.reference.to(device).requires_grad_(False)
+
+
+def read_policy_and_reference(
+    checkpoint_dir: Path, adapter_path: Path | None, reference_path: Path | None, method: Method, aligner_length: int
+) -> PolicyAndReference:
+    """What preference tuning starts from.
+
+    Args:
+        checkpoint_dir: folder of the base model.
+        adapter_path: file of the policy at the start; None for a new adapter.
+        reference_path: file of the reference, or "base" for the base model alone; None for the policy at its start.
+        method: method of a new adapter.
+        aligner_length: number of prefix tokens of a new Aligner.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a file is damaged, or the adapter does not fit the base model.
+    """
+    reference_path = reference_path or adapter_path or Path("base")
+    files = []
+    if adapter_path is None:
+        sizes: dict[str, Any] = {"length": aligner_length} if method == "aligner" else {}
+        policy = METHODS[method](read_config(checkpoint_dir), **sizes)
+    else:
+        policy, info = read_adapter(adapter_path)
+        files.append((adapter_path, info))
+    reference = None
+    if reference_path != Path("base"):
+        reference, info = read_adapter(reference_path)
+        files.append((reference_path, info))
+    fingerprints = {
+        "start": "new" if adapter_path is None else adapter_fingerprint(policy),
+        "reference": "base" if reference is None else adapter_fingerprint(reference),
+    }
+    return PolicyAndReference(policy, reference, files, fingerprints)
+
+
+@torch.no_grad()
+def reference_logprobs(model: LLaMA, reference: AnyAdapter | None, batch: Batch) -> Tensor:
+    """The reference's log-probability of each example (E): the one that the batch carries, or else computed."""
+    return response_logprobs(model, reference, batch) if batch.reference is None else batch.reference
 
 
 def cached_reference(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from conftest import GOLDEN, load_script
 from lightning.fabric import Fabric
 
@@ -17,9 +18,10 @@ from lit_llama.aligner import Aligner
 from lit_llama.base import open_base
 from lit_llama.checkpoint import load_base
 from lit_llama.data import Batch, TokenDataset
-from lit_llama.dpo_reference import cached_reference
+from lit_llama.dpo_reference import cached_reference, reference_logprobs
 from lit_llama.lora import LoRA
-from lit_llama.losses import PREFERENCE_METRICS, preference_loss, response_logprobs
+from lit_llama.losses import response_logprobs
+from lit_llama.preference_losses import PAIR_LOSSES, PREFERENCE_METRICS, pair_coefficients, pair_loss
 from lit_llama.states import last_state
 from lit_llama.tokenizer import Tokenizer
 
@@ -68,7 +70,8 @@ def test_numbers_are_the_authors(golden, golden_config, reference_name):
     targets = interleaved(golden["targets"], golden["rejected_targets"])
     batch = Batch(interleaved(golden["input_ids"], golden["rejected_ids"]), (targets != -1) & (torch.arange(24) > 0))
     policy_logprobs, reference_logprobs = (response_logprobs(base, adapter, batch) for adapter in (policy, reference))
-    sums = preference_loss(policy_logprobs, reference_logprobs.detach(), batch.scored_lengths(), beta=0.1)
+    coefficients = pair_coefficients("sigmoid", beta=0.1)
+    sums = pair_loss("sigmoid", policy_logprobs, reference_logprobs.detach(), batch.scored_lengths(), coefficients)
     loss = sums.metrics["loss"] / sums.count
     loss.backward()
 
@@ -95,7 +98,10 @@ def test_losses_by_hand():
     def softplus(x):  # -log sigmoid(-x)
         return math.log(1 + math.exp(x))
 
-    sums = preference_loss(policy, reference, lengths, beta=0.5)
+    def sums_with(**given):
+        return pair_loss("sigmoid", policy, reference, lengths, pair_coefficients("sigmoid", beta=0.5, **given))
+
+    sums = sums_with()
     assert sums.count == 3
     values = {name: value.item() for name, value in sums.metrics.items()}
     assert values["loss"] == pytest.approx(softplus(-1) + math.log(2) + softplus(2))
@@ -107,12 +113,10 @@ def test_losses_by_hand():
     assert (values["chosen_length"], values["rejected_length"]) == (15, 18)
     assert values.keys() == PREFERENCE_METRICS.keys()
 
-    smooth = preference_loss(policy, reference, lengths, beta=0.5, label_smoothing=0.1).metrics["loss"].item()
+    smooth = sums_with(label_smoothing=0.1).metrics["loss"].item()
     expected = 0.9 * (softplus(-1) + softplus(2)) + 0.1 * (softplus(1) + softplus(-2)) + math.log(2)
     assert smooth == pytest.approx(expected)
-    ipo = preference_loss(policy, reference, lengths, beta=0.5, kind="ipo").metrics["loss"].item()
-    assert ipo == pytest.approx((2 - 1) ** 2 + (0 - 1) ** 2 + (-4 - 1) ** 2)
-    added = preference_loss(policy, reference, lengths, beta=0.5, chosen_weight=0.3).metrics["loss"].item()
+    added = sums_with(chosen_weight=0.3).metrics["loss"].item()
     assert added == pytest.approx(values["loss"] + 0.3 * (10 / 3 + 7 / 5 + 9 / 7))
 
 
@@ -157,6 +161,23 @@ def test_starts_at_log_2(run_dpo, base_dir, tmp_path):
         assert adapter_info(folder / "aligner.safetensors").validation_loss < math.log(2)
     against_base, _ = run_dpo("base", adapter_path=tmp_path / "start.safetensors", reference_path=Path("base"))
     assert abs(against_base[0]["validation_loss"] - math.log(2)) > 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name in PAIR_LOSSES if name != "sigmoid"])
+def test_the_other_losses(run_dpo, name, monkeypatch):
+    """Each is learned from the data, asks a reference if it has one, and records the coefficients that it used."""
+    asked = []
+    monkeypatch.setitem(
+        dpo.__globals__, "reference_logprobs", lambda *args: asked.append(args) or reference_logprobs(*args)
+    )
+    rows, folder = run_dpo(loss=name, max_steps=8, eval_interval=8)
+    assert rows[-1]["validation_loss"] < rows[0]["validation_loss"]
+    assert rows[-1]["validation_accuracy"] > 0.5
+    assert bool(asked) == PAIR_LOSSES[name].has_reference
+    options = yaml.safe_load((folder / "hyperparameters.yaml").read_text())
+    assert {key: options[key] for key in PAIR_LOSSES[name].coefficients} == PAIR_LOSSES[name].coefficients
+    if PAIR_LOSSES[name].has_reference:
+        assert (rows[0]["validation_accuracy"], rows[0]["validation_margin"]) == (0.5, 0)
 
 
 def test_validation_measures_all_pairs(run_dpo, base_dir, pairs_dir, tmp_path):
@@ -311,7 +332,10 @@ def test_dropout_is_not_the_references(run_dpo, base_dir, tmp_path):
         ({"beta": 0}, "--beta is 0, it must be larger"),
         ({"label_smoothing": 0.5}, r"--label_smoothing is 0\.5, it must be at least 0 and below 0\.5"),
         ({"loss": "ipo", "label_smoothing": 0.1}, "--label_smoothing has no meaning with --loss ipo"),
-        ({"loss": "hinge"}, r"--loss .*hinge.*: there are 'sigmoid', ?'ipo'"),
+        ({"loss": "orpo", "chosen_weight": 1}, "--chosen_weight has no meaning with --loss orpo"),
+        ({"loss": "orpo", "reference_path": "base"}, "--loss orpo has no reference: leave out --reference_path"),
+        ({"loss": "simpo", "cache_reference": True}, "--loss simpo has no reference: leave out --cache_reference"),
+        ({"loss": "ppo"}, r"--loss .*ppo.*: there are 'sigmoid', ?'robust'"),
         ({"adapter_path": "nowhere.safetensors"}, r"nowhere\.safetensors: no such file"),
         ({"reference_path": "nowhere.safetensors"}, r"nowhere\.safetensors: no such file"),
         ({"method": "prompt"}, "--method .*prompt.*: there are 'aligner'"),

@@ -6,8 +6,9 @@ import matplotlib.figure
 import pytest
 from conftest import load_script, random_aligner, tiny_config
 
-from lit_llama.losses import PREFERENCE_METRICS, SUPERVISED_METRICS
+from lit_llama.losses import SUPERVISED_METRICS
 from lit_llama.metrics import plot_metrics
+from lit_llama.preference_losses import PREFERENCE_METRICS
 
 
 def metrics(path, measured):
