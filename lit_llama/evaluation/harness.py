@@ -27,7 +27,7 @@ from tqdm import tqdm
 from lit_llama.base import Base
 from lit_llama.chat_template import render_chat
 from lit_llama.decoder import GenerationRequest
-from lit_llama.evaluation.tasks import all_tasks
+from lit_llama.evaluation.tasks import all_tasks, task_manager
 from lit_llama.files import atomic_file
 from lit_llama.generation import complete
 
@@ -285,6 +285,7 @@ def run_tasks(
         apply_chat_template=chat_template,
         fewshot_as_multiturn=chat_template,
         bootstrap_iters=1000,
+        task_manager=task_manager(),
     )
     if results is None:
         return None

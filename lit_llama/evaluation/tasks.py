@@ -100,8 +100,9 @@ def local_copy(name: str, data_dir: Path, folder: Path) -> Path:
 
 
 @functools.cache
-def _manager() -> TaskManager:
-    return TaskManager()  # reads thousands of files
+def task_manager() -> TaskManager:
+    """The harness's index of its tasks, made once: it reads thousands of files, which takes seconds."""
+    return TaskManager()
 
 
 def load_tasks(
@@ -118,7 +119,7 @@ def load_tasks(
     Raises:
         ValueError: there is no such task, or its data is not at hand.
     """
-    known = set(_manager().all_tasks)
+    known = set(task_manager().all_tasks)
     for name in tasks:
         if isinstance(name, str) and name not in known:
             near = [other for other in sorted(known) if other.startswith(name.split("_")[0])][:8]
@@ -150,7 +151,7 @@ def load_tasks(
 
 def _load(task: str | dict[str, Any], fields: dict[str, Any]) -> list[Task | Group]:
     """A task, group or tag of the harness, or a task of our own, with some fields of its configuration changed."""
-    manager = _manager()
+    manager = task_manager()
     if isinstance(task, dict):
         return list(manager.load([{**task, **fields}])["tasks"].values())
     # `manager.load` has no way to change all tasks of a group
