@@ -23,6 +23,7 @@ from torch import Tensor
 import lit_llama
 from lit_llama.adapters import AdapterInfo
 from lit_llama.base import open_adapters
+from lit_llama.chat_template import thinking_switch
 from lit_llama.checkpoint import base_fingerprint, read_config
 from lit_llama.config import LLaMAConfig
 from lit_llama.conversion import copy_tokenizer, source_names, write_weights
@@ -33,7 +34,7 @@ from lit_llama.formats.hf import HF_LAYER, NAMES, PROJECTIONS, config_to_hf, hal
 from lit_llama.formats.peft import CONFIG_FILE, write_peft
 from lit_llama.formats.tokenizer_files import write_for_transformers
 from lit_llama.model import LLaMA
-from lit_llama.prompts import prompt_style
+from lit_llama.prompts import CHAT_STYLES, prompt_style
 from lit_llama.script.command_line import run
 from lit_llama.seam import Adapter, LayerAdapter
 from lit_llama.tensor_files import TensorFiles, weight_files
@@ -218,10 +219,12 @@ def write_readme(folder: Path, name: str, base: str, infos: Sequence[AdapterInfo
     untrained = "chat" if tokenizer.chat_template else "none"
     style = prompt_style(styles[0] if styles else "alpaca" if infos else untrained, tokenizer)
     ids = f'prompt = {style.prompt("Name three rivers.")!r}\nids = tokenizer(prompt, return_tensors="pt")["input_ids"]'
-    if style.name == "chat":
+    if style.name in CHAT_STYLES:
+        thinking = CHAT_STYLES[style.name]
+        switch = "" if thinking is None else f", {thinking_switch(tokenizer)}={thinking}"
         ids = (
             'messages = [{"role": "user", "content": "Name three rivers."}]\n'
-            "text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)\n"
+            f"text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False{switch})\n"
             'ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]'
         )
     for_peft = (folder / CONFIG_FILE).is_file()
