@@ -14,9 +14,8 @@ import torch
 from tqdm import tqdm
 
 from lit_llama.aligner import Aligner
-from lit_llama.checkpoint import parameter_shapes
 from lit_llama.config import LLaMAConfig
-from lit_llama.model import LLaMA
+from lit_llama.model import LLaMA, parameter_shapes
 from lit_llama.script.command_line import run
 from lit_llama.tables import markdown
 

@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from lit_llama.adapters import AnyAdapter, adapter_file
 from lit_llama.base import Base
-from lit_llama.checkpoint import parameter_shapes
 from lit_llama.evaluation.answers import read_test_questions
 from lit_llama.evaluation.forms import FORMS
 from lit_llama.files import atomic_file, write_json
+from lit_llama.model import parameter_shapes
 from lit_llama.script.command_line import peak_memory, run
 from lit_llama.script.evaluation import ask
 from lit_llama.tables import side_by_side

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_llama.base import style_of
-from lit_llama.checkpoint import model_without_weights, read_config
+from lit_llama.checkpoint import model_without_weights, open_weights, read_config
 from lit_llama.files import require_extra
 from lit_llama.script.command_line import run
 from lit_llama.serving.store import AdapterStore
 from lit_llama.serving.worker import Opening, Worker
-from lit_llama.tensor_files import TensorFiles, weight_files
 from lit_llama.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # slow to import, which --help should not be
@@ -97,7 +96,7 @@ def serve_folder(opening: Opening, limits: "Limits", access: "Access", host: str
 
     config, tokenizer = read_config(opening.checkpoint_dir), Tokenizer(opening.checkpoint_dir)
     opening = replace(opening, max_length=min(opening.max_length, config.block_size))
-    base = model_without_weights(config, TensorFiles(weight_files(opening.checkpoint_dir)))
+    base = model_without_weights(*open_weights(opening.checkpoint_dir))
     store = AdapterStore(opening.adapter_dir, base, opening.allow_other_base, opening.quantize)
     style_of(None, None, tokenizer)  # renders the base's chat template, which may fail
     listener, address = bind(host, port)

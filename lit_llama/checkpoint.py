@@ -1,7 +1,8 @@
 """Base models on disk: read and verify.
 
 A base is a folder: `lit_config.json`, the tokenizer's own files, and weights in safetensors under Lit-LLaMA's names,
-sharded with Hugging Face's kind of index when large. A plain Lit-LLaMA `.pth` file is read as well.
+sharded with Hugging Face's kind of index when large. Hugging Face's own folders are read as they are, and so is a plain
+Lit-LLaMA `.pth` file.
 """
 
 import hashlib
@@ -22,7 +23,8 @@ from lit_llama.devices.quantization import Quantize, is_quantized, load_quantize
 from lit_llama.devices.sharding import local_rows, shard
 from lit_llama.fields import check_object, naming, take
 from lit_llama.files import read_json
-from lit_llama.model import LLaMA
+from lit_llama.formats.hf_weights import HF_CONFIG_FILE, open_hf, read_hf_config
+from lit_llama.model import LLaMA, parameter_shapes
 from lit_llama.tensor_files import TensorFiles, check_shape, refuse_names, weight_files
 from lit_llama.tokenizer import TOKENIZER_FILES
 
@@ -30,12 +32,6 @@ if TYPE_CHECKING:  # slow to import, which --help should not be
     from torch.distributed.device_mesh import DeviceMesh
 
 CONFIG_FILE = "lit_config.json"
-
-
-def parameter_shapes(config: LLaMAConfig) -> dict[str, torch.Size]:
-    """Name and shape of each parameter, in the model's order."""
-    with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in LLaMA(config).named_parameters()}
 
 
 def verify_base(checkpoint_dir: Path) -> int:
@@ -54,8 +50,9 @@ def verify_base(checkpoint_dir: Path) -> int:
         FileNotFoundError: a file is missing.
         ValueError: something is not what the conversion wrote.
     """
-    if checkpoint_dir.is_file():
-        warnings.warn(f"{checkpoint_dir} is a bare file, which has no hash to check", stacklevel=2)
+    if checkpoint_dir.is_file() or is_hf(checkpoint_dir):
+        kind = "bare file" if checkpoint_dir.is_file() else "Hugging Face folder"
+        warnings.warn(f"{checkpoint_dir} is a {kind}, which has no hash to check", stacklevel=2)
         return 0
     read_config(checkpoint_dir)  # refuses what is not a configuration
     file = checkpoint_dir / CONFIG_FILE
@@ -95,21 +92,48 @@ def read_config(checkpoint_dir: Path) -> LLaMAConfig:
     """The configuration of a base model's folder.
 
     Raises:
-        FileNotFoundError: no such folder, or it is not a converted model.
-        ValueError: `lit_config.json` is malformed.
+        FileNotFoundError: no such folder, or it is not a base model's.
+        ValueError: its configuration is malformed, or this model cannot compute it.
     """
     if not checkpoint_dir.is_dir():
         raise FileNotFoundError(
-            f"{checkpoint_dir}: no such folder; convert a base model with one of scripts/convert_*_checkpoint.py"
+            f"{checkpoint_dir}: no such folder; howto/download_weights.md says where base models come from"
         )
+    if is_hf(checkpoint_dir):
+        return read_hf_config(checkpoint_dir)
     file = checkpoint_dir / CONFIG_FILE
     if not file.is_file():
         raise FileNotFoundError(
-            f"{checkpoint_dir} holds no {CONFIG_FILE}: convert the model with one of scripts/convert_*_checkpoint.py"
+            f"{checkpoint_dir} holds no {CONFIG_FILE} and no {HF_CONFIG_FILE}: give a Hugging Face folder, or convert "
+            "the model with one of scripts/convert_*_checkpoint.py"
         )
     fields = take(check_object(read_json(file), file), "config", dict, file)
     with naming(file):
         return LLaMAConfig.from_dict(fields)
+
+
+def is_hf(checkpoint_dir: Path) -> bool:
+    """Whether a base model's folder is in Hugging Face's format."""
+    return not (checkpoint_dir / CONFIG_FILE).is_file() and (checkpoint_dir / HF_CONFIG_FILE).is_file()
+
+
+def open_weights(path: Path, config: LLaMAConfig | None = None) -> tuple[LLaMAConfig, Mapping[str, Tensor]]:
+    """A base model on disk: its configuration, and its weights by Lit-LLaMA's names, read when they are asked for.
+
+    Args:
+        path: a folder of a conversion script, a Hugging Face folder, or a plain Lit-LLaMA `.pth` file.
+        config: sizes of a `.pth` file that are not those of a known preset.
+
+    Raises:
+        FileNotFoundError: something is missing.
+        ValueError: the files are damaged, or this model cannot compute what they hold.
+    """
+    if path.is_file():
+        tensors = TensorFiles([path])
+        return config or _infer_config(path, tensors), tensors
+    if is_hf(path):
+        return open_hf(path)
+    return config or read_config(path), TensorFiles(weight_files(path))
 
 
 def load_base(
@@ -124,10 +148,10 @@ def load_base(
     """Load a base model, frozen, one tensor at a time. `verify_base` notices values that changed on the disk.
 
     Args:
-        path: a folder written by one of the conversion scripts, or a plain Lit-LLaMA `.pth` file.
+        path: a folder of a conversion script, a Hugging Face folder, or a plain Lit-LLaMA `.pth` file.
         dtype: number format of the weights in memory; if None, bfloat16 on a GPU that has it and float32 elsewhere.
         device: where to put the weights.
-        config: sizes of a `.pth` file that are no known preset's.
+        config: sizes of a `.pth` file that are not those of a known preset.
         mesh: shard the weights over these processes, see `lit_llama.devices.sharding`.
         quantize: keep the blocks' weights in 4 or 8 bits, see `lit_llama.devices.quantization`.
 
@@ -139,12 +163,7 @@ def load_base(
         ValueError: the files are damaged, or weights and configuration do not fit each other.
     """
     path, device = Path(path), torch.device(device)
-    if path.is_file():
-        tensors = TensorFiles([path])
-        config = config or _infer_config(path, tensors)
-    else:
-        config = config or read_config(path)
-        tensors = TensorFiles(weight_files(path))
+    config, tensors = open_weights(path, config)
     with torch.device("meta"):
         model = LLaMA(config)
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}

@@ -327,8 +327,7 @@ class CausalSelfAttention(nn.Module):
         _, k, v = self.qkv(prefix.tokens.to(dtype), NO_UPDATES)  # (1 or B, nkv, N, hs)
         k, v = (heads.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for heads in (k, v))
         mask = None if prefix.mask is None else prefix.mask[:, None, None, :]
-        share = None if prefix.share is None else prefix.share.to(dtype)[:, None, :, None]
-        return ExpandedPrefix(k, prefix.gates.to(dtype)[:, :, None, None] * v, mask, share)
+        return ExpandedPrefix(k, prefix.gates.to(dtype)[:, :, None, None] * v, mask)
 
     def prefix_contribution(self, q: Tensor, prefix: ExpandedPrefix) -> Tensor:
         """Gated attention of rotated queries (B, nh, T, hs) over the prefix, with a softmax of its own.
@@ -338,11 +337,11 @@ class CausalSelfAttention(nn.Module):
         Returns:
             (B, nh, T, hs), or (1 or B, nh, 1, hs) where one token makes it the same at every position.
         """
-        k, v, mask, share = prefix
-        if v.size(2) > 1:  # the softmax over one token is 1 for every query
-            k, v = (heads.expand(q.size(0), -1, -1, -1) for heads in (k, v))
-            v = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, nh, T, hs)
-        return v if share is None else share * v
+        k, v, mask = prefix
+        if v.size(2) == 1:  # the softmax over one token is 1 for every query
+            return v
+        k, v = (heads.expand(q.size(0), -1, -1, -1) for heads in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, nh, T, hs)
 
 
 class MLP(nn.Module):
@@ -370,3 +369,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scale * F.rms_norm(x, x.shape[-1:], eps=self.eps)
+
+
+def parameter_shapes(config: LLaMAConfig) -> dict[str, torch.Size]:
+    """Name and shape of each parameter, in the model's order."""
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in LLaMA(config).named_parameters()}

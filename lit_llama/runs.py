@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +19,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from lit_llama.adapters import AnyAdapter, Companion, load_adapter, save_adapter
-from lit_llama.checkpoint import parameter_shapes
+from lit_llama.adapters import AnyAdapter, load_adapter, save_adapter
 from lit_llama.files import atomic_file, remove_temporaries, shareable_path
 from lit_llama.locks import own_folder
 from lit_llama.metrics import MetricsFile, plot_metrics
-from lit_llama.model import LLaMA
+from lit_llama.model import LLaMA, parameter_shapes
 from lit_llama.plan import Plan
 from lit_llama.states import Progress, last_state, load_state, save_state
 
@@ -42,9 +41,7 @@ MAY_CHANGE = {  # on resuming; everything else changes the result
     "logger",
     "precision",  # what it stands for must not change
     "adapter_path",  # nor what these hold
-    "also_adapter",
     "reference_path",
-    "keep_data",
     "cache_reference",
     "micro_batch_size",
     "devices",
@@ -134,7 +131,6 @@ class RunFolder(Run):
         resume: continue from the last state in the folder, if there is one.
         save_interval: optimizer steps between states; one is also saved every 10 minutes.
         fingerprints: hashes of what else changes the result, in addition to base and data, by name.
-        also: adapters on top of which this one is trained, for its file.
     """
 
     def __init__(
@@ -147,13 +143,12 @@ class RunFolder(Run):
         resume: bool = False,
         save_interval: int = 100,
         fingerprints: Mapping[str, str] | None = None,
-        also: Sequence[Companion] = (),
     ) -> None:
         super().__init__()
         self.out_dir, self.place = out_dir, str(out_dir)
         self._base, self._prompt_style = base, prompt_style
         self._hyperparameters, self._fingerprints = hyperparameters, fingerprints or {}
-        self._resume, self._save_interval, self._also = resume, save_interval, tuple(also)
+        self._resume, self._save_interval = resume, save_interval
 
     @contextlib.contextmanager
     def opened(
@@ -213,7 +208,6 @@ class RunFolder(Run):
                 validation_loss=progress.best["loss"],
                 seconds=progress.seconds,
                 hyperparameters=shareable(self._hyperparameters),
-                also=self._also,
             )
 
     def restore_best(self, adapter: AnyAdapter) -> None:
@@ -296,10 +290,9 @@ def write_hyperparameters(path: Path, hyperparameters: dict[str, Any], fabric: F
         commit = "unknown"
     device = torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else platform.processor()
     recorded = shareable(hyperparameters)
+    elsewhere = [name for name, value in hyperparameters.items() if _is_elsewhere(value)]
     again = ["python", shareable_path(Path(sys.argv[0])), "--config", shareable_path(path), "--out_dir ANOTHER"]
-    for name, value in hyperparameters.items():
-        if name != "out_dir" and any(map(_is_elsewhere, _paths(value))):
-            again += [f"--{name} FOLDER/{shareable_path(one)}" for one in _paths(value)]
+    again += [f"--{name} FOLDER/{recorded[name]}" for name in elsewhere if name != "out_dir"]
     notes = {
         "repeat with": " ".join(again),
         "commit": commit,
@@ -316,21 +309,13 @@ def write_hyperparameters(path: Path, hyperparameters: dict[str, Any], fabric: F
 
 def shareable(hyperparameters: dict[str, Any]) -> dict[str, Any]:
     """Hyperparameters as adapters, `hyperparameters.yaml` and loggers record them: no folders of this machine."""
-    return {name: _shareable(value) for name, value in hyperparameters.items()}
+    return {
+        name: shareable_path(value) if isinstance(value, Path) else value for name, value in hyperparameters.items()
+    }
 
 
-def _shareable(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return [_shareable(one) for one in value]
-    return shareable_path(value) if isinstance(value, Path) else value
-
-
-def _paths(value: Any) -> list[Path]:
-    return [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, Path)]
-
-
-def _is_elsewhere(path: Path) -> bool:
-    return path.is_absolute() and not path.is_relative_to(Path.cwd())
+def _is_elsewhere(value: Any) -> bool:
+    return isinstance(value, Path) and value.is_absolute() and not value.is_relative_to(Path.cwd())
 
 
 def run_title(adapter: AnyAdapter, hyperparameters: Mapping[str, Any]) -> str:

@@ -56,13 +56,11 @@ class LayerPrefix(NamedTuple):
         tokens: (1 or B, N, C), in the place of the layer's normalised input x: no norm is applied to them.
         gates: (1 or B, nh), what each query head's contribution is multiplied by.
         mask: bool (B, N), which tokens there are, for rows with fewer than N but at least one; None means all.
-        share: (B, T), what the contribution is multiplied by at each position; None means 1 at all.
     """
 
     tokens: Tensor
     gates: Tensor
     mask: Tensor | None = None
-    share: Tensor | None = None
 
     def scaled(self, scale: float) -> "LayerPrefix":
         """The prefix with its contribution times a number."""
@@ -120,13 +118,11 @@ class ExpandedPrefix(NamedTuple):
         k: (1 or B, nh, N, hs), not rotated.
         v: (1 or B, nh, N, hs), times the gates.
         mask: bool (B, 1, 1, N), which tokens there are; None means all.
-        share: (B, 1, T, 1), what the contribution is multiplied by at each position; None means 1 at all.
     """
 
     k: Tensor
     v: Tensor
     mask: Tensor | None
-    share: Tensor | None = None
 
 
 class ExpandedAdapter(NamedTuple):

@@ -1,17 +1,21 @@
-"""Files of tensors by name: found, opened lazily, compared with what is expected. Nothing is unpickled but tensors."""
+"""Files of tensors by name: found, opened lazily, compared, written. Nothing is unpickled but tensors."""
 
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from lit_llama.fields import check_object, check_value, take
-from lit_llama.files import check_file, read_json
+from lit_llama.files import check_file, read_json, write_json
+
+SHARD_BYTES = 4 * 1024**3
 
 
 class TensorFiles(Mapping[str, Tensor]):
@@ -43,6 +47,9 @@ class TensorFiles(Mapping[str, Tensor]):
             return read(name)
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged ({error})") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._readers
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._readers)
@@ -108,6 +115,45 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / name).is_file():
             return [folder / name]
     raise FileNotFoundError(f"{folder} holds no weights: expected model.safetensors or pytorch_model.bin, or an index")
+
+
+def write_weights(
+    folder: Path, groups: Iterable[dict[str, Tensor]], total: int, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write tensors as safetensors under Hugging Face's names of files, one shard in memory at a time.
+
+    Args:
+        folder: where to write; nobody reads it yet.
+        groups: tensors by name, those that come together in one shard.
+        total: how many groups there are.
+        shard_bytes: largest shard, unless a group is larger.
+    """
+    shards: list[list[str]] = []
+    waiting: dict[str, Tensor] = {}
+    total_bytes = waiting_bytes = 0
+
+    def write() -> None:
+        save_file(waiting, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(waiting))
+        waiting.clear()
+
+    for group in tqdm(groups, total=total, desc="weights", leave=False):
+        size = sum(tensor.nbytes for tensor in group.values())
+        if waiting and waiting_bytes + size > shard_bytes:
+            write()
+            waiting_bytes = 0
+        waiting |= group
+        waiting_bytes += size
+        total_bytes += size
+    write()
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{i}").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def check_shape(name: str, found: torch.Size, expected: torch.Size, where: str) -> None:

@@ -17,6 +17,7 @@ from lit_llama.devices.precision import DType
 from lit_llama.fields import check_object
 from lit_llama.files import atomic_folder, read_json
 from lit_llama.formats.meta import NAMES, MergedTensors, config_from_meta
+from lit_llama.formats.names import LitTensors
 from lit_llama.script.command_line import run
 from lit_llama.tensor_files import TensorFiles
 
@@ -52,7 +53,8 @@ def main(
     with atomic_folder(output_dir, overwrite, CONFIG_FILE) as folder:
         copy_tokenizer(checkpoint_dir if has_tokenizer else checkpoint_dir.parent, folder)
         source = {"format": "meta", "from": checkpoint_dir.name}
-        write_base(folder, config, tensors, NAMES, source, dtype and getattr(torch, dtype))
+        weights = LitTensors(tensors, NAMES, config, checkpoint_dir.name)
+        write_base(folder, config, weights, source, dtype and getattr(torch, dtype))
     print(f"base model: {output_dir} (scripts that open it check its files if given --verify)", file=sys.stderr)
 
 

@@ -11,7 +11,7 @@ its place.
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_llama.base import open_adapters
-from lit_llama.checkpoint import base_fingerprint, parameter_shapes
+from lit_llama.checkpoint import base_fingerprint
 from lit_llama.config import LLaMAConfig
-from lit_llama.conversion import source_names
 from lit_llama.files import atomic_file, require_extra
 from lit_llama.formats.folding import added_vectors
 from lit_llama.formats.gguf import NAMES, GGUFTensors, config_from_gguf, open_gguf
+from lit_llama.formats.names import LitTensors
 from lit_llama.model import LLaMA
 from lit_llama.script.command_line import run
 from lit_llama.seam import Adapter
@@ -64,7 +64,7 @@ def main(
     if any(name.endswith((".attn_v.bias", ".attn_output.bias")) for name in weights):
         raise ValueError(f"{gguf_path} has biases already: export from the base model, with all adapters at once")
     config = config_from_gguf(fields, weights, gguf_path.stem, gguf_path)
-    tensors = Renamed(weights, config)
+    tensors = LitTensors(weights, NAMES, config, gguf_path.name)
     with torch.device("meta"):
         base = LLaMA(config)
     base.fingerprint = base_fingerprint(tensors)
@@ -76,23 +76,6 @@ def main(
         write(temporary, reader, biases, name)
         verify(temporary, reader, biases, name)
     print(f"gguf: {output_path}", file=sys.stderr)
-
-
-class Renamed(Mapping[str, Tensor]):
-    """The tensors of a GGUF file under Lit-LLaMA's names, dequantised when they are asked for."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], config: LLaMAConfig) -> None:
-        self._tensors = tensors
-        self._parts = {name: source_names(name, NAMES) for name in parameter_shapes(config)}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return torch.cat([self._tensors[part] for part in self._parts[name]])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parts)
-
-    def __len__(self) -> int:
-        return len(self._parts)
 
 
 def fold_all(config: LLaMAConfig, tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[str, np.ndarray]:

@@ -174,8 +174,33 @@ def byte_fallback_tokenizer(folder):
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def make_hf_checkpoint(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """A tiny random LlamaForCausalLM with its tokenizer, as transformers saves it."""
+SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 3}  # that of `train_tokenizer`
+# transformers' own classes, with everything that a family may have; see `make_hf_checkpoint`.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "qwen3": {"attention_bias": True, "head_dim": 16},
+    "smollm3": {"attention_bias": True, "no_rope_layers": [1, 0, 1, 0], **SPECIAL_TOKENS},
+    "mistral": {"sliding_window": None, "head_dim": 16},
+    "phi3": SPECIAL_TOKENS,
+    "granite": {
+        "attention_bias": True,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.5,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 2.0,
+    },
+    "seed_oss": {"attention_bias": True, "attention_out_bias": True, "head_dim": 16, "tie_word_embeddings": False},
+    "internlm3": {"head_dim": 16},
+    "llama": {"attention_bias": True, "head_dim": 16, "tie_word_embeddings": False},
+}
+
+
+def make_hf_checkpoint(folder: Path, seed: int = 0, model_type: str = "llama", **changes: Any) -> Path:
+    """A tiny random model of a class of transformers with its tokenizer, as transformers saves it.
+
+    Biases and weights of norms are drawn at random as well: transformers begins with zeros and ones, with which nobody
+    would miss them.
+    """
     vocab_size = train_tokenizer(folder)
     torch.manual_seed(seed)
     sizes: dict[str, Any] = {
@@ -190,7 +215,13 @@ def make_hf_checkpoint(folder: Path, seed: int = 0, **changes: Any) -> Path:
         "tie_word_embeddings": True,
     }
     save = {key: changes.pop(key) for key in ("max_shard_size",) if key in changes}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**sizes, **changes}))
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(model_type, **{**sizes, **changes})
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.normal_(float("norm" in name), 0.2)
     model.save_pretrained(folder, **save)
     return folder
 

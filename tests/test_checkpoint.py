@@ -142,7 +142,7 @@ def test_damaged_bases_are_refused(copied_base):
     (copied_base / "lit_config.json").write_text("{")
     refused(ValueError, r"lit_config\.json, line 1: not JSON")
     (copied_base / "lit_config.json").unlink()
-    refused(FileNotFoundError, r"holds no lit_config\.json: convert")
+    refused(FileNotFoundError, r"holds no lit_config\.json and no config\.json: give")
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         load_base(copied_base / "nowhere")
 

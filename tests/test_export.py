@@ -18,6 +18,7 @@ from lit_llama.adapters import load_adapter, save_adapter
 from lit_llama.checkpoint import load_base, read_config
 from lit_llama.combine import WeightedSum
 from lit_llama.evaluation.forms import FORMS
+from lit_llama.formats import hf_export
 from lit_llama.generation import generate
 from lit_llama.lora import LoRA
 from lit_llama.prompts import prompt_style
@@ -102,8 +103,8 @@ def test_without_an_adapter_it_is_the_inverse_of_the_conversion(tmp_path, varian
 
 
 def test_shards_and_dtype(tmp_path, base, monkeypatch):
-    write = export.write_weights
-    monkeypatch.setattr(export, "write_weights", lambda *args: write(*args, shard_bytes=20_000))
+    write = hf_export.write_weights
+    monkeypatch.setattr(hf_export, "write_weights", lambda *args: write(*args, shard_bytes=20_000))
     export.main(tmp_path / "export", checkpoint_dir=base, dtype="bfloat16")
     assert len(list((tmp_path / "export").glob("model-*.safetensors"))) > 2
     assert load_exported(tmp_path / "export").dtype == torch.bfloat16

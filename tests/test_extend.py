@@ -65,32 +65,28 @@ def test_a_method(run_section, base_dir, hf_checkpoint, monkeypatch, capsys):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_model_family(run_section, tmp_path, tied):
-    folder = tmp_path / "models" / "granite"
+    folder = tmp_path / "models" / "ernie"
     folder.mkdir(parents=True)
-    config = transformers.GraniteConfig(
+    config = transformers.Ernie4_5Config(
         vocab_size=train_tokenizer(folder),
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=16,
         max_position_embeddings=256,
         initializer_range=0.1,
         tie_word_embeddings=tied,
-        embedding_multiplier=12.0,
-        attention_multiplier=0.3,
-        residual_multiplier=0.22,
-        logits_scaling=8.0,
     )
     torch.manual_seed(0)
-    theirs = transformers.GraniteForCausalLM(config).eval()
+    theirs = transformers.Ernie4_5ForCausalLM(config).eval()
     theirs.save_pretrained(folder)
     run_section("A model family")
     ids = torch.randint(0, config.vocab_size, (2, 20))
     with torch.no_grad():
-        torch.testing.assert_close(
-            load_base(tmp_path / "checkpoints/granite")(ids), theirs(ids).logits, atol=1e-5, rtol=0
-        )
+        ours = load_base(tmp_path / "checkpoints/ernie")(ids)
+        torch.testing.assert_close(ours, theirs(ids).logits, atol=1e-5, rtol=0)
 
 
 def test_a_loss(run_section, capsys, tmp_path):

@@ -9,9 +9,9 @@ import torch
 from lit_llama.config import PRESETS, LLaMAConfig, RopeScaling
 from lit_llama.fields import naming, take
 from lit_llama.formats.hf import within_window
+from lit_llama.formats.names import LAYER
 from lit_llama.tensor_files import TensorFiles
 
-LAYER = "transformer.h.{}."
 NAMES = {
     "transformer.wte.weight": ["tok_embeddings.weight"],
     "transformer.ln_f.scale": ["norm.weight"],

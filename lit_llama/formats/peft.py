@@ -17,7 +17,8 @@ from lit_llama.config import LLaMAConfig
 from lit_llama.fields import check_object, take
 from lit_llama.files import read_json, write_json
 from lit_llama.formats.folding import added_vectors
-from lit_llama.formats.hf import HF_LAYER, PROJECTIONS, halves_from_pairs, pairs_from_halves
+from lit_llama.formats.hf import HF_LAYER, PROJECTIONS
+from lit_llama.formats.names import halves_from_pairs, pairs_from_halves
 from lit_llama.lora import LoRA
 from lit_llama.safetensors_file import finite, read_tensors
 from lit_llama.seam import Adapter
