@@ -4,15 +4,24 @@
     python scripts/verify_export.py --export_path export/captain.gguf --adapter_path out/demo/aligner.safetensors
     python scripts/verify_export.py --export_path export/lora --peft_base export/base \\
         --adapter_path out/lora/lora.safetensors
+    python scripts/verify_export.py --export_path export/captain --adapter_path out/demo/aligner.safetensors \\
+        --engine vllm --vllm_python ~/vllm/bin/python --n_prompts 20
 
 Answers prompts here, and lets the other engine read prompts and answers: transformers for a folder of
-scripts/export_hf_checkpoint.py, PEFT on top for an adapter of its format, llama.cpp for a GGUF file. Prints one line;
-the exit status is 1 if they differ. llama.cpp computes in other numbers than this project, with integer activations
-where weights are quantised, so its logits are only expected to correlate.
+scripts/export_hf_checkpoint.py, PEFT on top for an adapter of its format, llama.cpp for a GGUF file, vLLM for a folder
+if asked for. Prints one line; the exit status is 1 if they differ. llama.cpp computes in other numbers than this
+project, with integer activations where weights are quantised, so its logits are only expected to correlate. vLLM runs
+in an environment of its own, because it wants its own version of PyTorch.
 """
 
+import inspect
+import json
+import os
+import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +32,13 @@ from lit_llama.files import require_extra
 from lit_llama.generation import generate
 from lit_llama.script.command_line import run
 
-PROMPTS = ["Why is the sky blue?", "Name three rivers.", "How do I boil an egg?", "Write a line about the sea."]
+PROMPTS = [
+    *("Why is the sky blue?", "Name three rivers.", "How do I boil an egg?", "Write a line about the sea."),
+    *("What is a prime number?", "Who wrote Hamlet?", "Give me a tip for sleeping well.", "What do bees eat?"),
+    *("Translate 'good morning' into French.", "How far away is the moon?", "What is 17 times 3?", "Name a fruit."),
+    *("Why do leaves fall?", "Explain what a bank does.", "What is the capital of Peru?", "How is paper made?"),
+    *("Tell me a short joke.", "What makes bread rise?", "How many days has a leap year?", "What is an atom?"),
+]
 
 
 def main(
@@ -32,7 +47,10 @@ def main(
     adapter_path: list[Path] | None = None,
     adapter_scale: list[float] | None = None,
     peft_base: Path | None = None,
+    engine: Literal["auto", "vllm"] = "auto",
+    vllm_python: Path | None = None,
     prompt: list[str] | None = None,
+    n_prompts: int = 4,
     prompt_style: str | None = None,
     max_new_tokens: int = 32,
     tolerance: float = 1e-3,
@@ -47,7 +65,11 @@ def main(
         adapter_path: the adapters that were exported with it.
         adapter_scale: their scales.
         peft_base: folder of the base model in Hugging Face's format, for an adapter in PEFT's.
-        prompt: what to answer; may be given several times. A few questions if not given.
+        engine: program that reads the export: "auto" is transformers, PEFT or llama.cpp, by what the export is; "vllm"
+            is vLLM, for a folder of scripts/export_hf_checkpoint.py without custom code.
+        vllm_python: the Python of the environment that vLLM is installed in.
+        prompt: what to answer; may be given several times. Some questions if not given.
+        n_prompts: number of those questions, at most 20.
         prompt_style: as in generate/aligner.py.
         max_new_tokens: length of the longest answer, in tokens.
         tolerance: largest difference between logits, float32 on both sides.
@@ -56,6 +78,8 @@ def main(
     """
     if not export_path.exists():
         raise FileNotFoundError(f"{export_path}: no such file or folder")
+    if (engine == "vllm") != (vllm_python is not None):
+        raise ValueError("--engine vllm and --vllm_python, which says where vLLM is, are given together or not at all")
     base = open_base(
         checkpoint_dir,
         adapter_path,
@@ -66,33 +90,127 @@ def main(
         allow_other_base=allow_other_base,
     )
     model, tokenizer, style, adapter = base.model, base.tokenizer, base.style, base.adapter
-    prompts = [tokenizer.encode(style.prompt(text), bos=style.bos) for text in prompt or PROMPTS]
+    prompts = [tokenizer.encode(style.prompt(text), bos=style.bos) for text in prompt or PROMPTS[:n_prompts]]
     answers = generate(model, prompts, max_new_tokens, adapter=adapter, stop_ids=style.stop_ids)
-    is_gguf = export_path.is_file()
-    engine = llama_cpp_engine(export_path) if is_gguf else transformers_engine(export_path, peft_base)
 
-    difference, correlation, same, total = 0.0, 1.0, 0, 0
-    for ids, answer in zip(tqdm(prompts, desc="prompts", leave=False), answers, strict=True):
-        text = ids + answer
-        with torch.no_grad():
-            ours = model(torch.tensor([text], device=model.device), adapter)[0].cpu()  # (T, V)
-        theirs = engine(text)
-        difference = max(difference, (ours - theirs).abs().max().item())
-        correlation = min(correlation, torch.corrcoef(torch.stack([ours.flatten(), theirs.flatten()]))[0, 1].item())
-        chosen = slice(len(ids) - 1, len(text) - 1)
-        same += int((ours[chosen].argmax(-1) == theirs[chosen].argmax(-1)).sum())
-        total += len(answer)
-    agree = correlation >= least_correlation if is_gguf else difference <= tolerance and same == total
-    line = (
-        f"{len(prompts)} prompts: {same} of {total} greedy tokens the same, logits differ by at most {difference:.2g} "
-        f"and correlate at {correlation:.6f}"
-    )
+    @torch.no_grad()
+    def logits(ids: list[int]) -> Tensor:
+        return model(torch.tensor([ids], device=model.device), adapter)[0].cpu()  # (T, V)
+
+    if vllm_python is not None:
+        agree, line = compare_with_vllm(vllm_python, export_path, prompts, answers, logits, tolerance)
+    else:
+        read = llama_cpp_engine(export_path) if export_path.is_file() else transformers_engine(export_path, peft_base)
+        least = least_correlation if export_path.is_file() else None
+        agree, line = compare(read, prompts, answers, logits, tolerance, least)
     if not agree:
         raise ValueError(f"{export_path} is not what {checkpoint_dir} computes with these adapters; {line}")
     print(f"the same; {line}")
 
 
-def transformers_engine(folder: Path, peft_base: Path | None) -> Callable[[list[int]], Tensor]:
+Logits = Callable[[list[int]], Tensor]  # (T, V) of token ids
+
+
+def compare(
+    read: Logits,
+    prompts: list[list[int]],
+    answers: list[list[int]],
+    logits: Logits,
+    tolerance: float,
+    least_correlation: float | None,
+) -> tuple[bool, str]:
+    """Whether an engine's logits are ours, close to them or only as correlated with them as asked; and a line on it."""
+    difference, correlation, same, total = 0.0, 1.0, 0, 0
+    for ids, answer in zip(tqdm(prompts, desc="prompts", leave=False), answers, strict=True):
+        ours, theirs = logits(ids + answer), read(ids + answer)
+        difference = max(difference, (ours - theirs).abs().max().item())
+        correlation = min(correlation, torch.corrcoef(torch.stack([ours.flatten(), theirs.flatten()]))[0, 1].item())
+        chosen = slice(len(ids) - 1, len(ids + answer) - 1)
+        same += int((ours[chosen].argmax(-1) == theirs[chosen].argmax(-1)).sum())
+        total += len(answer)
+    line = (
+        f"{len(prompts)} prompts: {same} of {total} greedy tokens the same, logits differ by at most {difference:.2g} "
+        f"and correlate at {correlation:.6f}"
+    )
+    if least_correlation is not None:
+        return correlation >= least_correlation, line
+    return difference <= tolerance and same == total, line
+
+
+def compare_with_vllm(
+    python: Path,
+    folder: Path,
+    prompts: list[list[int]],
+    answers: list[list[int]],
+    logits: Logits,
+    tolerance: float,
+) -> tuple[bool, str]:
+    """The same for vLLM, which tells the likeliest token of each place and the log-probability of the one there."""
+    texts = [ids + answer for ids, answer in zip(prompts, answers, strict=True)]
+    read = ask_vllm(python, folder, texts)
+    difference, same, total = 0.0, 0, 0
+    for ids, text, places in zip(tqdm(prompts, desc="prompts", leave=False), texts, read["texts"], strict=True):
+        chosen = slice(len(ids) - 1, len(text) - 1)
+        ours = logits(text)[chosen].log_softmax(-1)  # (tokens of the answer, V)
+        likeliest, logprobs = (torch.tensor(values)[chosen] for values in zip(*places, strict=True))
+        taken = ours.gather(-1, torch.tensor(text[len(ids) :])[:, None])[:, 0]
+        difference = max(difference, (taken - logprobs).abs().max().item())
+        same += int((ours.argmax(-1) == likeliest).sum())
+        total += len(taken)
+    line = (
+        f"vLLM {read['version']}, {len(prompts)} prompts: {same} of {total} greedy tokens the same, log-probabilities "
+        f"of the answers' tokens differ by at most {difference:.2g}"
+    )
+    return difference <= tolerance and same == total, line
+
+
+def ask_vllm(python: Path, folder: Path, texts: list[list[int]]) -> Any:
+    """What `read_with_vllm` writes, run by the Python of another environment.
+
+    Raises:
+        ValueError: it fails; the message is the last line of what it said.
+    """
+    code = f"{inspect.getsource(read_with_vllm)}\nread_with_vllm()"
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", **os.environ}
+    settings.pop("PYTHONPATH", None)  # this project is not part of that environment
+    with tempfile.TemporaryDirectory() as scratch:
+        asked, answered = Path(scratch) / "texts.json", Path(scratch) / "read.json"
+        asked.write_text(json.dumps(texts))
+        command = [str(python), "-c", code, str(folder.absolute()), str(asked), str(answered)]
+        done = subprocess.run(command, env=settings, cwd=scratch, capture_output=True, text=True)
+        if done.returncode or not answered.is_file():
+            said = done.stderr.strip().splitlines() or ["it says nothing"]
+            raise ValueError(f"vLLM, run by {python}, cannot read {folder}: {said[-1]}")
+        return json.loads(answered.read_text())
+
+
+def read_with_vllm() -> None:
+    """Read texts with vLLM, in its own environment. Arguments: a model's folder, a file of texts, the file to write.
+
+    Of each text but its first token: the likeliest token there, and the log-probability of the one that is there.
+    """
+    import json
+    import sys
+
+    import vllm
+
+    folder, asked, answered = sys.argv[1:]
+    with open(asked) as file:
+        prompts = [{"prompt_token_ids": ids} for ids in json.load(file)]
+    longest = max(len(prompt["prompt_token_ids"]) for prompt in prompts) + 1
+    engine = vllm.LLM(folder, dtype="float32", max_model_len=longest, enforce_eager=True, skip_tokenizer_init=True)
+    sampling = vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, detokenize=False)
+    texts = []
+    for output in engine.generate(prompts, sampling):
+        ids, places = output.prompt_token_ids, output.prompt_logprobs
+        likeliest = [next(id for id, found in place.items() if found.rank == 1) for place in places[1:]]
+        logprobs = [place[id].logprob for id, place in zip(ids[1:], places[1:], strict=True)]
+        texts.append(list(zip(likeliest, logprobs, strict=True)))
+    with open(answered, "w") as file:
+        json.dump({"version": vllm.__version__, "texts": texts}, file)
+
+
+def transformers_engine(folder: Path, peft_base: Path | None) -> Logits:
     """Logits (T, V) of token ids, by transformers."""
     auto = require_extra("transformers", "export").AutoModelForCausalLM
     is_adapter = (folder / "adapter_config.json").is_file()
@@ -109,7 +227,7 @@ def transformers_engine(folder: Path, peft_base: Path | None) -> Callable[[list[
     return logits
 
 
-def llama_cpp_engine(path: Path) -> Callable[[list[int]], Tensor]:
+def llama_cpp_engine(path: Path) -> Logits:
     """Logits (T, V) of token ids, by llama.cpp."""
     llama = require_extra("llama_cpp", "llama-cpp").Llama(str(path), n_ctx=2048, logits_all=True, verbose=False)
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 
 import gguf
 import numpy as np
@@ -226,6 +227,15 @@ def test_verify_export(tmp_path, base, command):
     assert command(verify, **options, peft_base=base.parent / "hf")[0] == 0
     status, _, err = command(verify, **options)
     assert (status, "give its base" in err) == (1, True)
+
+
+def test_verify_export_needs_vllm_where_it_says(tmp_path, base, command):
+    options = {"export_path": tmp_path / "export", "checkpoint_dir": base, "engine": "vllm"}
+    export.main(tmp_path / "export", checkpoint_dir=base)
+    status, _, err = command("scripts/verify_export.py", **options)
+    assert (status, "--engine vllm and --vllm_python" in err) == (1, True)
+    status, _, err = command("scripts/verify_export.py", **options, vllm_python=sys.executable, max_new_tokens=2)
+    assert (status, "cannot read" in err, "No module named 'vllm'" in err) == (1, True, True)
 
 
 @pytest.mark.parametrize("quantization", [None, gguf.GGMLQuantizationType.Q8_0])
