@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lit_llama.decoder import GenerationRequest, check_prompts
+from lit_llama.decoder import GenerationRequest, check_request
 from lit_llama.generation import AnswerText, decode, prefill
 from lit_llama.script.answers import check_samples, print_answers, read_prompts, refuse_names
 from lit_llama.script.command_line import run
@@ -59,14 +59,13 @@ def main(
     base = open_model(adapter_path, adapter_scale, **options)
     style = base.style
     texts = [style.prompt(prompt.instruction, prompt.input) for prompt in prompts]
-    encoded = [base.tokenizer.encode(text, bos=style.bos) for text in texts]
-    check_prompts(base.model, encoded)
+    sampling = (base.adapter, max_new_tokens, style.stop_ids, temperature, top_k, top_p)
+    requests = [GenerationRequest(base.tokenizer.encode(text, bos=style.bos), *sampling) for text in texts]
+    for request in requests:
+        check_request(base.model, request)
 
     def answer(number: int, answers_before: int) -> Iterator[str]:
-        generator = torch.Generator(base.device).manual_seed(seed + answers_before)
-        request = GenerationRequest(
-            encoded[number], base.adapter, max_new_tokens, style.stop_ids, temperature, top_k, top_p, generator
-        )
+        request = requests[number]._replace(generator=torch.Generator().manual_seed(seed + answers_before))
         text = AnswerText(base.tokenizer, style)
         rows = prefill(base.model, [request])  # reads the prompt in one forward, which fills the KV cache
         for [token] in decode(rows):  # samples a token and reads it in another forward, until the answer ends

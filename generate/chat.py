@@ -22,7 +22,7 @@ from typing import Any
 
 from lit_llama.base import Base
 from lit_llama.prompts import Message
-from lit_llama.sampling import check_sampling
+from lit_llama.sampling import Sampling, check_sampling
 from lit_llama.script.answers import adapter_in
 from lit_llama.script.command_line import run
 from lit_llama.script.opening import open_model
@@ -56,7 +56,7 @@ def main(
         seed: seed of sampling for the first answer; the next answer has the next seed.
         options: how the base model is opened, see `open_model`.
     """
-    check_sampling(max_new_tokens, temperature, top_k, top_p)
+    check_sampling(max_new_tokens, Sampling(temperature, top_k, top_p))
     base = open_model(adapter_path, None, **options)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     chat = Chat(base, adapter_dir, adapter_path, adapter_scale, system, seed, sampling)

@@ -60,7 +60,7 @@ def main(
     for i, prompt in enumerate(prompts):
         base = bases[prompt.adapter]
         ids = base.tokenizer.encode(base.style.prompt(prompt.instruction, prompt.input), bos=base.style.bos)
-        sampling = (base.style.stop_ids, temperature, top_k, top_p, torch.Generator(base.device).manual_seed(seed + i))
+        sampling = (base.style.stop_ids, temperature, top_k, top_p, torch.Generator().manual_seed(seed + i))
         requests.append(GenerationRequest(ids, base.adapter, max_new_tokens, *sampling))
 
     started, new_tokens = time.perf_counter(), 0

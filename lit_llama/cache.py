@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lit_llama.config import LLaMAConfig
+from lit_llama.row_adapters import RowAdapters
 from lit_llama.seam import ExpandedAdapter
 
 
@@ -16,11 +17,11 @@ class LayerCache:
     Args:
         k: (B, nkv, S, hs), room for the keys.
         v: likewise, for the values.
+        adapter: what is added; None until the first forward.
     """
 
-    def __init__(self, k: Tensor, v: Tensor) -> None:
-        self.k, self.v = k, v
-        self.adapter: ExpandedAdapter | None = None  # from the first forward on
+    def __init__(self, k: Tensor, v: Tensor, adapter: ExpandedAdapter | None = None) -> None:
+        self.k, self.v, self.adapter = k, v, adapter
 
     def prefill(self, k: Tensor, v: Tensor) -> None:
         """Store (B, nkv, T, hs) at positions 0 to T - 1."""
@@ -29,12 +30,14 @@ class LayerCache:
 
     def append(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, nkv, T, hs) at `positions` (B, T); return all keys and values, (B, nkv, S, hs) each."""
-        at = positions[:, None, :, None].expand(-1, k.size(1), -1, k.size(3))  # (B, nkv, T, hs)
-        return self.k.scatter_(2, at, k), self.v.scatter_(2, at, v)
+        rows = torch.arange(k.size(0), device=k.device)[:, None]  # (B, 1)
+        self.k[rows, :, positions] = k.transpose(1, 2)  # not `scatter_`, which copies all of a cache in bfloat16
+        self.v[rows, :, positions] = v.transpose(1, 2)
+        return self.k, self.v
 
 
 class KVCache:
-    """The keys and values of one generation with one adapter, with static shapes.
+    """The keys and values of rows that are generated together, and what their adapters add, with static shapes.
 
     A row's cache index is its position, so rows of unequal length are padded on the right and need no offsets: what
     the padding wrote lies beyond the row's position, where attention has weight 0 until a token overwrites it. Only
@@ -48,6 +51,7 @@ class KVCache:
     def __init__(self, layers: list[LayerCache], length: int) -> None:
         self.layers = layers
         self.length = length
+        self.row_adapters: list[RowAdapters] | None = None  # of each layer, as long as rows add different things
 
     @classmethod
     def empty(
@@ -67,19 +71,47 @@ class KVCache:
 
         return cls([LayerCache(room(), room()) for _ in range(config.n_layer)], length)
 
-    def view(self, rows: slice, length: int, previous: "KVCache | None" = None) -> "KVCache":
-        """Some of the rows and the first positions, in the same memory.
+    def view(self, rows: slice, length: int) -> "KVCache":
+        """Some of the rows and the first positions, in the same memory, for other prompts."""
+        return KVCache(
+            [LayerCache(layer.k[rows, :, :length], layer.v[rows, :, :length]) for layer in self.layers], length
+        )
+
+    def view_with_adapters(self, rows: slice, length: int) -> "KVCache":
+        """The same for rows that go on, with what they add."""
+        view = self.view(rows, length)
+        for i, layer in enumerate(view.layers):
+            if self.row_adapters is None:
+                layer.adapter = self.layers[i].adapter
+            else:
+                layer.adapter = ExpandedAdapter(*self.row_adapters[i].view(rows))
+        return view
+
+    def keep_adapters(self, rows: slice, view: "KVCache", shared: bool) -> None:
+        """Keep what the forward of some prompts has found that their rows add.
 
         Args:
-            rows: which.
-            length: positions of each row.
-            previous: a view of the same rows, whose generation goes on; if None, another one begins.
+            rows: where they stand, after those that are in use already.
+            view: a view of these rows, after the forward.
+            shared: whether all rows in use add the same, which is then kept once.
         """
-        layers = [LayerCache(layer.k[rows, :, :length], layer.v[rows, :, :length]) for layer in self.layers]
-        if previous is not None:
-            for layer, old in zip(layers, previous.layers, strict=True):
-                layer.adapter = old.adapter
-        return KVCache(layers, length)
+        if self.row_adapters is None and not shared:
+            self.row_adapters = [RowAdapters(layer.k.size(0)) for layer in self.layers]
+            for adapters, layer in zip(self.row_adapters, self.layers, strict=True):
+                if layer.adapter is not None:  # from now on each row's own
+                    adapters.put(slice(0, rows.start), layer.adapter)
+        for i, layer in enumerate(view.layers):
+            assert layer.adapter is not None, "a view without a forward"
+            if self.row_adapters is None:
+                self.layers[i].adapter = layer.adapter
+            else:
+                self.row_adapters[i].put(rows, layer.adapter)
+
+    def forget_adapters(self) -> None:
+        """No row is in use any longer."""
+        self.row_adapters = None
+        for layer in self.layers:
+            layer.adapter = None
 
     def keep_addresses(self) -> None:
         """Tell the compiler that these tensors stay where they are, so that CUDA graphs need not copy them."""
@@ -93,7 +125,16 @@ class KVCache:
             layer.k[row, :, start:stop] = 0
             layer.v[row, :, start:stop] = 0
 
-    def move_row(self, source: int, target: int) -> None:
-        """Copy one row's keys and values over another's."""
-        for layer in self.layers:
-            layer.k[target], layer.v[target] = layer.k[source], layer.v[source]
+    def drop_row(self, row: int, last: int, written: int) -> None:
+        """Forget a row; the last one takes its place.
+
+        Args:
+            row: the one to forget.
+            last: the last row in use.
+            written: positions of the last one that hold its keys and values.
+        """
+        for layer in self.layers if row != last else []:
+            for tensor in (layer.k, layer.v):
+                tensor[row, :, :written] = tensor[last, :, :written]
+        for adapters in self.row_adapters or []:
+            adapters.move(last, row)

@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_llama.cache import KVCache
 from lit_llama.combine import PerRow
 from lit_llama.model import LLaMA
-from lit_llama.sampling import GREEDY_BELOW, check_sampling, sample
+from lit_llama.sampling import Sampling, check_sampling, sample
 from lit_llama.seam import Adapter
 
 
@@ -24,10 +24,7 @@ class GenerationRequest(NamedTuple):
         adapter: what is added to the base model, if anything.
         max_new_tokens: after which the row ends; it also ends when the model's window is full.
         stop_ids: tokens that end the row.
-        temperature: 0 takes the likeliest token; larger is more random.
-        top_k: sample among the k likeliest tokens only.
-        top_p: sample among the likeliest tokens that hold this probability together.
-        generator: source of randomness, on the model's device.
+        temperature: see `lit_llama.sampling.Sampling`, as the other options.
     """
 
     prompt: Sequence[int]
@@ -38,6 +35,11 @@ class GenerationRequest(NamedTuple):
     top_k: int | None = None
     top_p: float = 1.0
     generator: torch.Generator | None = None
+
+    @property
+    def sampling(self) -> Sampling:
+        """How its tokens are chosen."""
+        return Sampling(self.temperature, self.top_k, self.top_p, self.generator)
 
 
 class Event(NamedTuple):
@@ -60,8 +62,10 @@ class Decoder:
     """Rows of text that are continued together, a token at a time. Rows join and leave between any two tokens.
 
     All running rows share each forward, even if their adapters differ; the cache is allocated once, and a row that ends
-    makes room for another. A row that cannot be computed, because its adapter raises an error or makes its logits
-    infinite or NaN, ends with an event that says so. The other rows go on as if it had never been there.
+    makes room for another. What a row's adapter adds is worked out when it joins, and kept with the keys and values of
+    its prompt: the other rows have nothing to do with it. A row that cannot be computed, because its adapter raises an
+    error or makes its logits infinite or NaN, ends with an event that says so. The others go on as if it had never been
+    there.
 
     Args:
         model: the base model.
@@ -76,7 +80,6 @@ class Decoder:
         self.running: list[int] = []  # numbers of the rows, in the order of the cache
         self._cache = model.new_cache(max_rows, self.length)
         self._view: KVCache | None = None  # of the running rows; None after some have joined or left
-        self._adapter: Adapter | None = None
         self._requests: dict[int, GenerationRequest] = {}
         self._generated: dict[int, int] = {}
         self._errors: dict[int, str] = {}  # of rows that end with the next step
@@ -100,15 +103,16 @@ class Decoder:
         if first + len(requests) > self.max_rows:
             raise ValueError(f"{first + len(requests)} rows, there is room for {self.max_rows}")
         assert self._first_logits is None, "rows joined twice without a step"
-        check_prompts(self.model, [request.prompt for request in requests])
         for request in requests:
-            check_sampling(request.max_new_tokens, request.temperature, request.top_k, request.top_p)
+            check_request(self.model, request)
         numbers = list(range(self._next_number, self._next_number + len(requests)))
         self._next_number += len(requests)
         self.running += numbers
         self._requests |= dict(zip(numbers, requests, strict=True))
         self._generated |= dict.fromkeys(numbers, 0)
         self._view = None
+        if first == 0:
+            self._cache.forget_adapters()  # of rows that have ended
         self._first_logits = self._prefill(first)
         return numbers
 
@@ -121,9 +125,8 @@ class Decoder:
         else:
             logits, rows = self._decode(), range(len(self.running))
         numbers = [self.running[row] for row in rows]
-        tokens = self._sample(logits, numbers)
-        self._tokens[rows.start : rows.stop] = tokens
-        events = [self._event(number, token) for number, token in zip(numbers, tokens.tolist(), strict=True)]
+        self._tokens[rows.start : rows.stop], tokens = self._sample(logits, numbers)
+        events = [self._event(number, token) for number, token in zip(numbers, tokens, strict=True)]
         for event in events:
             if event.finish:
                 self.leave(event.row)
@@ -135,11 +138,11 @@ class Decoder:
         assert self._first_logits is None or row < last - self._first_logits.size(0), (
             "a row left before its first token"
         )
-        if row != last:
-            self._cache.move_row(last, row)
-            self._tokens[row] = self._tokens[last]
-            self._written[row] = self._written[last]
-            self.running[row] = self.running[last]
+        self._cache.drop_row(row, last, self._written[last])
+        self._cache.clear(row, self._written[last], self._written[row])
+        self._tokens[row] = self._tokens[last]
+        self._written[row] = self._written[last]
+        self.running[row] = self.running[last]
         self.running.pop()
         del self._requests[number], self._generated[number]
         self._errors.pop(number, None)
@@ -154,15 +157,20 @@ class Decoder:
         ids = torch.tensor([prompt + prompt[-1:] * (longest - len(prompt)) for prompt in prompts])  # (n, T)
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         last = torch.arange(ids.size(1)) == lengths[:, None] - 1  # (n, T)
+        adapters = [self._requests[number].adapter for number in self.running]
+        shared = all(adapter is adapters[0] for adapter in adapters)
 
         def forward(rows: slice) -> Tensor:
             here = slice(rows.start - first, rows.stop - first)
-            return self.model(
+            view = self._cache.view(rows, self.length)
+            logits = self.model(
                 ids[here].to(self.model.device),
-                batch_adapters([request.adapter for request in requests[here]]),
+                batch_adapters(adapters[rows]),
                 logits_at=last[here].to(self.model.device),
-                cache=self._cache.view(rows, self.length),
+                cache=view,
             )
+            self._cache.keep_adapters(rows, view, shared)
+            return logits
 
         logits = self._together_or_alone(forward, first)
         for row, request in enumerate(requests, start=first):
@@ -170,21 +178,6 @@ class Decoder:
             self._cache.clear(row, len(request.prompt), max(self._written[row], longest))
             self._written[row] = len(request.prompt)
         return logits
-
-    def _decode(self) -> Tensor:
-        """Logits (B, V) after the last token of each row."""
-        positions = torch.tensor([self._position(number) for number in self.running], device=self.model.device)
-        for row, number in enumerate(self.running):
-            self._written[row] = self._position(number) + 1
-
-        def forward(rows: slice) -> Tensor:
-            if rows == slice(0, len(self.running)):
-                return self._decode_together()
-            [adapter] = [self._requests[number].adapter for number in self.running[rows]]
-            cache = self._cache.view(rows, self.length)
-            return self.model(self._tokens[rows, None], adapter, cache=cache, positions=positions[rows, None])[:, 0]
-
-        return self._together_or_alone(forward, 0)
 
     def _together_or_alone(self, forward: Callable[[slice], Tensor], first: int) -> Tensor:
         """Logits (n, V) of the rows from `first` on, in one forward; if that raises, of each by itself.
@@ -194,7 +187,6 @@ class Decoder:
         try:
             return forward(slice(first, len(self.running)))
         except Exception as error:
-            self._view = None
             problem = _describe(error)
         logits = torch.zeros(len(self.running) - first, self.model.config.vocab_size, device=self.model.device)
         for row in range(first, len(self.running)):
@@ -202,58 +194,48 @@ class Decoder:
                 logits[row - first] = forward(slice(row, row + 1))[0]
             except Exception as error:
                 self._errors[self.running[row]] = _describe(error)
-        if not self._errors:  # then every step will be as slow
-            warnings.warn(f"rows cannot be computed together and are computed one by one: {problem}", stacklevel=4)
+        if not self._errors:
+            warnings.warn(f"prompts cannot be read together and are read one by one: {problem}", stacklevel=4)
         return logits
 
-    def _decode_together(self) -> Tensor:
-        """`_decode` of all rows in one forward."""
+    def _decode(self) -> Tensor:
+        """Logits (B, V) after the last token of each row."""
         positions = [self._position(number) for number in self.running]
-        adapters = [self._requests[number].adapter for number in self.running]
+        for row, position in enumerate(positions):
+            self._written[row] = position + 1
         longest = min(self.length, 64 * math.ceil((max(positions) + 1) / 64))  # beyond, there is nothing to attend to
         forward = self.model.__call__
         if self.model.compiled is not None:  # for one shape: free rows take part, and nobody reads what they say
-            free = self.max_rows - len(positions)
-            positions, adapters, longest = positions + [0] * free, adapters + adapters[:1] * free, self.length
+            forward = self.model.compiled
+            positions, longest = positions + [0] * (self.max_rows - len(positions)), self.length
         rows = slice(0, len(positions))
-        if self._view is None:
-            self._adapter = batch_adapters(adapters)
-            self._view = self._cache.view(rows, longest)
+        if self._view is None or self._view.length < longest:
+            self._view = self._cache.view_with_adapters(rows, longest)
             if self.model.compiled is not None:
                 self._view.keep_addresses()
-        elif self.model.compiled is not None:
-            forward = self.model.compiled  # what the adapters add is in the view by now
+        if self.model.compiled is not None:
             torch.compiler.cudagraph_mark_step_begin()
-        elif self._view.length < longest:
-            self._view = self._cache.view(rows, longest, previous=self._view)
         at = torch.tensor(positions, device=self.model.device)[:, None]  # (B, 1)
-        logits = forward(self._tokens[rows, None], self._adapter, cache=self._view, positions=at)
+        logits = forward(self._tokens[rows, None], cache=self._view, positions=at)
         return logits[: len(self.running), 0]
 
     def _position(self, number: int) -> int:
         """Where in its row the last token stands."""
         return len(self._requests[number].prompt) + self._generated[number] - 1
 
-    def _sample(self, logits: Tensor, numbers: list[int]) -> Tensor:
-        """A token (n) for each row; where there is none, `_errors` says why."""
-        tokens = logits.argmax(-1)
-        for row, (number, is_finite) in enumerate(zip(numbers, logits.isfinite().all(-1).tolist(), strict=True)):
-            request = self._requests[number]
-            if number in self._errors:
-                continue
-            if not is_finite:
-                self._errors[number] = (
-                    "the model's logits are not finite: the values of the adapter, or its scale, are too large"
-                    if request.adapter is not None
-                    else "the model's logits are not finite"
-                )
-            elif request.temperature >= GREEDY_BELOW:
-                options = request.temperature, request.top_k, request.top_p, request.generator
-                try:
-                    tokens[row] = sample(logits[row : row + 1], *options)[0]
-                except Exception as error:
-                    self._errors[number] = _describe(error)
-        return tokens
+    def _sample(self, logits: Tensor, numbers: list[int]) -> tuple[Tensor, list[int]]:
+        """A token (n) for each row, also as numbers; where there is none, `_errors` says why."""
+        logits = logits.float()
+        is_finite = logits.amax(-1).isfinite() & logits.amin(-1).isfinite()
+        samplings = [self._requests[number].sampling for number in numbers]
+        tokens = sample(logits.masked_fill_(~is_finite[:, None], 0), samplings)
+        found = tokens.where(is_finite, -1).tolist()  # the only time that a step waits for the device
+        for number, token in zip(numbers, found, strict=True):
+            if token < 0 and number not in self._errors:
+                cause = ": the values of the adapter, or its scale, are too large"
+                has_adapter = self._requests[number].adapter is not None
+                self._errors[number] = f"the model's logits are not finite{cause if has_adapter else ''}"
+        return tokens, found
 
     def _event(self, number: int, token: int) -> Event:
         request = self._requests[number]
@@ -271,20 +253,21 @@ def batch_adapters(adapters: Sequence[Adapter | None]) -> Adapter | None:
     return adapters[0] if all(adapter is adapters[0] for adapter in adapters) else PerRow(adapters)
 
 
-def check_prompts(model: LLaMA, prompts: Sequence[Sequence[int]]) -> None:
-    """Refuse prompts that cannot be continued.
+def check_request(model: LLaMA, request: GenerationRequest) -> None:
+    """Refuse a request that cannot be continued.
 
     Raises:
-        ValueError: one is empty, leaves no room in the model's window, or has a token that the model does not know.
+        ValueError: the prompt is empty, leaves no room in the model's window, or has a token that the model does not
+            know; or a sampling option is out of range.
     """
-    window, vocabulary = model.config.block_size, model.config.vocab_size
-    for prompt in prompts:
-        if not prompt:
-            raise ValueError("the prompt is empty: the model needs at least one token to continue")
-        if len(prompt) >= window:
-            raise ValueError(f"the prompt has {len(prompt)} tokens, the model's window is {window}: shorten the prompt")
-        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
-            raise ValueError(f"the prompt has tokens from {min(prompt)} to {max(prompt)}, the model knows {vocabulary}")
+    prompt, window, vocabulary = request.prompt, model.config.block_size, model.config.vocab_size
+    if not prompt:
+        raise ValueError("the prompt is empty: the model needs at least one token to continue")
+    if len(prompt) >= window:
+        raise ValueError(f"the prompt has {len(prompt)} tokens, the model's window is {window}: shorten the prompt")
+    if not 0 <= min(prompt) <= max(prompt) < vocabulary:
+        raise ValueError(f"the prompt has tokens from {min(prompt)} to {max(prompt)}, the model knows {vocabulary}")
+    check_sampling(request.max_new_tokens, request.sampling)
 
 
 def _describe(error: Exception) -> str:

@@ -191,7 +191,7 @@ def respond(
             adapter,
             max_new_tokens,
             style.stop_ids,
-            generator=torch.Generator(model.device).manual_seed(seed + i),
+            generator=torch.Generator().manual_seed(seed + i),
             **sampling,
         )
         for i, pair in enumerate(pairs)
@@ -228,7 +228,7 @@ def stream_text(
             window, or a sampling option is out of range.
     """
     ids = tokenizer.encode(style.render(messages), bos=style.bos)
-    generator = torch.Generator(model.device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     answer = AnswerText(tokenizer, style)
     request = GenerationRequest(ids, adapter, max_new_tokens, style.stop_ids, generator=generator, **sampling)
     for [token] in decode(prefill(model, [request])):

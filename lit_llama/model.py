@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lit_llama.attention import attend_grouped
 from lit_llama.backward import scores_in_pieces
 from lit_llama.cache import KVCache, LayerCache
 from lit_llama.config import LLaMAConfig
@@ -275,11 +276,13 @@ class CausalSelfAttention(nn.Module):
                 cache.prefill(k, v)
             else:
                 k, v = cache.append(k, v, layout.positions)  # (B, nkv, S, hs)
-        if layout.lengths is None:
-            y = self.attend(q, k, v, layout.mask, is_causal=layout.mask is None)  # (B, nh, T, hs)
+        if layout.mask is not None:
+            y = attend_grouped(q, k, v, layout.mask)  # (B, nh, T, hs)
+        elif layout.lengths is None:
+            y = self.attend(q, k, v)  # (B, nh, T, hs)
         else:  # sequence by sequence, so that no mask of T x T is ever made
             split = zip(*(heads.split(layout.lengths, dim=2) for heads in (q, k, v)), strict=True)
-            y = torch.cat([self.attend(*heads, is_causal=True) for heads in split], dim=2)  # (1, nh, T, hs)
+            y = torch.cat([self.attend(*heads) for heads in split], dim=2)  # (1, nh, T, hs)
         if isinstance(adapter, LayerAdapter):
             adapter = self.expand(adapter, q.dtype)
             if cache is not None:
@@ -310,24 +313,21 @@ class CausalSelfAttention(nn.Module):
         q, k = turned.split([self.n_head, self.n_kv_head], dim=1)
         return q, k, v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Attention of queries (B, nh, T, hs) over keys and values (B, nkv, S, hs); returns (B, nh, T, hs)."""
-        grouped = self.n_head != self.n_kv_head
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention of queries (B, nh, T, hs) over keys and values (B, nkv, T, hs); returns (B, nh, T, hs)."""
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_head != self.n_kv_head)
 
     def expand(self, adapter: LayerAdapter, dtype: torch.dtype) -> ExpandedAdapter:
         """What an adapter adds here, with the keys and values of its prefixes worked out."""
         return ExpandedAdapter(tuple(self.expand_prefix(prefix, dtype) for prefix in adapter.prefixes), adapter.updates)
 
     def expand_prefix(self, prefix: LayerPrefix, dtype: torch.dtype) -> ExpandedPrefix:
-        """The prefix's keys and values in `dtype`.
-
-        The gates stand before the sum over tokens instead of after it, so that they are multiplied once.
-        """
+        """The prefix's keys and values in `dtype`."""
         _, k, v = self.qkv(prefix.tokens.to(dtype), NO_UPDATES)  # (1 or B, nkv, N, hs)
-        k, v = (heads.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for heads in (k, v))
-        mask = None if prefix.mask is None else prefix.mask[:, None, None, :]
-        return ExpandedPrefix(k, prefix.gates.to(dtype)[:, :, None, None] * v, mask)
+        gates = prefix.gates.to(dtype)[:, :, None, None]  # (1 or B, nh, 1, 1)
+        if k.size(2) > 1:
+            return ExpandedPrefix(v, k, gates)
+        return ExpandedPrefix(gates * v.repeat_interleave(self.n_head // self.n_kv_head, dim=1))
 
     def prefix_contribution(self, q: Tensor, prefix: ExpandedPrefix) -> Tensor:
         """Gated attention of rotated queries (B, nh, T, hs) over the prefix, with a softmax of its own.
@@ -337,11 +337,9 @@ class CausalSelfAttention(nn.Module):
         Returns:
             (B, nh, T, hs), or (1 or B, nh, 1, hs) where one token makes it the same at every position.
         """
-        k, v, mask = prefix
-        if v.size(2) == 1:  # the softmax over one token is 1 for every query
-            return v
-        k, v = (heads.expand(q.size(0), -1, -1, -1) for heads in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, nh, T, hs)
+        if prefix.k is None or prefix.gates is None:  # the softmax over one token is 1 for every query
+            return prefix.v
+        return prefix.gates * attend_grouped(q, prefix.k, prefix.v)  # (B, nh, T, hs)
 
 
 class MLP(nn.Module):

@@ -30,7 +30,7 @@ The contract:
   projection as the base computes it.
 - Adapters scale: a prefix by its gates, an update by `scaled`.
 - Rows of a batch may have different adapters. That is why an update is a named tuple of tensors whose first dimension
-  counts rows, 1 for the whole batch, and in which zeros add nothing: `lit_llama.combine` stacks and pads them.
+  counts rows, 1 for the whole batch, and in which zeros add nothing: `lit_llama.row_adapters` stacks them.
 - What is saved and loaded by its name is a module with float32 parameters, which says what it is (see
   `lit_llama.bias`): `method`, the name in `lit_llama.adapters.METHODS`; `base_sizes`, the fields of the configuration
   that its shapes depend on; `sizes`, their values and its own arguments; `scale_`, which multiplies what it adds; and,
@@ -55,12 +55,10 @@ class LayerPrefix(NamedTuple):
     Args:
         tokens: (1 or B, N, C), in the place of the layer's normalised input x: no norm is applied to them.
         gates: (1 or B, nh), what each query head's contribution is multiplied by.
-        mask: bool (B, N), which tokens there are, for rows with fewer than N but at least one; None means all.
     """
 
     tokens: Tensor
     gates: Tensor
-    mask: Tensor | None = None
 
     def scaled(self, scale: float) -> "LayerPrefix":
         """The prefix with its contribution times a number."""
@@ -115,14 +113,14 @@ class ExpandedPrefix(NamedTuple):
     """A prefix as the heads of one layer see it.
 
     Args:
-        k: (1 or B, nh, N, hs), not rotated.
-        v: (1 or B, nh, N, hs), times the gates.
-        mask: bool (B, 1, 1, N), which tokens there are; None means all.
+        v: values (1 or B, nkv, N, hs). Of one token (1 or B, nh, 1, hs), times the gates: all that it adds.
+        k: keys (1 or B, nkv, N, hs), not rotated. One token needs none, as its softmax is 1 for every query.
+        gates: (1 or B, nh, 1, 1); None where `v` has been multiplied by them.
     """
 
-    k: Tensor
     v: Tensor
-    mask: Tensor | None
+    k: Tensor | None = None
+    gates: Tensor | None = None
 
 
 class ExpandedAdapter(NamedTuple):

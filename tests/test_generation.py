@@ -6,7 +6,7 @@ from conftest import random_aligner, tiny_config
 
 from lit_llama.decoder import Decoder, GenerationRequest
 from lit_llama.generation import complete, generate
-from lit_llama.sampling import sample
+from lit_llama.sampling import Sampling, sample
 from lit_llama.seam import LayerAdapter
 
 
@@ -105,6 +105,35 @@ def test_rows_sample_for_themselves(tiny_model):
     assert greedy == naive_greedy(tiny_model, [5, 6], 12, None)
 
 
+class Counted:
+    """An adapter that counts how often it is asked what it adds."""
+
+    def __init__(self, adapter):
+        self.adapter, self.asked = adapter, 0
+
+    def layer(self, index):
+        self.asked += 1
+        return self.adapter.layer(index)
+
+
+def test_a_row_has_nothing_to_do_with_others_that_join_and_leave(tiny_model):
+    """What its adapter adds is worked out once; others only move or add rows of tensors."""
+    config = tiny_model.config
+    adapters = [Counted(random_aligner(config, n, start_layer=n % 2, init_std=1.0)) for n in (1, 3, 3, 1)]
+    requests = [GenerationRequest([5 + i, 6], adapter, 6 + 5 * i) for i, adapter in enumerate(adapters)]
+    decoder, found = Decoder(tiny_model, max_rows=4, length=64), {}
+    for request in [*requests, None]:
+        for number in decoder.join([request]) if request else []:
+            found[number] = []
+        for _ in range(3 if request else 40):
+            for event in decoder.step() if decoder.running else []:
+                found[event.row].append(event.token)
+    assert [adapter.asked for adapter in adapters] == [config.n_layer] * 4
+    assert list(found.values()) == [
+        naive_greedy(tiny_model, row.prompt, row.max_new_tokens, row.adapter) for row in requests
+    ]
+
+
 def overflowing(config):
     """An Aligner of finite values with which keys, values and logits are infinite or NaN."""
     aligner = random_aligner(config, 2, start_layer=1)
@@ -114,7 +143,7 @@ def overflowing(config):
 
 
 class Broken:
-    """An adapter that raises an error, at once or when the prompt has been read."""
+    """An adapter that raises an error, in the first layer or in a later one."""
 
     def __init__(self, layers):
         self.left = layers
@@ -159,7 +188,7 @@ def test_rows_leave_nothing_behind(tiny_model):
     assert_clean(decoder)
 
 
-@pytest.mark.parametrize("bad", ["overflowing", "broken", "broken later", "other sizes", "sampling"])
+@pytest.mark.parametrize("bad", ["overflowing", "broken", "broken later", "other sizes"])
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_what_one_row_raises_ends_it_alone(tiny_model, bad, place):
     """In the prompt or later, wherever the row stands among others that have joined with it or before."""
@@ -169,17 +198,13 @@ def test_what_one_row_raises_ends_it_alone(tiny_model, bad, place):
         GenerationRequest(list(range(20)), aligners[1], 9),
         GenerationRequest([8], None, 30),
     ]
-    broken = GenerationRequest([3, 4, 5, 6], None, 12)
-    if bad == "sampling":
-        broken = broken._replace(temperature=1.0, generator="none")
-    else:
-        adapters = {
-            "overflowing": overflowing(tiny_model.config),
-            "broken": Broken(1),
-            "broken later": Broken(tiny_model.config.n_layer),
-            "other sizes": random_aligner(tiny_config(n_embd=64), 1),
-        }
-        broken = broken._replace(adapter=adapters[bad])
+    adapters = {
+        "overflowing": overflowing(tiny_model.config),
+        "broken": Broken(1),
+        "broken later": Broken(tiny_model.config.n_layer - 1),
+        "other sizes": random_aligner(tiny_config(n_embd=64), 1),
+    }
+    broken = GenerationRequest([3, 4, 5, 6], adapters[bad], 12)
     decoder = Decoder(tiny_model, 5, 200)
     decoder.join([GenerationRequest([9, 9], None, 40)])
     decoder.step()
@@ -214,11 +239,13 @@ class Closure:
         return LayerAdapter(updates={"q": (lambda x, y: 0.5 * y,)})
 
 
-def test_rows_that_do_not_go_together_are_computed_one_by_one(tiny_model):
-    prompts, adapters = [[5, 6], [7, 8, 9]], [Closure(), random_aligner(tiny_model.config, 2)]
-    expected = [naive_greedy(tiny_model, *pair) for pair in zip(prompts, [10, 10], adapters, strict=True)]
-    with pytest.warns(UserWarning, match="one by one: AttributeError"):
-        assert generate(tiny_model, prompts, 10, adapter=adapters) == expected
+def test_updates_that_cannot_be_stacked_need_a_batch_of_their_own(tiny_model):
+    closure, request = Closure(), GenerationRequest([5, 6], None, 10)
+    expected = naive_greedy(tiny_model, [5, 6], 10, closure)
+    assert generate(tiny_model, [[5, 6]] * 2, 10, adapter=closure) == [expected] * 2
+    tokens, ends = run_all(Decoder(tiny_model, 2, 64), [request._replace(adapter=closure), request])
+    assert tokens == [[], naive_greedy(tiny_model, [5, 6], 10, None)]
+    assert "an update is a function; rows of a batch need named tuples of tensors" in ends[0].error
 
 
 def test_callers_for_whole_texts_get_the_error(tiny_model):
@@ -235,7 +262,7 @@ def test_cold_sampling_is_greedy(tiny_model):
     logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
     logits[0] *= 1e30
     for temperature in (1e-310, 5e-324, 1e-45, 1e-38, 1e-20, 9.9e-6, 1e-5):
-        assert sample(logits, temperature).tolist() == logits.argmax(-1).tolist()
+        assert sample(logits, [Sampling(temperature)] * 4).tolist() == logits.argmax(-1).tolist()
         request = GenerationRequest([5, 6, 7], None, 8, temperature=temperature)
         tokens, [end] = run_all(Decoder(tiny_model, 1, 64), [request])
         assert (tokens, end.finish) == ([naive_greedy(tiny_model, [5, 6, 7], 8, None)], "length")
@@ -281,9 +308,49 @@ PROBABILITIES = torch.tensor([0.15, 0.5, 0.1, 0.25])
 def test_sampling_follows_its_distribution(options, expected):
     draws = 20_000
     logits = PROBABILITIES.log().expand(draws, -1)
-    tokens = sample(logits, generator=torch.Generator().manual_seed(0), **options)
+    options = {"temperature": 1.0, "generator": torch.Generator().manual_seed(0)} | options
+    tokens = sample(logits, [Sampling(**options)] * draws)
     shares = torch.bincount(tokens, minlength=4) / draws
     torch.testing.assert_close(shares, torch.tensor(expected).float(), atol=0.015, rtol=0)
+
+
+def kept_by_definition(logits, sampling):
+    """Tokens that may be drawn, with their probabilities, in Python's own numbers."""
+    logits = logits.double() / sampling.temperature
+    weights = (logits - logits.max()).exp().tolist()
+    order = sorted(range(len(weights)), key=lambda token: -weights[token])
+    if sampling.top_k is not None:
+        order = [token for token in order if weights[token] >= weights[order[min(sampling.top_k, len(order)) - 1]]]
+    total, before, least = sum(weights[token] for token in order), 0.0, 0.0
+    for token in order:
+        if before < sampling.top_p * total:
+            least = weights[token]
+        before += weights[token]
+    kept = {token: weights[token] for token in order if weights[token] >= least}
+    return {token: weight / sum(kept.values()) for token, weight in kept.items()}
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])
+def test_rows_are_sampled_in_one_pass_as_alone(spread):
+    """Flat, usual and peaked distributions of a vocabulary that is no multiple of anything, ties among them."""
+    random = torch.Generator().manual_seed(1)
+    choices = [(0.0, None, 1.0), (1.0, None, 1.0), (0.7, 50, 1.0), (1.0, None, 0.9), (1.3, None, 0.999), (0.5, 7, 0.6)]
+    logits = (spread * torch.randn(len(choices), 5003, generator=random)).bfloat16()
+
+    def rows(seed):
+        return [Sampling(*one, torch.Generator().manual_seed(seed + i)) for i, one in enumerate(choices)]
+
+    drawn = [sample(logits, rows(seed)).tolist() for seed in range(0, 1000, 10)]
+    alone = [sample(logits[i : i + 1], [row]).item() for i, row in enumerate(rows(0))]
+    backwards = sample(logits.flip(0), rows(0)[::-1]).tolist()[::-1]
+    assert drawn[0] == alone == backwards
+    for i, tokens in enumerate(zip(*drawn, strict=True)):
+        kept = kept_by_definition(logits[i], rows(0)[i]) if i else {int(logits[0].argmax()): 1.0}
+        assert set(tokens) <= kept.keys()
+        if len(kept) > 1:  # the tokens in their order, each as wide as its probability: the mean place is the middle
+            ends = torch.tensor([kept.get(token, 0.0) for token in range(logits.size(1))]).cumsum(0)
+            places = torch.tensor([ends[token] - kept[token] / 2 for token in tokens])
+            assert abs(places.mean() - 0.5) < 4 * (1 / 12 / len(tokens)) ** 0.5
 
 
 def test_seed_decides_the_sample(tiny_model):

@@ -207,7 +207,7 @@ def _conversations(
             for answer, following in zip(said[question.id], question.turns[1:], strict=False):
                 messages += [Message("assistant", answer), Message("user", following)]
             ids = base.tokenizer.encode(style.render(messages), bos=style.bos)
-            generator = torch.Generator(base.device).manual_seed(seed)
+            generator = torch.Generator().manual_seed(seed)
             options = {"temperature": temperature, "generator": generator}
             requests.append(GenerationRequest(ids, base.adapter, max_new_tokens, style.stop_ids, **options))
         what = f"answers of {name}" + (f", turn {turn + 1}" if turn or len(left[0].turns) > 1 else "")

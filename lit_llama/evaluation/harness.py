@@ -162,7 +162,7 @@ class HarnessModel(TemplateLM):
                 )
             ids = self.tok_encode(context)[-room:]
             sampling = {key: options[key] for key in ("temperature", "top_k", "top_p") if key in options}
-            generator = torch.Generator(self.device).manual_seed(i)
+            generator = torch.Generator().manual_seed(i)
             stop_ids = self._tokenizer.stop_ids
             asked.append(
                 (

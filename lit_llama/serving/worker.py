@@ -25,12 +25,13 @@ from tqdm import tqdm
 
 from lit_llama.base import Bits, open_base
 from lit_llama.combine import WeightedSum
-from lit_llama.decoder import Decoder, GenerationRequest
+from lit_llama.decoder import Decoder, GenerationRequest, check_request
 from lit_llama.devices.precision import Precision
 from lit_llama.model import LLaMA
 from lit_llama.seam import Adapter
 from lit_llama.serving.store import AdapterStore
 
+PROMPT_TOKENS = 512  # padding included, that are read between two tokens of the other rows, unless one prompt has more
 ENDING = "the server is ending: try again later"
 
 
@@ -313,24 +314,13 @@ class Rows:
             self._decoder.leave(row)
 
     def step(self) -> list[tuple[int, Said]]:
-        """Let a row in if there is room, then a token for each; what there is to say about it, by request."""
-        said: list[tuple[int, Said]] = []
-        while self._waiting and len(self._decoder.running) < self._decoder.max_rows:
-            number, job = self._waiting.popleft()
-            try:
-                request = self._request(job)
-            except Exception as error:  # of this row alone, such as a file that has vanished
-                said.append((number, Said(error=str(error), status=400)))
-                continue
-            try:
-                [row] = self._decoder.join([request])
-            except ValueError as error:  # of this row alone, which has not joined
-                said.append((number, Said(error=str(error), status=400)))
-                continue
-            except Exception as error:
-                return said + self._fail(error, number)
-            self._numbers[row] = number
-            break  # one prompt between two tokens of the others
+        """Let rows in if there is room, then a token for each; what there is to say about it, by request."""
+        joining, said = self._next_requests()
+        try:
+            rows = self._decoder.join(list(joining.values())) if joining else []
+        except Exception as error:
+            return said + self._fail(error, *joining)
+        self._numbers |= dict(zip(rows, joining, strict=True))
         try:
             events = self._decoder.step() if self._decoder.running else []
         except Exception as error:
@@ -340,6 +330,26 @@ class Rows:
             if event.finish:
                 del self._numbers[event.row]
         return said
+
+    def _next_requests(self) -> tuple[dict[int, GenerationRequest], list[tuple[int, Said]]]:
+        """Some of the requests that wait, if there is room; and what is said to those that are refused."""
+        joining: dict[int, GenerationRequest] = {}
+        said: list[tuple[int, Said]] = []
+        longest = 0
+        while self._waiting and len(self._decoder.running) + len(joining) < self._decoder.max_rows:
+            number, job = self._waiting[0]
+            longest = max(longest, len(job.prompt))
+            if joining and longest * (len(joining) + 1) > PROMPT_TOKENS:
+                break
+            self._waiting.popleft()
+            try:
+                request = self._request(job)
+                check_request(self._model, request)
+            except Exception as error:  # of this row alone, such as a file that has vanished
+                said.append((number, Said(error=str(error), status=400)))
+            else:
+                joining[number] = request
+        return joining, said
 
     def _fail(self, error: Exception, *joining: int) -> list[tuple[int, Said]]:
         """End all rows by an error that no row alone has caused: memory, the device. Later ones find a new decoder."""
@@ -357,5 +367,5 @@ class Rows:
             adapter = self._store.get(job.adapter)
             if job.scale != 1:
                 adapter = WeightedSum((adapter, job.scale))
-        generator = torch.Generator(self._model.device).manual_seed(job.seed)
+        generator = torch.Generator().manual_seed(job.seed)
         return GenerationRequest(job.prompt, adapter, generator=generator, **job.options)
