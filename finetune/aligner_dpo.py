@@ -16,7 +16,6 @@ from typing import Any, Literal
 import torch
 
 from lit_llama.adapters import Method
-from lit_llama.base import open_base
 from lit_llama.data import Batch, open_data
 from lit_llama.dpo_reference import cached_reference, read_policy_and_reference, reference_logprobs
 from lit_llama.losses import LossSums, response_logprobs
@@ -31,7 +30,8 @@ from lit_llama.preference_losses import (
 )
 from lit_llama.samples import sample_answers
 from lit_llama.script.command_line import run
-from lit_llama.script.machine import Machine, build_all
+from lit_llama.script.conditions import Conditions
+from lit_llama.script.machine import build_all
 from lit_llama.training import fit
 from lit_llama.tuning import find_learning_rate
 
@@ -64,7 +64,7 @@ def main(
     eval_interval: int = 48,
     patience: int | None = None,
     seed: int = 1337,
-    **machine: Any,  # paper: --precision bf16-true
+    **conditions: Any,  # paper: --precision bf16-true
 ) -> None:
     """Fine-tune.
 
@@ -103,13 +103,17 @@ def main(
         eval_interval: number of optimizer steps between validations, which also show a few answers.
         patience: number of validations in a row without a lower loss after which the run ends early.
         seed: seed of the initialisation and of the order of the pairs.
-        machine: where the run computes and what it keeps; see `Machine`.
+        conditions: what all scripts of finetune/ have: other adapters, text to keep, the machine; see `Conditions`. The
+            scale of a preference is not defined, so --scale_range is refused.
     """
     options = dict(locals())
     torch.manual_seed(seed)
     has_reference = PAIR_LOSSES[loss].has_reference
-    machine, plan, coefficients, _, start = build_all(
-        lambda: Machine(**machine),
+    refused = {"scale_range": "a pair does not say what lies between its responses"}
+    if cache_reference:
+        refused["also_adapter"] = "what --cache_reference keeps does not depend on it"
+    conditions, plan, coefficients, _, start = build_all(
+        lambda: Conditions(**conditions).without(refused),
         lambda: Plan(
             learning_rate=learning_rate, decay=decay, batch_size=batch_size, micro_batch_size=micro_batch_size,
             epochs=epochs, max_steps=max_steps, warmup_steps=warmup_steps, max_grad_norm=max_grad_norm,
@@ -125,37 +129,34 @@ def main(
     tokenizer, (train, validation) = open_data(checkpoint_dir, data_dir, max_seq_length, kind="pairs")
     plan = plan.for_items(len(train))
 
-    fabric, mesh = machine.launch(out_dir, plan)
-    base = open_base(
-        checkpoint_dir, prompt_style=train.header["prompt_style"], precision=machine.precision,
-        quantize=machine.quantize, device=fabric.device, mesh=mesh,
-    )  # fmt: skip
-    if machine.activation_checkpointing:
-        base.model.checkpoint_activations()
+    fabric, base, objective = conditions.open(checkpoint_dir, train.header["prompt_style"], plan, out_dir)
     start.join(base.model, fabric.device)
     if cache_reference:
+        bits = conditions.machine.quantize
         for dataset in (train, validation):
             dataset.reference = cached_reference(
-                fabric, base.model, start.reference, dataset, data_dir, micro_batch_size, quantize=machine.quantize
+                fabric, base.model, start.reference, dataset, data_dir, micro_batch_size, quantize=bits
             )
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=weight_decay)
 
     def measure(batch: Batch) -> LossSums:
-        reference = reference_logprobs(base.model, start.reference, batch) if has_reference else None
-        logprobs = response_logprobs(base.model, policy, batch)
-        return pair_loss(loss, logprobs, reference, batch.scored_lengths(), coefficients)
+        held_to = objective.together(start.reference)
+        reference = reference_logprobs(base.model, held_to, batch) if has_reference else None
+        logprobs = response_logprobs(base.model, objective.together(policy), batch)
+        sums = pair_loss(loss, logprobs, reference, batch.scored_lengths(), coefficients)
+        return objective.keep(sums, policy, batch, per_item=True)
 
     def show_answers() -> str:
-        return sample_answers(base.model, policy, tokenizer, base.style, validation)
+        return sample_answers(base.model, objective.together(policy), tokenizer, base.style, validation)
 
     plan = find_learning_rate(
         fabric, policy, optimizer, measure, train, tokenizer, plan,
-        around=3e-3, measured=PREFERENCE_METRICS, resume_dir=out_dir if machine.resume else None,
+        around=3e-3, measured=objective.measured(PREFERENCE_METRICS), resume_dir=conditions.resume_dir(out_dir),
     )  # fmt: skip
-    folder = machine.run_folder(out_dir, base, options | coefficients, start.fingerprints)
+    folder = conditions.run_folder(out_dir, base, options | coefficients, objective, start.fingerprints)
     fit(
         fabric, policy, optimizer, measure, train, validation, plan, folder,
-        measured=PREFERENCE_METRICS, show_answers=show_answers,
+        measured=objective.measured(PREFERENCE_METRICS), show_answers=show_answers,
     )  # fmt: skip
 
 

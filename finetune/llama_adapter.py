@@ -11,15 +11,15 @@ from typing import Any, Literal
 
 import torch
 
-from lit_llama.base import open_base
 from lit_llama.checkpoint import read_config
 from lit_llama.data import Batch, open_data
 from lit_llama.llama_adapter import LLaMAAdapter
-from lit_llama.losses import LossSums, supervised_loss
+from lit_llama.losses import LossSums
 from lit_llama.plan import Decay, Plan
 from lit_llama.samples import sample_answers
 from lit_llama.script.command_line import run
-from lit_llama.script.machine import Machine, build_all
+from lit_llama.script.conditions import Conditions
+from lit_llama.script.machine import build_all
 from lit_llama.training import fit
 from lit_llama.tuning import find_learning_rate
 
@@ -45,7 +45,7 @@ def main(
     eval_interval: int = 48,
     patience: int | None = None,
     seed: int = 1337,
-    **machine: Any,
+    **conditions: Any,
 ) -> None:
     """Fine-tune.
 
@@ -72,12 +72,13 @@ def main(
         eval_interval: number of optimizer steps between validations, which also show a few answers.
         patience: number of validations in a row without a lower loss after which the run ends early.
         seed: seed of the initialisation and of the order of the examples.
-        machine: where the run computes and what it keeps; see `Machine`.
+        conditions: what all scripts of finetune/ have: other adapters, scales, text to keep, the machine; see
+            `Conditions`.
     """
     options = dict(locals())
     torch.manual_seed(seed)
-    machine, plan, adapter = build_all(
-        lambda: Machine(**machine),
+    conditions, plan, adapter = build_all(
+        lambda: Conditions(**conditions),
         lambda: Plan(
             learning_rate=learning_rate, decay=decay, batch_size=batch_size, micro_batch_size=micro_batch_size,
             epochs=epochs, max_steps=max_steps, warmup_steps=warmup_steps, max_grad_norm=max_grad_norm,
@@ -88,26 +89,25 @@ def main(
     tokenizer, (train, validation) = open_data(checkpoint_dir, data_dir, max_seq_length)
     plan = plan.for_items(len(train))
 
-    fabric, mesh = machine.launch(out_dir, plan)
-    base = open_base(
-        checkpoint_dir, prompt_style=train.header["prompt_style"], precision=machine.precision,
-        quantize=machine.quantize, device=fabric.device, mesh=mesh,
-    )  # fmt: skip
-    if machine.activation_checkpointing:
-        base.model.checkpoint_activations()
+    fabric, base, objective = conditions.open(checkpoint_dir, train.header["prompt_style"], plan, out_dir)
     adapter.to(fabric.device)
     optimizer = torch.optim.AdamW(adapter.parameters(), weight_decay=weight_decay)
 
     def loss(batch: Batch) -> LossSums:
-        return supervised_loss(base.model, adapter, batch)
+        return objective.supervised(adapter, batch)
 
     def show_answers() -> str:
-        return sample_answers(base.model, adapter, tokenizer, base.style, validation)
+        return sample_answers(base.model, objective.together(adapter), tokenizer, base.style, validation)
 
-    resume_dir = out_dir if machine.resume else None
-    plan = find_learning_rate(fabric, adapter, optimizer, loss, train, tokenizer, plan, resume_dir=resume_dir)
-    folder = machine.run_folder(out_dir, base, options)
-    fit(fabric, adapter, optimizer, loss, train, validation, plan, folder, show_answers=show_answers)
+    plan = find_learning_rate(
+        fabric, adapter, optimizer, loss, train, tokenizer, plan,
+        measured=objective.measured(), resume_dir=conditions.resume_dir(out_dir),
+    )  # fmt: skip
+    folder = conditions.run_folder(out_dir, base, options, objective)
+    fit(
+        fabric, adapter, optimizer, loss, train, validation, plan, folder,
+        measured=objective.measured(), show_answers=show_answers,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -44,6 +44,21 @@ MOST_LAYERS = 1024
 
 
 @dataclass(frozen=True)
+class Companion:
+    """An adapter on top of which another one was trained, and together with which that is to be used.
+
+    Args:
+        name: name of its file or run folder.
+        fingerprint: the first 16 digits of its `adapter_fingerprint`.
+        scale: what it was multiplied by.
+    """
+
+    name: str
+    fingerprint: str
+    scale: float
+
+
+@dataclass(frozen=True)
 class AdapterInfo:
     """What an adapter file says about itself.
 
@@ -58,6 +73,7 @@ class AdapterInfo:
         seconds: training took.
         hyperparameters: options of the training run.
         fingerprint: the `adapter_fingerprint` of what the file holds; empty in files that older code wrote.
+        also: adapters on top of which it was trained; only in files of those that were.
         format_version: version of the file's format.
     """
 
@@ -71,6 +87,7 @@ class AdapterInfo:
     seconds: float | None = None
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
+    also: tuple[Companion, ...] = ()
     format_version: int = FORMAT_VERSION
 
     @property
@@ -104,7 +121,7 @@ def save_adapter(
         base: the base that it was trained on. The file records its name, its fingerprint, how it was quantised, and,
             of a base that `open_base` returned, the prompt style.
         training: other fields of `AdapterInfo` to record: `prompt_style`, `step`, `validation_loss`, `seconds`,
-            `hyperparameters`. What is given here goes before what `base` says.
+            `hyperparameters`, `also`. What is given here goes before what `base` says.
 
     Raises:
         ValueError: the adapter has values that are not finite.
@@ -121,7 +138,8 @@ def save_adapter(
     for name, tensor in tensors.items():
         finite(path, name, tensor)
     info = AdapterInfo(adapter.method, adapter.sizes, fingerprint=adapter_fingerprint(adapter), **training)
-    metadata = {name: json.dumps(value, default=str) for name, value in asdict(info).items()}
+    said = {name: value for name, value in asdict(info).items() if name != "also" or value}  # older code knows no also
+    metadata = {name: json.dumps(value, default=str) for name, value in said.items()}
     with atomic_file(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
@@ -254,6 +272,9 @@ def _parse_info(path: Path, metadata: Mapping[str, str]) -> AdapterInfo:
     values["validation_loss"] = take(values, "validation_loss", float, path, None)
     method = take(values, "method", str, path)
     take(values, "config", dict, path)
+    also = check_list(values.get("also", []), "also", dict, path)
+    kinds = Companion.__annotations__.items()
+    values["also"] = tuple(Companion(*(take(one, *kind, f"{path}, also") for kind in kinds)) for one in also)
     values["method"] = FORMER_METHODS.get(method, method)
     if values["method"] not in METHODS:
         raise ValueError(f"{path}: method is {method[:100]!r}, expected one of {', '.join(METHODS)}")

@@ -7,6 +7,7 @@ base.with_adapter("out/other").generate(["Why is the sky blue?", "What is rain?"
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -153,7 +154,8 @@ class Base:
         return self._with(read, scale, style)
 
     def _with(self, read: list[ReadAdapter], scale: float | Sequence[float] | None, style: PromptStyle) -> Base:
-        scales = _scales(scale, len(read))
+        scales = scales_of(scale, len(read))
+        warn_of_missing(read)
         for one in read:
             self._check(one)
             if isinstance(one.adapter, torch.nn.Module):
@@ -248,7 +250,7 @@ def open_base(
     config, tokenizer = read_config(checkpoint_dir), Tokenizer(checkpoint_dir)
     tokenizer.check_vocabulary(config.vocab_size)
     read = read_adapters(adapter_path, config)  # refused before the base is loaded
-    _scales(adapter_scale, len(read))
+    scales_of(adapter_scale, len(read))
     infos = _infos(read)
     style = style_of(prompt_style, infos[0].style if infos else None, tokenizer)
     bits = quantize or trained_bits({one.name: one.info for one in read if one.info is not None})
@@ -308,10 +310,24 @@ def open_adapters(
         ValueError: a file is damaged or of another base, or there are too many or too few scales.
     """
     read = read_adapters(adapters, model.config)
+    warn_of_missing(read)
     for one in read:
         if one.info is not None:
             check_base(one.path or Path(one.name), one.info, model, allow_other_base)
-    return _add_up(read, _scales(scale, len(read))), _infos(read)
+    return _add_up(read, scales_of(scale, len(read))), _infos(read)
+
+
+def warn_of_missing(read: Sequence[ReadAdapter]) -> None:
+    """Say which adapters some of these were trained on top of, if they are not there."""
+    there = {one.content for one in read}
+    for one in read:
+        for companion in one.info.also if one.info is not None else ():
+            if companion.fingerprint not in there:
+                warnings.warn(
+                    f"{one.name} was trained on top of {companion.name} (scale {companion.scale:g}): add that adapter, "
+                    "as it learned only what is missing there",
+                    stacklevel=2,
+                )
 
 
 def _add_up(read: Sequence[ReadAdapter], scales: Sequence[float]) -> Adapter | None:
@@ -325,8 +341,8 @@ def _infos(read: Sequence[ReadAdapter]) -> tuple[AdapterInfo, ...]:
     return tuple(one.info for one in read if one.info is not None)
 
 
-def _scales(scale: float | Sequence[float] | None, count: int) -> list[float]:
-    """A scale for each adapter."""
+def scales_of(scale: float | Sequence[float] | None, count: int) -> list[float]:
+    """A scale for each of some adapters, from one for each, or one for all, or none, which is 1."""
     if scale is None:
         return [1.0] * count
     scales = [float(scale)] if isinstance(scale, int | float) else [float(one) for one in scale]

@@ -15,6 +15,7 @@ from lit_llama.files import require_extra
 from lit_llama.tokenizer import Tokenizer
 
 MAX_SOURCE = 200_000
+SWITCHES = ("enable_thinking", "thinking")  # of Qwen3, SmolLM3 and others; of Granite and DeepSeek
 _now: ContextVar[datetime.datetime | None] = ContextVar("now", default=None)
 
 
@@ -64,7 +65,7 @@ def render_chat(
         raise ValueError(f"the model's chat template failed: {_one_line(error)}") from None
 
 
-def render_undated(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> str:
+def render_undated(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
     """Render as on no particular day, so that the text tells templates apart and is the same tomorrow.
 
     A template that can do without the date is rendered without it.
@@ -73,13 +74,34 @@ def render_undated(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) 
         ValueError: as `render_chat`.
     """
     if "strftime_now" not in check_template(tokenizer):
-        return render_chat(tokenizer, messages)
+        return render_chat(tokenizer, messages, **variables)
     undefined = require_extra("jinja2", "chat").Undefined(name="strftime_now")
     try:
-        return render_chat(tokenizer, messages, strftime_now=undefined)
+        return render_chat(tokenizer, messages, strftime_now=undefined, **variables)
     except ValueError:
         with at(datetime.datetime(2024, 7, 26)):
-            return render_chat(tokenizer, messages)
+            return render_chat(tokenizer, messages, **variables)
+
+
+def thinking_switch(tokenizer: Tokenizer) -> str:
+    """The variable by which a model's chat template lets it think before it answers, or not.
+
+    Raises:
+        ValueError: the template has no such switch.
+    """
+    source = check_template(tokenizer)
+    meta = require_extra("jinja2.meta", "chat")
+    try:
+        asked = meta.find_undeclared_variables(_environment().parse(source))
+    except Exception as error:
+        raise ValueError(f"the model's chat template failed: {_one_line(error)}") from None
+    found = [name for name in SWITCHES if name in asked]
+    if not found:
+        raise ValueError(
+            f"the model's chat template has no switch for thinking, which would be called {' or '.join(SWITCHES)}: "
+            "leave out --thinking"
+        )
+    return found[0]
 
 
 def check_template(tokenizer: Tokenizer) -> str:

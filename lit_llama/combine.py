@@ -1,9 +1,12 @@
-"""Adapters combined: several added up, each scaled, or another one for each row of a batch."""
+"""Adapters combined: several added up, each scaled, or another one for each row of a batch, or at each position."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
 
 from lit_llama.row_adapters import RowAdapters
-from lit_llama.seam import PROJECTIONS, Adapter, LayerAdapter
+from lit_llama.seam import PROJECTIONS, Adapter, LayerAdapter, Update
 
 
 class WeightedSum:
@@ -27,6 +30,39 @@ class WeightedSum:
             for name in PROJECTIONS
         }
         return LayerAdapter(prefixes, {name: some for name, some in updates.items() if some})
+
+
+class PerPosition:
+    """An adapter whose contribution is multiplied by a number of its own at each position of a batch.
+
+    Args:
+        adapter: the adapter.
+        share: the numbers, (B, T).
+    """
+
+    def __init__(self, adapter: Adapter, share: Tensor) -> None:
+        self.adapter, self.share = adapter, share
+
+    def layer(self, index: int) -> LayerAdapter:
+        """All prefixes and updates, each with its share."""
+        prefixes, updates = self.adapter.layer(index)
+        return LayerAdapter(
+            tuple(prefix._replace(share=self.share) for prefix in prefixes),
+            {name: tuple(Shared(update, self.share) for update in some) for name, some in updates.items()},
+        )
+
+
+class Shared(NamedTuple):
+    """An update that is multiplied by `share` (B, T) at each position."""
+
+    update: Update
+    share: Tensor
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.share[..., None].to(y.dtype) * self.update(x, y)
+
+    def scaled(self, scale: float) -> "Shared":
+        return self._replace(update=self.update.scaled(scale))
 
 
 class PerRow:

@@ -13,7 +13,7 @@ from lit_llama.config import LLaMAConfig
 from lit_llama.files import write_json
 from lit_llama.model import parameter_shapes
 from lit_llama.tensor_files import SHARD_BYTES, check_shape, write_weights
-from lit_llama.tokenizer import TEMPLATE_DIR, TOKENIZER_FILES, Tokenizer
+from lit_llama.tokenizer import TEMPLATE_DIR, TOKENIZER_FILES, Tokenizer, tokenizer_file
 
 
 def write_base(
@@ -57,10 +57,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     Raises:
         FileNotFoundError: there is no tokenizer in `source`.
     """
-    if not any((source / name).is_file() for name in TOKENIZER_FILES[:2]):
-        raise FileNotFoundError(
-            f"{source} holds no tokenizer: expected tokenizer.json or tokenizer.model next to the weights"
-        )
+    tokenizer_file(source)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lit_llama.checkpoint import read_config
@@ -90,12 +91,16 @@ class Batch(NamedTuple):
             predicts.
         lengths: lengths of the examples in a packed row.
         reference: log-probability of each example's scored tokens under a reference (E), where it was computed before.
+        items: places of the items in their data set, for what is drawn for each.
+        step: optimizer step that reads them, counted from 0; None where nothing is trained.
     """
 
     ids: Tensor
     scored: Tensor
     lengths: list[int] | None = None
     reference: Tensor | None = None
+    items: Sequence[int] = ()
+    step: int | None = None
 
     def to(self, device: torch.device) -> "Batch":
         reference = None if self.reference is None else self.reference.to(device)
@@ -105,6 +110,16 @@ class Batch(NamedTuple):
         """Scored tokens of each example, (E)."""
         rows = self.scored.unbind() if self.lengths is None else self.scored[0].split(self.lengths)
         return torch.stack([row.sum() for row in rows])
+
+    def predicts_scored(self) -> Tensor:
+        """Bool (B, T), the positions whose next token is scored."""
+        return F.pad(self.scored[:, 1:], (0, 1))
+
+    def per_position(self, values: Tensor) -> Tensor:
+        """A number of each example (E) at each of its positions, (B, T)."""
+        if self.lengths is None:
+            return values[:, None].expand(self.ids.shape)
+        return values.repeat_interleave(torch.tensor(self.lengths, device=values.device))[None]
 
 
 def collate(examples: Sequence[Example], pack: bool = False) -> Batch:
@@ -248,8 +263,9 @@ class TokenDataset:
 
     def batch(self, indices: Sequence[int], pack: bool = False) -> Batch:
         """The examples of some items in one batch."""
+        reference = None if self.reference is None else self.reference[indices].flatten()
         batch = collate([example for index in indices for example in self[index]], pack)
-        return batch if self.reference is None else batch._replace(reference=self.reference[indices].flatten())
+        return batch._replace(reference=reference, items=indices)
 
     def padding(self, micro_batches: Iterable[Sequence[int]]) -> float:
         """Share of positions that are padding where these micro batches are not packed."""

@@ -21,6 +21,7 @@ from lit_llama.data import Batch, TokenDataset, by_length
 from lit_llama.files import atomic_file
 from lit_llama.losses import response_logprobs
 from lit_llama.model import LLaMA
+from lit_llama.seam import Adapter
 
 if TYPE_CHECKING:  # takes seconds to import, which --help should not cost
     from lightning.fabric import Fabric
@@ -86,7 +87,7 @@ def read_policy_and_reference(
 
 
 @torch.no_grad()
-def reference_logprobs(model: LLaMA, reference: AnyAdapter | None, batch: Batch) -> Tensor:
+def reference_logprobs(model: LLaMA, reference: Adapter | None, batch: Batch) -> Tensor:
     """The reference's log-probability of each example (E): the one that the batch carries, or else computed."""
     return response_logprobs(model, reference, batch) if batch.reference is None else batch.reference
 

@@ -61,8 +61,7 @@ def response_logprobs(model: LLaMA, adapter: Adapter | None, batch: Batch) -> Te
 
 def _scored_logprobs(model: LLaMA, adapter: Adapter | None, batch: Batch) -> Tensor:
     """Log-probability of each scored token, float32 (n); logits are computed for those alone."""
-    predicts_scored = F.pad(batch.scored[:, 1:], (0, 1))  # position t predicts token t + 1
-    hidden = model.hidden_states(batch.ids, adapter, at=predicts_scored, lengths=batch.lengths)  # (n, C)
+    hidden = model.hidden_states(batch.ids, adapter, at=batch.predicts_scored(), lengths=batch.lengths)  # (n, C)
     return token_logprobs(model, hidden, batch.ids[batch.scored])
 
 

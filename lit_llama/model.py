@@ -325,9 +325,10 @@ class CausalSelfAttention(nn.Module):
         """The prefix's keys and values in `dtype`."""
         _, k, v = self.qkv(prefix.tokens.to(dtype), NO_UPDATES)  # (1 or B, nkv, N, hs)
         gates = prefix.gates.to(dtype)[:, :, None, None]  # (1 or B, nh, 1, 1)
+        share = None if prefix.share is None else prefix.share.to(dtype)[:, None, :, None]  # (B, 1, T, 1)
         if k.size(2) > 1:
-            return ExpandedPrefix(v, k, gates)
-        return ExpandedPrefix(gates * v.repeat_interleave(self.n_head // self.n_kv_head, dim=1))
+            return ExpandedPrefix(v, k, gates, share)
+        return ExpandedPrefix(gates * v.repeat_interleave(self.n_head // self.n_kv_head, dim=1), share=share)
 
     def prefix_contribution(self, q: Tensor, prefix: ExpandedPrefix) -> Tensor:
         """Gated attention of rotated queries (B, nh, T, hs) over the prefix, with a softmax of its own.
@@ -337,9 +338,10 @@ class CausalSelfAttention(nn.Module):
         Returns:
             (B, nh, T, hs), or (1 or B, nh, 1, hs) where one token makes it the same at every position.
         """
-        if prefix.k is None or prefix.gates is None:  # the softmax over one token is 1 for every query
-            return prefix.v
-        return prefix.gates * attend_grouped(q, prefix.k, prefix.v)  # (B, nh, T, hs)
+        y = prefix.v
+        if prefix.k is not None and prefix.gates is not None:  # the softmax over one token is 1 for every query
+            y = prefix.gates * attend_grouped(q, prefix.k, prefix.v)  # (B, nh, T, hs)
+        return y if prefix.share is None else prefix.share * y
 
 
 class MLP(nn.Module):

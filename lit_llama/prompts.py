@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from tqdm import tqdm
 
-from lit_llama.chat_template import one_moment, render_chat, render_undated
+from lit_llama.chat_template import one_moment, render_chat, render_undated, thinking_switch
 from lit_llama.tokenizer import Tokenizer
 
 Role = Literal["system", "user", "assistant"]
@@ -181,19 +181,22 @@ class PromptStyle:
         return any(marker in text for marker in self.markers)
 
 
+CHAT_STYLES = {"chat": None, "chat-thinking-on": True, "chat-thinking-off": False}  # by what the switch is set to
+
+
 def prompt_style(name: str, tokenizer: Tokenizer) -> PromptStyle:
     """The style of that name.
 
     Args:
-        name: "alpaca", "metamath", "beaver", "hh", "chat" (the model's own chat template) or "none" (the instruction
-            as it is).
+        name: "alpaca", "metamath", "beaver", "hh", "chat" (the model's own chat template), "chat-thinking-on" and
+            "chat-thinking-off" (the same where it has a switch for that), or "none" (the instruction as it is).
         tokenizer: brings the chat template and the end-of-sequence token.
 
     Raises:
         ValueError: no such style, or "chat" for a model without a chat template.
     """
-    if name == "chat":
-        return _chat_style(tokenizer)
+    if name in CHAT_STYLES:
+        return _chat_style(tokenizer, name)
     eos, common = tokenizer.token(tokenizer.eos_id), (tokenizer.adds_bos, tokenizer.eos_id, tokenizer.stop_ids)
     if name in _DIALOGUES:
         dialogue = _DIALOGUES[name]
@@ -219,7 +222,9 @@ def prompt_style(name: str, tokenizer: Tokenizer) -> PromptStyle:
 
         markers = () if name == "none" else ("\n\n### Instruction:", "\n\n### Input:", "\n\n### Response:")
         return PromptStyle(name, render_instruction, *common, end=eos, markers=markers)
-    raise ValueError(f"no prompt style named {name!r}; there are chat, {', '.join([*_INSTRUCTIONS, *_DIALOGUES])}")
+    raise ValueError(
+        f"no prompt style named {name!r}; there are {', '.join([*CHAT_STYLES, *_INSTRUCTIONS, *_DIALOGUES])}"
+    )
 
 
 def chosen_style(asked: str | None, trained: str | None, tokenizer: Tokenizer, default: str = "chat") -> PromptStyle:
@@ -232,7 +237,7 @@ def chosen_style(asked: str | None, trained: str | None, tokenizer: Tokenizer, d
         ValueError: as `prompt_style`.
     """
     style = prompt_style(asked or trained or default, tokenizer)
-    if asked not in (None, trained, "chat", "none") and tokenizer.chat_template is not None:
+    if asked not in (None, trained, *CHAT_STYLES, "none") and tokenizer.chat_template is not None:
         hint = f"hint: this base model has a chat template: --prompt_style chat may suit it better than {asked}"
         tqdm.write(hint, file=sys.stderr)
     return style
@@ -316,15 +321,18 @@ _OPENING = re.compile(r"([<\[])(think|thinking|thought|reasoning)([>\]])\s*\Z", 
 _CLOSING = re.compile(r"[<\[]/(think|thinking|thought|reasoning)[>\]]", re.IGNORECASE)
 
 
-def _chat_style(tokenizer: Tokenizer) -> PromptStyle:
+def _chat_style(tokenizer: Tokenizer, name: str) -> PromptStyle:
+    thinking = CHAT_STYLES[name]
+    switch = {} if thinking is None else {thinking_switch(tokenizer): thinking}
+
     def turns(messages: Sequence[Message]) -> list[dict[str, str]]:
         return [{"role": message.role, "content": _with_input(message)} for message in messages]
 
     def render(messages: Sequence[Message]) -> str:
-        return render_chat(tokenizer, turns(messages))
+        return render_chat(tokenizer, turns(messages), **switch)
 
     def write(messages: Sequence[Message]) -> str:
-        return render_chat(tokenizer, turns(messages), add_generation_prompt=False)
+        return render_chat(tokenizer, turns(messages), add_generation_prompt=False, **switch)
 
     # What the template makes of an answer tells what it writes around one. Some templates demand a system message, a
     # question at the end, or texts without white space around them.
@@ -350,7 +358,7 @@ def _chat_style(tokenizer: Tokenizer) -> PromptStyle:
     elif closing := _CLOSING.search(lead):
         thought = closing[0]
     return PromptStyle(
-        "chat",
+        name,
         render,
         bos=False,
         end_id=end_id,
@@ -362,7 +370,7 @@ def _chat_style(tokenizer: Tokenizer) -> PromptStyle:
         strips=strips,
         thought=thought,
         write=write,
-        sample=render_undated(tokenizer, turns([*asked[:-1], Message("user", "instruction", "input")])),
+        sample=render_undated(tokenizer, turns([*asked[:-1], Message("user", "instruction", "input")]), **switch),
     )
 
 

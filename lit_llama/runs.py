@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from lit_llama.adapters import AnyAdapter, load_adapter, save_adapter
+from lit_llama.adapters import AnyAdapter, Companion, load_adapter, save_adapter
 from lit_llama.files import atomic_file, remove_temporaries, shareable_path
 from lit_llama.locks import own_folder
 from lit_llama.metrics import MetricsFile, plot_metrics
@@ -41,7 +41,9 @@ MAY_CHANGE = {  # on resuming; everything else changes the result
     "logger",
     "precision",  # what it stands for must not change
     "adapter_path",  # nor what these hold
+    "also_adapter",
     "reference_path",
+    "keep_data",
     "cache_reference",
     "micro_batch_size",
     "devices",
@@ -131,6 +133,7 @@ class RunFolder(Run):
         resume: continue from the last state in the folder, if there is one.
         save_interval: optimizer steps between states; one is also saved every 10 minutes.
         fingerprints: hashes of what else changes the result, in addition to base and data, by name.
+        also: adapters on top of which this one is trained, for its file.
     """
 
     def __init__(
@@ -143,12 +146,13 @@ class RunFolder(Run):
         resume: bool = False,
         save_interval: int = 100,
         fingerprints: Mapping[str, str] | None = None,
+        also: Sequence[Companion] = (),
     ) -> None:
         super().__init__()
         self.out_dir, self.place = out_dir, str(out_dir)
         self._base, self._prompt_style = base, prompt_style
         self._hyperparameters, self._fingerprints = hyperparameters, fingerprints or {}
-        self._resume, self._save_interval = resume, save_interval
+        self._resume, self._save_interval, self._also = resume, save_interval, tuple(also)
 
     @contextlib.contextmanager
     def opened(
@@ -208,6 +212,7 @@ class RunFolder(Run):
                 validation_loss=progress.best["loss"],
                 seconds=progress.seconds,
                 hyperparameters=shareable(self._hyperparameters),
+                also=self._also,
             )
 
     def restore_best(self, adapter: AnyAdapter) -> None:
@@ -290,9 +295,10 @@ def write_hyperparameters(path: Path, hyperparameters: dict[str, Any], fabric: F
         commit = "unknown"
     device = torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else platform.processor()
     recorded = shareable(hyperparameters)
-    elsewhere = [name for name, value in hyperparameters.items() if _is_elsewhere(value)]
     again = ["python", shareable_path(Path(sys.argv[0])), "--config", shareable_path(path), "--out_dir ANOTHER"]
-    again += [f"--{name} FOLDER/{recorded[name]}" for name in elsewhere if name != "out_dir"]
+    for name, value in hyperparameters.items():
+        if name != "out_dir" and any(map(_is_elsewhere, _paths(value))):
+            again += [f"--{name} FOLDER/{shareable_path(one)}" for one in _paths(value)]
     notes = {
         "repeat with": " ".join(again),
         "commit": commit,
@@ -309,13 +315,21 @@ def write_hyperparameters(path: Path, hyperparameters: dict[str, Any], fabric: F
 
 def shareable(hyperparameters: dict[str, Any]) -> dict[str, Any]:
     """Hyperparameters as adapters, `hyperparameters.yaml` and loggers record them: no folders of this machine."""
-    return {
-        name: shareable_path(value) if isinstance(value, Path) else value for name, value in hyperparameters.items()
-    }
+    return {name: _shareable(value) for name, value in hyperparameters.items()}
 
 
-def _is_elsewhere(value: Any) -> bool:
-    return isinstance(value, Path) and value.is_absolute() and not value.is_relative_to(Path.cwd())
+def _shareable(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_shareable(one) for one in value]
+    return shareable_path(value) if isinstance(value, Path) else value
+
+
+def _paths(value: Any) -> list[Path]:
+    return [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, Path)]
+
+
+def _is_elsewhere(path: Path) -> bool:
+    return path.is_absolute() and not path.is_relative_to(Path.cwd())
 
 
 def run_title(adapter: AnyAdapter, hyperparameters: Mapping[str, Any]) -> str:

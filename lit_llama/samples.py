@@ -4,11 +4,11 @@ import contextlib
 import itertools
 import textwrap
 
-from lit_llama.adapters import AnyAdapter
 from lit_llama.data import TokenDataset
 from lit_llama.generation import generate
 from lit_llama.model import LLaMA
 from lit_llama.prompts import Message, PromptStyle
+from lit_llama.seam import Adapter
 from lit_llama.tokenizer import Tokenizer
 
 NEW_TOKENS = 48
@@ -16,7 +16,7 @@ LINES = 3  # of each text
 
 
 def sample_answers(
-    model: LLaMA, adapter: AnyAdapter, tokenizer: Tokenizer, style: PromptStyle, dataset: TokenDataset
+    model: LLaMA, adapter: Adapter | None, tokenizer: Tokenizer, style: PromptStyle, dataset: TokenDataset
 ) -> str:
     """Answers to the first two prompts of a data set, for people to read.
 

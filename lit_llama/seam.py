@@ -55,10 +55,12 @@ class LayerPrefix(NamedTuple):
     Args:
         tokens: (1 or B, N, C), in the place of the layer's normalised input x: no norm is applied to them.
         gates: (1 or B, nh), what each query head's contribution is multiplied by.
+        share: (B, T), what the contribution is multiplied by at each position; None means 1 at all.
     """
 
     tokens: Tensor
     gates: Tensor
+    share: Tensor | None = None
 
     def scaled(self, scale: float) -> "LayerPrefix":
         """The prefix with its contribution times a number."""
@@ -116,11 +118,13 @@ class ExpandedPrefix(NamedTuple):
         v: values (1 or B, nkv, N, hs). Of one token (1 or B, nh, 1, hs), times the gates: all that it adds.
         k: keys (1 or B, nkv, N, hs), not rotated. One token needs none, as its softmax is 1 for every query.
         gates: (1 or B, nh, 1, 1); None where `v` has been multiplied by them.
+        share: (B, 1, T, 1), what the contribution is multiplied by at each position; None means 1 at all.
     """
 
     v: Tensor
     k: Tensor | None = None
     gates: Tensor | None = None
+    share: Tensor | None = None
 
 
 class ExpandedAdapter(NamedTuple):

@@ -5,9 +5,11 @@ Both are read from the base model's folder as they came, with what `tokenizer_co
 """
 
 import hashlib
+import itertools
 import os
 import re
 import reprlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,9 +65,7 @@ class Tokenizer:
                 f"{folder}: no such folder; convert a base model with one of scripts/convert_*_checkpoint.py"
             )
         settings = _read_settings(folder / "tokenizer_config.json")
-        file = next((folder / name for name in TOKENIZER_FILES[:2] if (folder / name).is_file()), None)
-        if file is None:
-            raise FileNotFoundError(f"{folder} holds no tokenizer: expected tokenizer.json or tokenizer.model")
+        file = tokenizer_file(folder)
         added = _added(folder) if file.suffix != ".json" else {}
         try:
             self._backend = _HuggingFace(file) if file.suffix == ".json" else _SentencePiece(file, added)
@@ -74,6 +74,7 @@ class Tokenizer:
                 f"{file} is not a tokenizer that can be read ({error}); for Llama 3, whose tokenizer.model is in "
                 "tiktoken's format, put the tokenizer.json of its Hugging Face version next to it"
             ) from None
+        self._without_row: frozenset[int] = frozenset()  # ids that the model does not embed
         self.fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()
         self.vocab_size = self._backend.vocab_size
 
@@ -106,7 +107,8 @@ class Tokenizer:
         """Token ids of many texts, in parallel where the tokenizer can.
 
         Raises:
-            ValueError: a text holds lone surrogates, as bytes that are not UTF-8 become.
+            ValueError: a text holds lone surrogates, as bytes that are not UTF-8 become, or a token that the model does
+                not embed, see `check_vocabulary`.
         """
         for text in texts:
             try:
@@ -114,7 +116,10 @@ class Tokenizer:
             except UnicodeEncodeError as error:
                 raise ValueError(f"a text holds bytes that are not UTF-8, at character {error.start}") from None
         front = [self.bos_id] if bos and self.bos_id is not None else []
-        return [front + ids for ids in self._backend.encode_batch(texts)]
+        rows = [front + ids for ids in self._backend.encode_batch(texts)]
+        if self._without_row and (found := self._without_row.intersection(itertools.chain.from_iterable(rows))):
+            raise ValueError(f"a text holds {self.token(min(found))!r}, a token that the model does not embed")
+        return rows
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
@@ -131,20 +136,25 @@ class Tokenizer:
     def check_vocabulary(self, rows: int) -> None:
         """Make sure that this tokenizer can belong to a model with that many embedding rows.
 
-        Models may have rows that no token uses, up to a twentieth of them here. Tokenizers may have markers that the
-        model has no row for, as the padding token of some LLaMA 2 repositories; they are never written in a prompt.
+        Models may have rows that no token uses. Tokenizers may have tokens that the model has no row for, such as the
+        padding token of some LLaMA 2 repositories, if none of them is found in ordinary text; a warning names them.
+        From then on, texts that hold one are refused.
 
         Raises:
             ValueError: it cannot be this model's.
         """
-        text_tokens = self.vocab_size
-        while text_tokens and self.is_special(text_tokens - 1):
-            text_tokens -= 1
-        if text_tokens > rows or self.vocab_size < rows - max(512, rows // 20):
+        beyond = frozenset(range(rows, self.vocab_size))
+        if beyond & self.stop_ids or self.bos_id in beyond or not beyond <= self._backend.added_ids:
             raise ValueError(
                 f"the tokenizer has {self.vocab_size} tokens but the model embeds {rows}: "
                 "copy the tokenizer files that came with this model into its folder"
             )
+        if beyond:
+            some = reprlib.repr([self.token(id) for id in sorted(beyond)])
+            warnings.warn(
+                f"the model does not embed {some}, which its tokenizer has: they cannot be used", stacklevel=2
+            )
+        self._without_row = beyond
 
     def _special_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
@@ -158,6 +168,7 @@ class _HuggingFace:
         self._tokenizer.no_truncation()
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
         added = self._tokenizer.get_added_tokens_decoder()
+        self.added_ids = frozenset(added)
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         template = self._tokenizer.encode("", add_special_tokens=True).ids
         self.adds_bos = bool(template)
@@ -190,7 +201,8 @@ class _SentencePiece:
         self.eos_id = None if self._processor.eos_id() < 0 else self._processor.eos_id()
         unknown = self._processor.unk_id()
         control = [id for id in range(pieces) if self._processor.is_control(id)]
-        self.special_ids = frozenset([*control, unknown, *self._added_by_id])
+        self.added_ids = frozenset(self._added_by_id)
+        self.special_ids = frozenset([*control, unknown, *self.added_ids])
         # SentencePiece never finds these in text, but chat templates write them there.
         markers = sorted(filter(None, (self.token(i) for i in self.special_ids)), key=len, reverse=True)
         self._markers = re.compile("(" + "|".join(map(re.escape, markers)) + ")") if markers else None
@@ -231,6 +243,23 @@ class _SentencePiece:
 
     def token(self, id: int) -> str:
         return self._added_by_id.get(id) or self._processor.id_to_piece(id)
+
+
+def tokenizer_file(folder: Path) -> Path:
+    """The file of a model's tokenizer.
+
+    Raises:
+        FileNotFoundError: there is none that can be read here.
+    """
+    for name in TOKENIZER_FILES[:2]:
+        if (folder / name).is_file():
+            return folder / name
+    if (folder / "tekken.json").is_file():
+        raise FileNotFoundError(
+            f"{folder / 'tekken.json'} is a tokenizer in Mistral's own format, which is not read here: put the "
+            "tokenizer.json of the model's Hugging Face version next to it, or convert a GGUF file of the model"
+        )
+    raise FileNotFoundError(f"{folder} holds no tokenizer: expected tokenizer.json or tokenizer.model")
 
 
 def _added(folder: Path) -> dict[str, int]:

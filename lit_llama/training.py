@@ -218,7 +218,7 @@ def _step(
     chosen = _items_of(train, step, plan)
 
     def losses() -> Iterator[LossSums]:
-        for batch in _share(fabric, train, chosen, plan.pack):
+        for batch in _share(fabric, train, chosen, plan.pack, step):
             sums = loss(batch)
             sums.metrics["loss"].backward()
             yield sums
@@ -249,7 +249,9 @@ def _add_up(fabric: Fabric, losses: Iterable[LossSums], stop: bool = False) -> t
     return {name: value / count for name, value in zip(names, values, strict=True)}, count, stops
 
 
-def _share(fabric: Fabric, dataset: TokenDataset, chosen: list[list[int]], pack: bool) -> Iterator[Batch]:
+def _share(
+    fabric: Fabric, dataset: TokenDataset, chosen: list[list[int]], pack: bool, step: int | None = None
+) -> Iterator[Batch]:
     """This process's micro batches.
 
     Every process gets as many, because those that share a sharded base must compute in step: where there are too few,
@@ -257,7 +259,7 @@ def _share(fabric: Fabric, dataset: TokenDataset, chosen: list[list[int]], pack:
     """
     for start in range(0, len(chosen), fabric.world_size):
         place = start + fabric.global_rank
-        batch = dataset.batch(chosen[min(place, len(chosen) - 1)], pack).to(fabric.device)
+        batch = dataset.batch(chosen[min(place, len(chosen) - 1)], pack)._replace(step=step).to(fabric.device)
         if place >= len(chosen):
             batch = batch._replace(scored=torch.zeros_like(batch.scored))
         yield batch

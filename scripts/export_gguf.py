@@ -25,7 +25,7 @@ from lit_llama.checkpoint import base_fingerprint
 from lit_llama.config import LLaMAConfig
 from lit_llama.files import atomic_file, require_extra
 from lit_llama.formats.folding import added_vectors
-from lit_llama.formats.gguf import NAMES, GGUFTensors, config_from_gguf, open_gguf
+from lit_llama.formats.gguf import HALVED_ROTARY, NAMES, GGUFTensors, config_from_gguf, open_gguf, with_zero_biases
 from lit_llama.formats.names import LitTensors
 from lit_llama.model import LLaMA
 from lit_llama.script.command_line import run
@@ -64,7 +64,8 @@ def main(
     if any(name.endswith((".attn_v.bias", ".attn_output.bias")) for name in weights):
         raise ValueError(f"{gguf_path} has biases already: export from the base model, with all adapters at once")
     config = config_from_gguf(fields, weights, gguf_path.stem, gguf_path)
-    tensors = LitTensors(weights, NAMES, config, gguf_path.name)
+    halved = HALVED_ROTARY[fields["general.architecture"]]
+    tensors = LitTensors(with_zero_biases(weights, config), NAMES, config, gguf_path.name, halved)
     with torch.device("meta"):
         base = LLaMA(config)
     base.fingerprint = base_fingerprint(tensors)

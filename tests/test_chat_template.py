@@ -9,6 +9,7 @@ import transformers
 from conftest import byte_fallback_tokenizer, load_script
 
 from lit_llama.chat_template import at, one_moment, render_chat
+from lit_llama.prompts import Message, prompt_style
 from lit_llama.tokenizer import Tokenizer
 
 USER = {"role": "user", "content": "What's <b>2 & 3</b>? 🦙 'x' {{ 7 * 7 }}"}
@@ -301,6 +302,45 @@ def test_templates_render_as_in_transformers(tokenizer, expected, name):
         "includes",
     )
     assert rendered or name.startswith(fails)
+
+
+SWITCHED = {  # by the switch's name, a template that has it
+    "enable_thinking": FAMILIES["Qwen 3"],
+    "enable_thinking, set where it is not": "{% if enable_thinking is not defined %}{% set enable_thinking = true %}"
+    "{% endif %}{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{{ '' if enable_thinking else '<think>\n\n</think>\n' }}{% endif %}",
+    "thinking": "{% if thinking %}Think. {% endif %}{% for m in messages %}"
+    "{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+}
+
+
+@pytest.mark.parametrize("name", SWITCHED)
+def test_thinking_is_switched_as_in_transformers(tokenizer, expected, name):
+    tokenizer.chat_template, switch = SWITCHED[name], name.partition(",")[0]
+    prompts = set()
+    for thinking in (True, False):
+        style = prompt_style(f"chat-thinking-{'on' if thinking else 'off'}", tokenizer)
+        prompts.add(style.prompt("one"))
+        text = expected.apply_chat_template(
+            [{"role": "user", "content": "one"}],
+            chat_template=SWITCHED[name],
+            add_generation_prompt=True,
+            tokenize=False,
+            **{switch: thinking},
+        )
+        assert style.prompt("one") == text
+        assert style.fingerprint != prompt_style("chat", tokenizer).fingerprint or thinking == (switch != "thinking")
+    assert len(prompts) == 2
+    # Where it does not think, the empty thought is a part of the prompt and not of what is learned.
+    segments = style.segments([Message("user", "one"), Message("assistant", "uno")])
+    assert [segment.text for segment in segments] == [text, "uno"]
+
+
+def test_templates_without_a_switch_refuse_it(tokenizer):
+    tokenizer.chat_template = FAMILIES["R1"]
+    with pytest.raises(ValueError, match="no switch for thinking, which would be called enable_thinking or thinking"):
+        prompt_style("chat-thinking-off", tokenizer)
 
 
 def test_the_date(tokenizer):

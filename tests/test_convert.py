@@ -261,11 +261,11 @@ def test_odd_params_of_a_meta_checkpoint(command, tmp_path, change, found):
     assert found in err
 
 
-def write_gguf(file, hf_folder, tokenizer_fields, quantization=None, rope_factors=None):
-    """A GGUF file of a tiny transformers model, with the `gguf` library's own writer."""
+def write_gguf(file, hf_folder, tokenizer_fields, quantization=None, rope_factors=None, architecture="llama"):
+    """A GGUF file of a tiny transformers model, with the `gguf` library's own writer; llama's rows are put in pairs."""
     model = transformers.AutoModelForCausalLM.from_pretrained(hf_folder)
     config = model.config
-    writer = gguf.GGUFWriter(file, "llama")
+    writer = gguf.GGUFWriter(file, architecture)
     writer.add_context_length(256)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -274,20 +274,24 @@ def write_gguf(file, hf_folder, tokenizer_fields, quantization=None, rope_factor
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if config.head_dim != config.hidden_size // config.num_attention_heads:
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+        writer.add_rope_dimension_count(config.head_dim)
     tokenizer_fields(writer)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
-            if part in name:
-                tensor = tensor.view(heads, 2, -1, config.hidden_size).transpose(1, 2).reshape(tensor.shape)
+            if part in name and architecture == "llama":
+                tensor = tensor.view(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
         values = tensor.float().numpy()
         if quantization is not None and values.ndim == 2:
             packed = gguf.quantize(values, quantization)
-            writer.add_tensor(names.get_name(name, (".weight",)), packed, raw_dtype=quantization)
+            writer.add_tensor(names.get_name(name, (".weight", ".bias")), packed, raw_dtype=quantization)
         else:
-            writer.add_tensor(names.get_name(name, (".weight",)), values)
+            writer.add_tensor(names.get_name(name, (".weight", ".bias")), values)
     if rope_factors is not None:
         writer.add_tensor("rope_freqs.weight", rope_factors)
     writer.write_header_to_file()

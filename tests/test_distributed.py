@@ -73,7 +73,7 @@ def test_options_reach_the_model(base_dir, data_dir, tmp_path, monkeypatch, opti
         seen.append((isinstance(weight, DTensor), model.transformer.h[0].recompute, batch.lengths is not None))
         return supervised_loss(model, aligner, batch)
 
-    monkeypatch.setitem(script.main.__globals__, "supervised_loss", look)
+    monkeypatch.setattr("lit_llama.objective.supervised_loss", look)
     paths = {"checkpoint_dir": base_dir, "data_dir": data_dir, "out_dir": tmp_path}
     with unittest.mock.patch.dict(os.environ):  # where Fabric notes the address of a process group
         script.main(max_steps=1, warmup_steps=1, **paths, **{option: True})

@@ -227,8 +227,9 @@ def test_validation_measures_all_pairs(run_dpo, base_dir, pairs_dir, tmp_path):
 def test_one_copy_of_the_base(run_dpo, monkeypatch, tmp_path, base_dir):
     """The reference is an Aligner of its own, and what is loaded is loaded once and stays as it is."""
     models = []
-    monkeypatch.setitem(
-        dpo.__globals__, "open_base", lambda *args, **more: models.append(open_base(*args, **more)) or models[-1]
+    monkeypatch.setattr(
+        "lit_llama.script.conditions.open_base",
+        lambda *args, **more: models.append(open_base(*args, **more)) or models[-1],
     )
     reference = Aligner(load_base(base_dir).config, 3)
     torch.nn.init.normal_(reference.gates)

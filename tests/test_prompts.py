@@ -67,7 +67,8 @@ def test_template_may_refuse(base_dir):
 def test_unknown_style_and_missing_template(base_dir):
     tokenizer = Tokenizer(base_dir)
     with pytest.raises(
-        ValueError, match="no prompt style named 'shout'; there are chat, alpaca, metamath, none, hh, beaver"
+        ValueError,
+        match=r"no prompt style named 'shout'; there are chat, .*, alpaca, metamath, none, hh, beaver",
     ):
         prompt_style("shout", tokenizer)
     tokenizer.chat_template = None

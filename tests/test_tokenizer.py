@@ -9,6 +9,7 @@ import transformers
 from conftest import AWKWARD, DEMO_BASE, ROOT, byte_fallback_tokenizer, train_tokenizer
 from test_convert import train_sentencepiece
 
+from lit_llama.conversion import copy_tokenizer
 from lit_llama.data import tokenize
 from lit_llama.formats.tokenizer_files import write_for_transformers
 from lit_llama.generation import TextStream
@@ -115,10 +116,28 @@ def test_marker_without_a_row_is_tolerated(tmp_path):
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     content["added_tokens"].append({**content["added_tokens"][0], "id": rows, "content": "<pad>"})
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    assert Tokenizer(tmp_path).vocab_size == rows + 1
-    Tokenizer(tmp_path).check_vocabulary(rows)
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.vocab_size == rows + 1
+    with pytest.warns(UserWarning, match=r"does not embed \['<pad>'\], which its tokenizer has"):
+        tokenizer.check_vocabulary(rows)
+    assert tokenizer.encode("hello") == Tokenizer(tmp_path).encode("hello")
+    with pytest.raises(ValueError, match="a text holds '<pad>', a token that the model does not embed"):
+        tokenizer.encode("hello <pad>")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": rows}))
+    with pytest.raises(ValueError, match="tokens but the model embeds"):  # where an answer ends does occur
+        Tokenizer(tmp_path).check_vocabulary(rows)
+    (tmp_path / "generation_config.json").unlink()
+    Tokenizer(tmp_path).check_vocabulary(3 * rows)  # rows that no token uses
     with pytest.raises(ValueError, match="tokens but the model embeds"):
         Tokenizer(tmp_path).check_vocabulary(rows - 1)
+
+
+def test_tekken_is_refused_by_name(tmp_path):
+    (tmp_path / "tekken.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"tekken\.json is a tokenizer in Mistral's own format"):
+        Tokenizer(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"put the tokenizer\.json of the model's Hugging Face version next to"):
+        copy_tokenizer(tmp_path, tmp_path / "other")
 
 
 def test_missing_and_broken_tokenizers(tmp_path):
@@ -129,7 +148,7 @@ def test_missing_and_broken_tokenizers(tmp_path):
         Tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize(("rows", "fits"), [(0, True), (63, True), (-1, False), (600, False)])
+@pytest.mark.parametrize(("rows", "fits"), [(0, True), (63, True), (600, True), (-1, False)])
 def test_vocabulary_must_fit_the_model(base_dir, rows, fits):
     tokenizer = Tokenizer(base_dir)
     if fits:

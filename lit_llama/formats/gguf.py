@@ -1,8 +1,10 @@
 """GGUF files of LLaMA-family models (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), through `gguf`."""
 
 import mmap
+import re
 import reprlib
 import struct
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,15 +25,20 @@ NAMES = {
     "transformer.ln_f.scale": ["output_norm.weight"],
     "lm_head.weight": ["output.weight"],
     f"{LAYER}rms_1.scale": ["blk.{}.attn_norm.weight"],
-    f"{LAYER}attn.c_attn.weight": [
-        f"blk.{{}}.attn_{part}.weight" for part in "qkv"
-    ],  # rotary pairs interleaved here too
+    f"{LAYER}attn.c_attn.weight": [f"blk.{{}}.attn_{part}.weight" for part in "qkv"],
+    f"{LAYER}attn.c_attn.bias": [f"blk.{{}}.attn_{part}.bias" for part in "qkv"],
     f"{LAYER}attn.c_proj.weight": ["blk.{}.attn_output.weight"],
+    f"{LAYER}attn.c_proj.bias": ["blk.{}.attn_output.bias"],
     f"{LAYER}rms_2.scale": ["blk.{}.ffn_norm.weight"],
     f"{LAYER}mlp.c_fc1.weight": ["blk.{}.ffn_gate.weight"],
     f"{LAYER}mlp.c_fc2.weight": ["blk.{}.ffn_up.weight"],
     f"{LAYER}mlp.c_proj.weight": ["blk.{}.ffn_down.weight"],
 }
+
+
+# By general.architecture, whether the rows of queries and keys have each head's rotary pairs as two halves; they are
+# interleaved otherwise, as here.
+HALVED_ROTARY = {"llama": False, "qwen2": True}
 
 
 def open_gguf(path: Path) -> tuple[Any, dict[str, Any]]:
@@ -140,6 +147,17 @@ class GGUFTensors(Mapping[str, torch.Tensor]):
         return len(self._tensors)
 
 
+def with_zero_biases(tensors: Mapping[str, torch.Tensor], config: LLaMAConfig) -> Mapping[str, torch.Tensor]:
+    """The tensors, with zeros for biases that the configuration knows of and the file leaves out.
+
+    llama.cpp's LLaMA looks for each bias of the attention by itself, so that a file may have those of the values alone.
+    """
+    sizes = dict(zip(("attn_q", "attn_k", "attn_v"), config.qkv_rows, strict=True)) if config.qkv_bias else {}
+    sizes |= {"attn_output": config.n_embd} if config.o_bias else {}
+    zeros = {f"blk.{i}.{name}.bias": torch.zeros(size) for i in range(config.n_layer) for name, size in sizes.items()}
+    return ChainMap({name: zero for name, zero in zeros.items() if name not in tensors}, tensors)  # type: ignore[arg-type]
+
+
 def config_from_gguf(fields: dict[str, Any], tensors: GGUFTensors, name: str, place: object) -> LLaMAConfig:
     """The model's configuration from the metadata of a GGUF file.
 
@@ -157,27 +175,30 @@ def config_from_gguf(fields: dict[str, Any], tensors: GGUFTensors, name: str, pl
 
 
 def _config(fields: dict[str, Any], tensors: GGUFTensors, name: str, place: object) -> LLaMAConfig:
-    architecture = fields.get("general.architecture")
-    if architecture != "llama":
-        raise ValueError(f"general.architecture is {reprlib.repr(architecture)}; only llama can be converted")
+    kind = fields.get("general.architecture")
+    if kind not in HALVED_ROTARY:
+        raise ValueError(
+            f"general.architecture is {reprlib.repr(kind)}, and only {', '.join(HALVED_ROTARY)} can be converted; some "
+            "other families can be from their Hugging Face folders, see howto/download_weights.md"
+        )
     tokens = take(fields, "tokenizer.ggml.tokens", list, None, [])
     if not tokens:
         raise ValueError("it lacks tokenizer.ggml.tokens, so it has no vocabulary")
-    if take(fields, "llama.expert_count", int, None, 0):
-        raise ValueError("llama.expert_count is not 0, which this model cannot do")
+    if take(fields, f"{kind}.expert_count", int, None, 0):
+        raise ValueError(f"{kind}.expert_count is not 0, which this model cannot do")
 
     def size(field: str, *default: int) -> int:
-        return take(fields, f"llama.{field}", int, None, *default, least=1, most=MOST_TOKENS)
+        return take(fields, f"{kind}.{field}", int, None, *default, least=1, most=MOST_TOKENS)
 
     n_head, n_embd = size("attention.head_count"), size("embedding_length")
     head_size = size("attention.key_length", n_embd // n_head)
     for field in ("rope.dimension_count", "attention.value_length"):
         if size(field, head_size) != head_size:
-            raise ValueError(f"llama.{field} is {size(field)}, but only the head size {head_size} is supported")
-    window = take(fields, "llama.attention.sliding_window", int, None, None, 0) or None  # 0 means none
+            raise ValueError(f"{kind}.{field} is {size(field)}, but only the head size {head_size} is supported")
+    window = take(fields, f"{kind}.attention.sliding_window", int, None, None, 0) or None  # 0 means none
     config = LLaMAConfig(
         name=name,
-        block_size=within_window(size("context_length"), window, f"{place}: llama.attention.sliding_window"),
+        block_size=within_window(size("context_length"), window, f"{place}: {kind}.attention.sliding_window"),
         vocab_size=len(tokens),
         n_layer=size("block_count"),
         n_head=n_head,
@@ -186,21 +207,23 @@ def _config(fields: dict[str, Any], tensors: GGUFTensors, name: str, place: obje
         head_size=head_size,
         intermediate_size=size("feed_forward_length"),
         # stored as float32
-        norm_eps=round(take(fields, "llama.attention.layer_norm_rms_epsilon", float, None), 10),
-        rope_base=take(fields, "llama.rope.freq_base", float, None, 10000.0),
-        rope_scaling=_linear_scaling(fields),
+        norm_eps=round(take(fields, f"{kind}.attention.layer_norm_rms_epsilon", float, None), 10),
+        rope_base=take(fields, f"{kind}.rope.freq_base", float, None, 10000.0),
+        rope_scaling=_linear_scaling(fields, kind),
         tie_embeddings="output.weight" not in tensors,
+        qkv_bias=kind == "qwen2" or any(re.search(r"attn_[qkv]\.bias", name) for name in tensors),
+        o_bias=any(name.endswith(".attn_output.bias") for name in tensors),
     )
     return config if tensors.rope_factors is None else _with_llama3_scaling(config, tensors.rope_factors)
 
 
-def _linear_scaling(fields: dict[str, Any]) -> RopeScaling | None:
-    kind = take(fields, "llama.rope.scaling.type", str, None, "linear")
-    older = take(fields, "llama.rope.scale_linear", float, None, 1.0)
-    factor = take(fields, "llama.rope.scaling.factor", float, None, older)
-    if kind not in ("none", "linear"):
-        raise ValueError(f"llama.rope.scaling.type is {reprlib.repr(kind)}; only none and linear can be converted")
-    return None if kind == "none" or factor in (0.0, 1.0) else RopeScaling("linear", factor)
+def _linear_scaling(fields: dict[str, Any], kind: str) -> RopeScaling | None:
+    scaling = take(fields, f"{kind}.rope.scaling.type", str, None, "linear")
+    older = take(fields, f"{kind}.rope.scale_linear", float, None, 1.0)
+    factor = take(fields, f"{kind}.rope.scaling.factor", float, None, older)
+    if scaling not in ("none", "linear"):
+        raise ValueError(f"{kind}.rope.scaling.type is {reprlib.repr(scaling)}; only none and linear can be converted")
+    return None if scaling == "none" or factor in (0.0, 1.0) else RopeScaling("linear", factor)
 
 
 def _with_llama3_scaling(config: LLaMAConfig, factors: torch.Tensor) -> LLaMAConfig:

@@ -1,15 +1,13 @@
 """The options of the machine, which all scripts of finetune/ have: where a run computes, and what it keeps."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_llama.base import Base
 from lit_llama.devices.precision import Precision
 from lit_llama.devices.quantization import Quantize
 from lit_llama.plan import Plan
-from lit_llama.runs import RunFolder
 from lit_llama.script.launch import launch, make_loggers
 
 # Annotations are not postponed here: to read the options' types, the parser would import what follows for them.
@@ -81,28 +79,6 @@ class Machine:
             )
         loggers = make_loggers(self.logger or [], out_dir, self.resume)
         return launch(self.devices, self.num_nodes, self.shard_base, loggers, out_dir)
-
-    def run_folder(
-        self, out_dir: Path, base: Base, options: dict[str, Any], fingerprints: Mapping[str, str] | None = None
-    ) -> RunFolder:
-        """The folder of a run, where all options are recorded.
-
-        Args:
-            out_dir: the folder.
-            base: the base model, with the style of the training prompts.
-            options: all keywords of a script, with those of the machine under "machine".
-            fingerprints: hashes of what else changes the result, in addition to base and data, by name.
-        """
-        own = {name: value for name, value in options.items() if name != "machine"}
-        return RunFolder(
-            out_dir,
-            base.model,
-            base.style.name,
-            own | asdict(self),
-            resume=self.resume,
-            save_interval=self.save_interval,
-            fingerprints=fingerprints,
-        )
 
 
 def build_all(*parts: Callable[[], Any]) -> list[Any]:

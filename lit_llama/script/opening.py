@@ -6,6 +6,7 @@ gives itself.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from lit_llama.base import AdapterLike, Base, Bits, open_base
 from lit_llama.devices.precision import Precision
@@ -18,6 +19,7 @@ def open_model(
     *,
     checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
     prompt_style: str | None = None,
+    thinking: Literal["on", "off"] | None = None,
     precision: Precision = "auto",
     quantize: Bits | None = None,
     compile: bool = False,
@@ -32,6 +34,8 @@ def open_model(
         prompt_style: how a prompt is written for the model: "chat" (the model's own template), "alpaca", "metamath",
             "hh", "beaver" or "none" (the prompt alone); if not given, as the adapter was trained, and for a base model
             alone "chat", or "none" if it has no template.
+        thinking: let the model think before it answers, or not, if its chat template has a switch for that; if not
+            given, as the adapter was trained, or as the template has it.
         precision: number format of the base model; "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
         quantize: number of bits of the base model's weights: "nf4" or "int8" (bitsandbytes) saves memory,
             "int4-fast" or "int8-fast" (torchao on a GPU) saves time; if not given, as the adapter was trained; "none"
@@ -39,6 +43,12 @@ def open_model(
         compile: compile the decoding step, with CUDA graphs on a GPU. It takes a while, so it is for long work.
         allow_other_base: use an adapter on other weights than those it was trained on.
     """
+    if thinking is not None:
+        if prompt_style not in (None, "chat"):
+            raise ValueError(
+                f"--thinking is a switch of the model's own chat template, not of the style {prompt_style}"
+            )
+        prompt_style = f"chat-thinking-{thinking}"
     return open_base(
         checkpoint_dir,
         adapters,

@@ -5,6 +5,7 @@ parser of jsonargparse takes, these are understood:
 
     --resume                  a keyword that is true or false needs no value; --resume true and --no_resume work, too
     --prompt A --prompt B     a keyword that is a list may be given again and again
+    --scale_range 0 1.5       a keyword that is a pair takes both numbers
     --aligner_path A          another name of --adapter_path, as --lora_path is; and so for --adapter_scale
     --quantize int8-weights   the former name of int8-fast, and int4-weights that of int4-fast
 
@@ -29,7 +30,7 @@ _MACHINE = {"activation_checkpointing", "compile", "devices", "dtype", "host", "
 _MACHINE |= {"logger", "quantize", "resume", "save_interval", "shard_base", "threads", "workers"}
 _FILES = {"overwrite", "verify"}
 _GENERAL = {"help", "config", "print_config", "debug"}
-_ENDINGS = {"_dir": "FOLDER", "_file": "FILE", "_path": "PATH"}
+_ENDINGS = {"_dir": "FOLDER", "_file": "FILE", "_path": "PATH", "_adapter": "PATH", "_data": "FILE"}
 
 
 def parse(main: Callable[..., Any], args: list[str]) -> dict[str, Any]:
@@ -113,6 +114,8 @@ def _type_in_words(name: str, annotation: Any) -> str:
         return "{" + ",".join(map(str, get_args(annotation))) + "}"
     if annotation in (int, float):
         return "NUMBER"
+    if annotation == tuple[float, float]:
+        return "NUMBER NUMBER"
     parts = [_type_in_words(name, part) for part in get_args(annotation) if part is not type(None)]
     return "{" + ",".join(part.strip("{}") for part in parts) + "}" if len(parts) > 1 else "".join(parts) or "TEXT"
 
@@ -200,6 +203,9 @@ def _plain_options(parser: _Parser, args: list[str]) -> list[str]:
             plain.append(f"{option}=true")
         elif option in actions and "list[" in str(_annotation(actions[option])):
             lists.setdefault(option, []).append(value if equals or not remaining else remaining.popleft())
+        elif option in actions and "tuple[float, float]" in str(_annotation(actions[option])) and not equals:
+            pair = [remaining.popleft() for _ in range(min(2, len(remaining)))]
+            plain.append(f"{option}=[{', '.join(pair)}]")
         elif option == "--quantize" and (equals or remaining):
             plain.append(f"{option}={_current_value(option, value if equals else remaining.popleft())}")
         else:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import lit_llama
 from lit_llama.adapters import AdapterInfo
+from lit_llama.chat_template import thinking_switch
 from lit_llama.files import read_json
 from lit_llama.formats.peft import CONFIG_FILE
-from lit_llama.prompts import prompt_style
+from lit_llama.prompts import CHAT_STYLES, prompt_style
 from lit_llama.tokenizer import Tokenizer
 
 MODEL_README = """# {title}
@@ -57,10 +58,12 @@ def write_readme(folder: Path, name: str, base: str, infos: Sequence[AdapterInfo
     untrained = "chat" if tokenizer.chat_template else "none"
     style = prompt_style(styles[0] if styles else "alpaca" if infos else untrained, tokenizer)
     ids = f'prompt = {style.prompt("Name three rivers.")!r}\nids = tokenizer(prompt, return_tensors="pt")["input_ids"]'
-    if style.name == "chat":
+    if style.name in CHAT_STYLES:
+        thinking = CHAT_STYLES[style.name]
+        switch = "" if thinking is None else f", {thinking_switch(tokenizer)}={thinking}"
         ids = (
             'messages = [{"role": "user", "content": "Name three rivers."}]\n'
-            "text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)\n"
+            f"text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False{switch})\n"
             'ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]'
         )
     for_peft = (folder / CONFIG_FILE).is_file()
