@@ -16,9 +16,8 @@ from lit_llama.conversion import write_base
 from lit_llama.devices.precision import DType
 from lit_llama.fields import take
 from lit_llama.files import atomic_folder
-from lit_llama.formats.gguf import HALVED_ROTARY, NAMES, GGUFTensors, config_from_gguf, open_gguf, with_zero_biases
+from lit_llama.formats.gguf import GGUFTensors, config_from_gguf, lit_tensors, open_gguf
 from lit_llama.formats.gguf_tokenizer import write_tokenizer
-from lit_llama.formats.names import LitTensors
 from lit_llama.script.command_line import run
 
 
@@ -48,8 +47,7 @@ def main(
     source = {"format": "gguf", "from": gguf_path.name, "name": title}
     with atomic_folder(output_dir, overwrite, CONFIG_FILE) as folder:
         write_tokenizer(fields, folder, gguf_path)
-        halved = HALVED_ROTARY[fields["general.architecture"]]
-        weights = LitTensors(with_zero_biases(tensors, config), NAMES, config, gguf_path.name, halved)
+        weights = lit_tensors(fields, tensors, config, gguf_path.name)
         write_base(folder, config, weights, source, getattr(torch, dtype))
     print(f"base model: {output_dir} (scripts that open it check its files if given --verify)", file=sys.stderr)
 

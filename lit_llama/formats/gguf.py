@@ -17,7 +17,7 @@ from lit_llama.config import MOST_TOKENS, LLaMAConfig, RopeScaling
 from lit_llama.fields import naming, take
 from lit_llama.files import check_file, require_extra
 from lit_llama.formats.hf import within_window
-from lit_llama.formats.names import LAYER
+from lit_llama.formats.names import LAYER, LitTensors
 from lit_llama.rotary import rope_frequencies
 
 NAMES = {
@@ -29,6 +29,8 @@ NAMES = {
     f"{LAYER}attn.c_attn.bias": [f"blk.{{}}.attn_{part}.bias" for part in "qkv"],
     f"{LAYER}attn.c_proj.weight": ["blk.{}.attn_output.weight"],
     f"{LAYER}attn.c_proj.bias": ["blk.{}.attn_output.bias"],
+    f"{LAYER}attn.q_norm.scale": ["blk.{}.attn_q_norm.weight"],
+    f"{LAYER}attn.k_norm.scale": ["blk.{}.attn_k_norm.weight"],
     f"{LAYER}rms_2.scale": ["blk.{}.ffn_norm.weight"],
     f"{LAYER}mlp.c_fc1.weight": ["blk.{}.ffn_gate.weight"],
     f"{LAYER}mlp.c_fc2.weight": ["blk.{}.ffn_up.weight"],
@@ -38,7 +40,7 @@ NAMES = {
 
 # By general.architecture, whether the rows of queries and keys have each head's rotary pairs as two halves; they are
 # interleaved otherwise, as here.
-HALVED_ROTARY = {"llama": False, "qwen2": True}
+HALVED_ROTARY = {"llama": False, "qwen2": True, "qwen3": True}
 
 
 def open_gguf(path: Path) -> tuple[Any, dict[str, Any]]:
@@ -147,15 +149,27 @@ class GGUFTensors(Mapping[str, torch.Tensor]):
         return len(self._tensors)
 
 
-def with_zero_biases(tensors: Mapping[str, torch.Tensor], config: LLaMAConfig) -> Mapping[str, torch.Tensor]:
-    """The tensors, with zeros for biases that the configuration knows of and the file leaves out.
+def lit_tensors(fields: dict[str, Any], tensors: GGUFTensors, config: LLaMAConfig, place: object) -> LitTensors:
+    """The weights of a GGUF file under Lit-LLaMA's names.
 
-    llama.cpp's LLaMA looks for each bias of the attention by itself, so that a file may have those of the values alone.
+    llama.cpp's LLaMA looks for each bias of the attention by itself, so that a file may have those of the values alone:
+    zeros stand for those that it leaves out.
+
+    Args:
+        fields: the metadata by name.
+        tensors: the file's.
+        config: the model's configuration.
+        place: the file, for error messages.
+
+    Raises:
+        ValueError: the file lacks a tensor, or has one too many.
     """
     sizes = dict(zip(("attn_q", "attn_k", "attn_v"), config.qkv_rows, strict=True)) if config.qkv_bias else {}
     sizes |= {"attn_output": config.n_embd} if config.o_bias else {}
     zeros = {f"blk.{i}.{name}.bias": torch.zeros(size) for i in range(config.n_layer) for name, size in sizes.items()}
-    return ChainMap({name: zero for name, zero in zeros.items() if name not in tensors}, tensors)  # type: ignore[arg-type]
+    absent = {name: zero for name, zero in zeros.items() if name not in tensors}
+    complete: Mapping[str, torch.Tensor] = ChainMap(absent, tensors)  # type: ignore[arg-type]
+    return LitTensors(complete, NAMES, config, place, HALVED_ROTARY[fields["general.architecture"]])
 
 
 def config_from_gguf(fields: dict[str, Any], tensors: GGUFTensors, name: str, place: object) -> LLaMAConfig:
@@ -213,6 +227,7 @@ def _config(fields: dict[str, Any], tensors: GGUFTensors, name: str, place: obje
         tie_embeddings="output.weight" not in tensors,
         qkv_bias=kind == "qwen2" or any(re.search(r"attn_[qkv]\.bias", name) for name in tensors),
         o_bias=any(name.endswith(".attn_output.bias") for name in tensors),
+        qk_norm=kind == "qwen3",
     )
     return config if tensors.rope_factors is None else _with_llama3_scaling(config, tensors.rope_factors)
 
