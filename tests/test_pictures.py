@@ -37,7 +37,10 @@ def gates(path):
 
 
 def dial(path):
-    rows = [{"scale": scale, "validation_loss": 4 - scale, "captain": 1 - scale} for scale in (0.0, 0.5, 1.0)]
+    rows = [
+        {"scale": scale, "validation_loss": 4 - scale, "divergence": scale, "captain": 1 - scale}
+        for scale in (0.0, 0.5, 1.0)
+    ]
     load_script("evaluate/scale.py").draw(rows, "tiny + out/captain", path)
 
 
