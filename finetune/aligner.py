@@ -20,6 +20,7 @@ from lit_llama.samples import sample_answers
 from lit_llama.script.command_line import run
 from lit_llama.script.conditions import Conditions
 from lit_llama.script.machine import build_all
+from lit_llama.seam import Positions
 from lit_llama.training import fit
 from lit_llama.tuning import find_learning_rate
 
@@ -31,6 +32,7 @@ def main(
     aligner_length: int = 1,  # paper: 1 and 10, up to 300 for MetaMath
     aligner_start_layer: int = 2,
     aligner_init_std: float = 0.1,  # authors: 1.0; smaller tokens turn sooner, which short runs need
+    positions: Positions | None = None,
     learning_rate: float | Literal["auto"] = 3e-2,  # paper: 9e-3
     decay: Decay = "linear",  # paper: none
     weight_decay: float = 0.02,
@@ -58,6 +60,8 @@ def main(
         aligner_length: number of prefix tokens N.
         aligner_start_layer: first layer with a gate, counted from 0.
         aligner_init_std: standard deviation of the prefix tokens at the start.
+        positions: positions that attend to the prefix: "all", as if it is not given, or those of the "prompt" and none
+            of the answer; such an adapter cannot be folded or exported.
         learning_rate: peak of the learning rate, reached at the end of warm-up; "auto" tries a few for a few steps on a
             part of the training examples kept apart, and takes the best.
         decay: how the learning rate falls from the peak: "linear" to zero, or "none".
@@ -86,7 +90,9 @@ def main(
             epochs=epochs, max_steps=max_steps, warmup_steps=warmup_steps, max_grad_norm=max_grad_norm,
             eval_interval=eval_interval, patience=patience, seed=seed, pack=pack,
         ),
-        lambda: Aligner(read_config(checkpoint_dir), aligner_length, aligner_start_layer, aligner_init_std),
+        lambda: Aligner(
+            read_config(checkpoint_dir), aligner_length, aligner_start_layer, aligner_init_std, positions or "all"
+        ),
     )  # fmt: skip
     tokenizer, (train, validation) = open_data(checkpoint_dir, data_dir, max_seq_length)
     plan = plan.for_items(len(train))

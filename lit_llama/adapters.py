@@ -312,6 +312,7 @@ def adapter_without_values(method: str, sizes: Mapping[str, Any], place: str = "
         name: parameter.annotation
         for name, parameter in inspect.signature(build, eval_str=True).parameters.items()
         if name not in ("config", "init_std")  # which no adapter that has its values depends on
+        and (name != "positions" or name in sizes)  # all, if a file does not say it
     }
     lacking, unknown = sorted(kinds.keys() - sizes.keys()), sorted(sizes.keys() - kinds.keys())
     if lacking or unknown:

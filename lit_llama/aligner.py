@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from lit_llama.config import LLaMAConfig
-from lit_llama.seam import LayerAdapter, LayerPrefix
+from lit_llama.seam import LayerAdapter, LayerPrefix, Positions
 
 
 class Aligner(nn.Module):
@@ -25,6 +25,7 @@ class Aligner(nn.Module):
         length: number of prefix tokens N.
         start_layer: first layer that attends to the prefix, counted from 0.
         init_std: standard deviation of the tokens at the start.
+        positions: which positions attend to the prefix: "all", or those of the "prompt" and none that is decoded.
 
     Attributes:
         sizes: those of the base model, and the arguments that built it, for its file.
@@ -36,7 +37,14 @@ class Aligner(nn.Module):
     method = "aligner"
     base_sizes = ("n_layer", "n_head", "n_embd")
 
-    def __init__(self, config: LLaMAConfig, length: int = 1, start_layer: int = 2, init_std: float = 0.1) -> None:
+    def __init__(
+        self,
+        config: LLaMAConfig,
+        length: int = 1,
+        start_layer: int = 2,
+        init_std: float = 0.1,
+        positions: Positions = "all",
+    ) -> None:
         super().__init__()
         if length < 1:
             raise ValueError(f"an Aligner needs at least one prefix token, got {length}")
@@ -47,6 +55,9 @@ class Aligner(nn.Module):
         self.start_layer = start_layer
         sizes = {name: getattr(config, name) for name in self.base_sizes}
         self.sizes = sizes | {"length": length, "start_layer": start_layer}
+        self.prompt_only = positions == "prompt"
+        if self.prompt_only:  # a file that does not say it means all
+            self.sizes["positions"] = positions
         self.tokens = nn.Parameter(init_std * torch.randn(length, config.n_embd, dtype=torch.float32))
         self.gates = nn.Parameter(torch.zeros(config.n_layer - start_layer, config.n_head, dtype=torch.float32))
 
@@ -54,7 +65,7 @@ class Aligner(nn.Module):
         """The same tokens for every layer, and the layer's own gates."""
         if index < self.start_layer:
             return LayerAdapter()
-        prefix = LayerPrefix(self.tokens[None], self.gates[None, index - self.start_layer])
+        prefix = LayerPrefix.of(self.tokens, self.gates[index - self.start_layer], self.prompt_only)
         return LayerAdapter((prefix,))
 
     @torch.no_grad()

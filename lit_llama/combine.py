@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lit_llama.row_adapters import RowAdapters
-from lit_llama.seam import PROJECTIONS, Adapter, LayerAdapter, Update
+from lit_llama.seam import PROJECTIONS, Adapter, LayerAdapter, LayerPrefix, Update
 
 
 class WeightedSum:
@@ -47,9 +47,36 @@ class PerPosition:
         """All prefixes and updates, each with its share."""
         prefixes, updates = self.adapter.layer(index)
         return LayerAdapter(
-            tuple(prefix._replace(share=self.share) for prefix in prefixes),
+            tuple(_times_share(prefix, self.share) for prefix in prefixes),
             {name: tuple(Shared(update, self.share) for update in some) for name, some in updates.items()},
         )
+
+
+class OnPrompt:
+    """An adapter on whole sequences, of which it is known where the prompt ends: what acts there alone ends there too.
+
+    Args:
+        adapter: the adapter.
+        prompt: bool (B, T), the positions of the prompt.
+    """
+
+    def __init__(self, adapter: Adapter, prompt: Tensor) -> None:
+        self.adapter, self.prompt = adapter, prompt
+
+    def layer(self, index: int) -> LayerAdapter:
+        """All prefixes and updates, the former at their positions."""
+        added = self.adapter.layer(index)
+        return added._replace(prefixes=tuple(map(self._placed, added.prefixes)))
+
+    def _placed(self, prefix: LayerPrefix) -> LayerPrefix:
+        if prefix.prompt_only is None:
+            return prefix
+        acts = self.prompt | ~prefix.prompt_only[:, None]  # (B, T)
+        return _times_share(prefix._replace(prompt_only=None), acts.float())
+
+
+def _times_share(prefix: LayerPrefix, share: Tensor) -> LayerPrefix:
+    return prefix._replace(share=share if prefix.share is None else prefix.share * share)
 
 
 class Shared(NamedTuple):

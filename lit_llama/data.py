@@ -115,6 +115,15 @@ class Batch(NamedTuple):
         """Bool (B, T), the positions whose next token is scored."""
         return F.pad(self.scored[:, 1:], (0, 1))
 
+    def prompt(self) -> Tensor:
+        """Bool (B, T), the positions before an example's first scored token."""
+        before = self.scored.cumsum(1)  # scored tokens up to each position, of all examples in a row
+        if self.lengths is not None:
+            ends = torch.tensor(self.lengths, device=before.device).cumsum(0)
+            earlier = F.pad(before[0, ends - 1], (1, 0))[:-1]  # (E), those of the examples before
+            before = before - self.per_position(earlier)
+        return before == 0
+
     def per_position(self, values: Tensor) -> Tensor:
         """A number of each example (E) at each of its positions, (B, T)."""
         if self.lengths is None:

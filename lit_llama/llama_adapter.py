@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from lit_llama.config import LLaMAConfig
-from lit_llama.seam import LayerAdapter, LayerPrefix
+from lit_llama.seam import LayerAdapter, LayerPrefix, Positions
 
 
 class LLaMAAdapter(nn.Module):
@@ -21,6 +21,7 @@ class LLaMAAdapter(nn.Module):
         length: number of prefix tokens N in each layer.
         start_layer: first layer with a prefix, counted from 0.
         init_std: standard deviation of the tokens at the start.
+        positions: which positions attend to the prefix: "all", or those of the "prompt" and none that is decoded.
 
     Attributes:
         sizes: those of the base model, and the arguments that built it, for its file.
@@ -32,7 +33,14 @@ class LLaMAAdapter(nn.Module):
     method = "llama_adapter"
     base_sizes = ("n_layer", "n_head", "n_embd")
 
-    def __init__(self, config: LLaMAConfig, length: int = 10, start_layer: int = 2, init_std: float = 0.1) -> None:
+    def __init__(
+        self,
+        config: LLaMAConfig,
+        length: int = 10,
+        start_layer: int = 2,
+        init_std: float = 0.1,
+        positions: Positions = "all",
+    ) -> None:
         super().__init__()
         if length < 1:
             raise ValueError(f"a LLaMA-Adapter needs at least one prefix token, got {length}")
@@ -43,6 +51,9 @@ class LLaMAAdapter(nn.Module):
         self.start_layer = start_layer
         sizes = {name: getattr(config, name) for name in self.base_sizes}
         self.sizes = sizes | {"length": length, "start_layer": start_layer}
+        self.prompt_only = positions == "prompt"
+        if self.prompt_only:  # a file that does not say it means all
+            self.sizes["positions"] = positions
         layers = config.n_layer - start_layer
         self.tokens = nn.Parameter(init_std * torch.randn(layers, length, config.n_embd, dtype=torch.float32))
         self.gates = nn.Parameter(torch.zeros(layers, config.n_head, dtype=torch.float32))
@@ -52,7 +63,7 @@ class LLaMAAdapter(nn.Module):
         if index < self.start_layer:
             return LayerAdapter()
         row = index - self.start_layer
-        return LayerAdapter((LayerPrefix(self.tokens[None, row], self.gates[None, row]),))
+        return LayerAdapter((LayerPrefix.of(self.tokens[row], self.gates[row], self.prompt_only),))
 
     @torch.no_grad()
     def scale_(self, scale: float) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_llama.combine import OnPrompt
 from lit_llama.data import Batch
 from lit_llama.model import LLaMA
 from lit_llama.seam import Adapter
@@ -61,8 +62,14 @@ def response_logprobs(model: LLaMA, adapter: Adapter | None, batch: Batch) -> Te
 
 def _scored_logprobs(model: LLaMA, adapter: Adapter | None, batch: Batch) -> Tensor:
     """Log-probability of each scored token, float32 (n); logits are computed for those alone."""
-    hidden = model.hidden_states(batch.ids, adapter, at=batch.predicts_scored(), lengths=batch.lengths)  # (n, C)
-    return token_logprobs(model, hidden, batch.ids[batch.scored])
+    return token_logprobs(model, scored_hidden_states(model, adapter, batch), batch.ids[batch.scored])
+
+
+def scored_hidden_states(model: LLaMA, adapter: Adapter | None, batch: Batch) -> Tensor:
+    """Hidden states (n, C) at the positions whose next tokens are scored."""
+    if adapter is not None:
+        adapter = OnPrompt(adapter, batch.prompt())
+    return model.hidden_states(batch.ids, adapter, at=batch.predicts_scored(), lengths=batch.lengths)
 
 
 def token_logprobs(model: LLaMA, hidden: Tensor, tokens: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from lit_llama.seam import (
     LayerAdapter,
     LayerPrefix,
     Updates,
+    after_prompt,
     updated,
 )
 
@@ -284,9 +285,11 @@ class CausalSelfAttention(nn.Module):
             split = zip(*(heads.split(layout.lengths, dim=2) for heads in (q, k, v)), strict=True)
             y = torch.cat([self.attend(*heads) for heads in split], dim=2)  # (1, nh, T, hs)
         if isinstance(adapter, LayerAdapter):
-            adapter = self.expand(adapter, q.dtype)
+            later = after_prompt(adapter)
+            added = self.expand(adapter if layout.positions is None else later, q.dtype)
             if cache is not None:
-                cache.adapter = adapter
+                cache.adapter = added if later is adapter else self.expand(later, q.dtype)
+            adapter = added
         for prefix in adapter.prefixes:
             y = y + self.prefix_contribution(q, prefix)
         y = y.transpose(1, 2).flatten(2)  # (B, T, nh * hs)

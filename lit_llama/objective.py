@@ -28,7 +28,14 @@ from torch import Tensor
 from lit_llama.combine import PerPosition, WeightedSum
 from lit_llama.data import Batch, Example, collate
 from lit_llama.files import read_text
-from lit_llama.losses import SUPERVISED_METRICS, LossSums, divergence, supervised_loss, token_logprobs
+from lit_llama.losses import (
+    SUPERVISED_METRICS,
+    LossSums,
+    divergence,
+    scored_hidden_states,
+    supervised_loss,
+    token_logprobs,
+)
 from lit_llama.model import LLaMA
 from lit_llama.records import read_records
 from lit_llama.seam import Adapter
@@ -182,10 +189,9 @@ class Objective:
 
     def _hidden(self, batch: Batch, adapter: Adapter) -> tuple[Tensor, Tensor]:
         """Hidden states (n, C) that predict the scored tokens, without the adapter and with it."""
-        at = batch.predicts_scored()
         with torch.no_grad():
-            before = self.model.hidden_states(batch.ids, self.before, at=at, lengths=batch.lengths)
-        return before, self.model.hidden_states(batch.ids, self.together(adapter), at=at, lengths=batch.lengths)
+            before = scored_hidden_states(self.model, self.before, batch)
+        return before, scored_hidden_states(self.model, self.together(adapter), batch)
 
     def _scales(self, batch: Batch) -> Tensor:
         """The scale of each example, (E)."""

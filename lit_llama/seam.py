@@ -42,11 +42,15 @@ The contract:
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # of the attention and of the MLP
+
+
+Positions = Literal["all", "prompt"]  # that attend to a prefix
 
 
 class LayerPrefix(NamedTuple):
@@ -56,11 +60,26 @@ class LayerPrefix(NamedTuple):
         tokens: (1 or B, N, C), in the place of the layer's normalised input x: no norm is applied to them.
         gates: (1 or B, nh), what each query head's contribution is multiplied by.
         share: (B, T), what the contribution is multiplied by at each position; None means 1 at all.
+        prompt_only: bool (1 or B), whether only positions of the prompt attend to it, and none that is decoded; None
+            means that all do.
     """
 
     tokens: Tensor
     gates: Tensor
     share: Tensor | None = None
+    prompt_only: Tensor | None = None
+
+    @classmethod
+    def of(cls, tokens: Tensor, gates: Tensor, prompt_only: bool = False) -> "LayerPrefix":
+        """One prefix for all rows: tokens (N, C) and gates (nh), which perhaps the prompt alone attends to."""
+        acts = torch.ones(1, dtype=torch.bool, device=gates.device) if prompt_only else None
+        return cls(tokens[None], gates[None], prompt_only=acts)
+
+    def after_prompt(self) -> "LayerPrefix":
+        """What is left of it once the prompt is over."""
+        if self.prompt_only is None:
+            return self
+        return self._replace(gates=self.gates * ~self.prompt_only[:, None], prompt_only=None)
 
     def scaled(self, scale: float) -> "LayerPrefix":
         """The prefix with its contribution times a number."""
@@ -109,6 +128,13 @@ class Adapter(Protocol):
     def layer(self, index: int) -> LayerAdapter:
         """What is added to layer `index`, counted from 0."""
         ...
+
+
+def after_prompt(adapter: LayerAdapter) -> LayerAdapter:
+    """What an adapter adds to what is decoded: prefixes for the prompt alone have closed gates."""
+    if all(prefix.prompt_only is None for prefix in adapter.prefixes):
+        return adapter
+    return adapter._replace(prefixes=tuple(prefix.after_prompt() for prefix in adapter.prefixes))
 
 
 class ExpandedPrefix(NamedTuple):

@@ -80,6 +80,8 @@ def describe(path: Path, info: AdapterInfo, aligner: Aligner) -> str:
         others = cosines[~torch.eye(len(tokens), dtype=torch.bool)]
         spread = f"{others.min():.3f} to {others.max():.3f}, mean {others.mean():.3f}"
         facts.append(("cosines between tokens", spread))
+    facts += [("attended to by", "the prompt alone")] if aligner.prompt_only else []
+    facts += [("trained on top of", f"{one.name} (scale {one.scale:g})") for one in info.also]
     facts += [(f"  {name}", str(value)) for name, value in info.hyperparameters.items()]
     return "\n".join([str(path), *(f"  {name:26}{value}" for name, value in facts)])
 

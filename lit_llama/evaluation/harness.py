@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from lit_llama.base import Base
 from lit_llama.chat_template import render_chat
+from lit_llama.combine import OnPrompt
 from lit_llama.decoder import GenerationRequest
 from lit_llama.evaluation.tasks import all_tasks, task_manager
 from lit_llama.files import atomic_file
@@ -145,7 +146,10 @@ class HarnessModel(TemplateLM):
             for layer, read in zip(cache.layers, start.layers, strict=True):
                 layer.prefill(read.k.expand(len(batch), -1, -1, -1), read.v.expand(len(batch), -1, -1, -1))
             options = {"cache": cache, "positions": (shared + at).expand(ids.shape).to(self.device)}
-        logits = self.model(ids.to(self.device), self.adapter, logits_at=wanted.to(self.device), **options)
+        adapter = self.adapter
+        if adapter is not None:
+            adapter = OnPrompt(adapter, (at <= end - torch.tensor(needed)[:, None]).to(self.device))
+        logits = self.model(ids.to(self.device), adapter, logits_at=wanted.to(self.device), **options)
         return logits.split(list(needed))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:

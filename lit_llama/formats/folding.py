@@ -77,6 +77,7 @@ def fold(config: LLaMAConfig, tensors: Mapping[str, Tensor], index: int, added: 
     Raises:
         ValueError: an update is not affine.
     """
+    refuse_prompt_only(added)
     weights, biases = (projections(config, tensors, index, part) for part in ("weight", "bias"))
     # What comes out of the prefix goes through the output projection with its update; tokens go in without.
     prefixes = added._replace(updates=NO_UPDATES)
@@ -96,6 +97,19 @@ def fold(config: LLaMAConfig, tensors: Mapping[str, Tensor], index: int, added: 
     if one_token:
         folded_biases["o"] = folded_biases.get("o", 0) + folded["o"].float() @ torch.stack(one_token).sum(0)
     return FoldedLayer(folded, folded_biases, [prefix for prefix in expanded if prefix.v.size(2) > 1])
+
+
+def refuse_prompt_only(added: LayerAdapter) -> None:
+    """Refuse prefixes that no weight or bias can stand for, as those act on all positions.
+
+    Raises:
+        ValueError: the adapter acts on the prompt alone.
+    """
+    if any(prefix.prompt_only is not None for prefix in added.prefixes):
+        raise ValueError(
+            "an adapter that was trained with --positions prompt cannot be folded, merged or exported: it acts on the "
+            "prompt and not on what is decoded, while weights and biases act on both"
+        )
 
 
 def _attention(config: LLaMAConfig, tensors: Mapping[str, Tensor], index: int) -> CausalSelfAttention:
@@ -205,6 +219,8 @@ def merge(model: LLaMA, adapter: Adapter) -> None:
     from torch.distributed.tensor import DTensor  # slow to import
 
     layers = [adapter.layer(i) for i in range(model.config.n_layer)]
+    for layer in layers:
+        refuse_prompt_only(layer)
     if any(prefix.tokens.size(1) > 1 for layer in layers for prefix in layer.prefixes):
         raise ValueError("a prefix of several tokens cannot be merged into weights: its attention depends on the query")
     tensors = {name: parameter.data for name, parameter in model.named_parameters()}
