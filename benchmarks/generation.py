@@ -74,7 +74,8 @@ def main(
         prompt_tokens: in each row.
         new_tokens: generated in each row.
         rounds: how often every engine has its turn.
-        precision: number format of the base model; "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
+        precision: number format of the base model; "auto" is bf16-true where GPU or CPU compute in it and 32-true
+            elsewhere, and says which it takes.
     """
     config = read_config(checkpoint_dir)
     torch.manual_seed(0)

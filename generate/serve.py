@@ -20,6 +20,7 @@ from lit_llama.base import style_of
 from lit_llama.checkpoint import model_without_weights, open_weights, read_config
 from lit_llama.files import require_extra
 from lit_llama.script.command_line import run
+from lit_llama.script.opening import say_precision
 from lit_llama.serving.store import AdapterStore
 from lit_llama.serving.worker import Opening, Worker
 from lit_llama.tokenizer import Tokenizer
@@ -101,6 +102,7 @@ def serve_folder(opening: Opening, limits: "Limits", access: "Access", host: str
     style_of(None, None, tokenizer)  # renders the base's chat template, which may fail
     listener, address = bind(host, port)
     ending = Ending()
+    say_precision(opening.precision, opening.quantize)
     print(f"{len(store)} adapters in {opening.adapter_dir}; the model is being loaded", file=sys.stderr)
     worker = Worker(opening)
     try:

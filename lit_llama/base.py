@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import torch
 
@@ -20,7 +20,7 @@ from lit_llama.checkpoint import load_base, read_config
 from lit_llama.combine import WeightedSum
 from lit_llama.config import LLaMAConfig
 from lit_llama.devices.layouts import WeightOnly, compile_decoding, lay_out, quantize_for_inference
-from lit_llama.devices.precision import PRECISIONS, Precision
+from lit_llama.devices.precision import PRECISIONS, Precision, default_dtype
 from lit_llama.devices.quantization import Quantize
 from lit_llama.generation import respond, stream_text
 from lit_llama.model import LLaMA
@@ -272,12 +272,12 @@ def _load(
     for_generation: bool,
     mesh: DeviceMesh | None,
 ) -> LLaMA:
+    if dtype is None:  # the kernels of fast weights compute in bfloat16 anywhere
+        dtype = torch.bfloat16 if bits in get_args(WeightOnly) else default_dtype(device)
     if bits in ("nf4", "int8"):
         if compile:
             raise ValueError(f"--compile does not go with bitsandbytes' {bits}: use int4-fast or int8-fast")
         return load_base(checkpoint_dir, dtype, device, mesh=mesh, quantize=bits)
-    if bits != "none":
-        dtype = dtype or torch.bfloat16  # what its kernels compute in
     model = load_base(checkpoint_dir, dtype, device, mesh=mesh)
     if bits != "none":
         quantize_for_inference(model, bits)

@@ -18,7 +18,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_llama.config import PRESETS, LLaMAConfig
-from lit_llama.devices.precision import default_dtype
 from lit_llama.devices.quantization import Quantize, is_quantized, load_quantized, use_quantized_layers
 from lit_llama.devices.sharding import local_rows, shard
 from lit_llama.fields import check_object, naming, take
@@ -138,7 +137,7 @@ def open_weights(path: Path, config: LLaMAConfig | None = None) -> tuple[LLaMACo
 
 def load_base(
     path: Path | str,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     config: LLaMAConfig | None = None,
     *,
@@ -149,7 +148,7 @@ def load_base(
 
     Args:
         path: a folder of a conversion script, a Hugging Face folder, or a plain Lit-LLaMA `.pth` file.
-        dtype: number format of the weights in memory; if None, bfloat16 on a GPU that has it and float32 elsewhere.
+        dtype: number format of the weights in memory.
         device: where to put the weights.
         config: sizes of a `.pth` file that are not those of a known preset.
         mesh: shard the weights over these processes, see `lit_llama.devices.sharding`.
@@ -169,7 +168,6 @@ def load_base(
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     if expected.keys() != tensors.keys():
         refuse_names(path, expected.keys() - tensors.keys(), tensors.keys() - expected.keys())
-    dtype = dtype or default_dtype(device)
     if mesh is not None:
         shard(model, mesh)
     if quantize is not None:

@@ -113,7 +113,8 @@ def main(
         form: form of the answers; if given, held-out questions are asked, and the answers with this form are counted.
         questions_path: JSON Lines file with "split" and "question"; the questions of the split "test" are asked.
         max_new_tokens: largest number of tokens of an answer.
-        precision: number format of the base model; "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
+        precision: number format of the base model; "auto" is bf16-true where GPU or CPU compute in it and 32-true
+            elsewhere, and says which it takes.
     """
     for name in method:
         parse(name)

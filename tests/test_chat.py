@@ -161,7 +161,7 @@ def test_lines_can_be_edited_on_a_terminal(base_dir):
     """A typing error is deleted, an earlier line comes back, Ctrl-C leaves a line out and Ctrl-D ends."""
     expected = conversation(open_base(base_dir), "One?", "One?")
     mine, theirs = pty.openpty()
-    options = ["--checkpoint_dir", str(base_dir), "--max_new_tokens", "8", "--threads", "1"]
+    options = ["--checkpoint_dir", str(base_dir), "--max_new_tokens", "8", "--threads", "1", "--precision=32-true"]
     environment = {**os.environ, "TERM": "dumb", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, SCRIPT, *options],

@@ -91,6 +91,7 @@ def train(kind, base_dir, data_dir, out_dir, *more, launcher=None, script="align
     """
     options = {"batch_size": 4, "micro_batch_size": 1, "max_steps": STEPS, "warmup_steps": 1}
     options |= {"checkpoint_dir": base_dir, "data_dir": data_dir, "out_dir": out_dir, "eval_interval": 4}
+    options["precision"] = "32-true"  # also in processes that a launcher starts
     arguments = [f"--{name}={value}" for name, value in options.items()]
     more = [*more, "--aligner_length=2"] if script == "aligner" else more
     arguments += ["--save_interval=4", *KINDS[kind], *more]

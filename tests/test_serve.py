@@ -40,7 +40,8 @@ class Server:
     """A running server, its address and what it has said on stderr."""
 
     def __init__(self, base_dir, adapter_dir, *more, until="ready at ", group=False, **options):
-        arguments = {"checkpoint_dir": base_dir, "adapter_dir": adapter_dir, "port": 0, **options}
+        arguments = {"checkpoint_dir": base_dir, "adapter_dir": adapter_dir, "port": 0, "precision": "32-true"}
+        arguments |= options
         command = [sys.executable, ROOT / "generate" / "serve.py", *(f"--{k}={v}" for k, v in arguments.items()), *more]
         environment = {**os.environ, "ALIGNER_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_llama.adapters import AnyAdapter, Companion
-from lit_llama.base import Base, open_base, read_adapters, scales_of
+from lit_llama.base import Base, read_adapters, scales_of
 from lit_llama.checkpoint import read_config
 from lit_llama.files import shareable_path
 from lit_llama.objective import Objective, read_kept_text
@@ -99,12 +99,7 @@ class Conditions:
         """
         machine, self._also = self.machine, read_adapters(self._paths, read_config(checkpoint_dir))
         fabric, mesh = machine.launch(out_dir, plan)
-        base = open_base(
-            checkpoint_dir, prompt_style=prompt_style, precision=machine.precision, quantize=machine.quantize,
-            device=fabric.device, mesh=mesh,
-        )  # fmt: skip
-        if machine.activation_checkpointing:
-            base.model.checkpoint_activations()
+        base = machine.open_base(checkpoint_dir, prompt_style, out_dir, fabric, mesh)
         base.with_adapter(self._also)  # moves them there, and refuses those of another base
         for one in self._also:
             assert isinstance(one.adapter, AnyAdapter)

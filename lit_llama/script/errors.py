@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from lit_llama.devices.precision import default_dtype
+
 USERS_ERRORS = (ValueError, OSError, ArithmeticError, ImportError)  # raised with a message that is for the user
 
 
@@ -52,7 +54,9 @@ def _out_of_memory(options: dict[str, Any]) -> str:
     for name in ("activation_checkpointing", "shard_base"):
         if options.get(name) is False:
             remedies.append(f"--{name}" + (" with several GPUs" if name == "shard_base" else ""))
-    if options.get("precision") == "32-true" or (options.get("precision") == "auto" and not torch.cuda.is_available()):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    in_float32 = {"32-true": True, "auto": default_dtype(device) == torch.float32}
+    if in_float32.get(options.get("precision", ""), False):
         remedies.append("--precision bf16-true")
     if "quantize" in options and options["quantize"] is None:
         remedies.append("--quantize nf4")

@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_llama.devices.precision import Precision
+from lit_llama.base import Base, open_base
+from lit_llama.devices.precision import PRECISIONS, Precision, what_auto_takes
 from lit_llama.devices.quantization import Quantize
 from lit_llama.plan import Plan
 from lit_llama.script.launch import launch, make_loggers
+from lit_llama.states import recorded_setting
+from lit_llama.training import write_line
 
 # Annotations are not postponed here: to read the options' types, the parser would import what follows for them.
 if TYPE_CHECKING:  # takes seconds to import, which --help should not cost
@@ -21,7 +24,8 @@ class Machine:
     """Where a run computes, and what it keeps.
 
     Args:
-        precision: number format of the base model; "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
+        precision: number format of the base model; "auto" is bf16-true where GPU or CPU compute in it and 32-true
+            elsewhere, and says which it takes.
         quantize: number of bits in which the base's blocks are kept: 4 ("nf4") or 8 ("int8"); if not given, all.
         activation_checkpointing: compute activations again for the backward pass instead of keeping them, which takes
             less memory and more time.
@@ -79,6 +83,40 @@ class Machine:
             )
         loggers = make_loggers(self.logger or [], out_dir, self.resume)
         return launch(self.devices, self.num_nodes, self.shard_base, loggers, out_dir)
+
+    def open_base(
+        self, checkpoint_dir: Path, prompt_style: str, out_dir: Path, fabric: "Fabric", mesh: "DeviceMesh | None"
+    ) -> Base:
+        """Open the base model of a run as the options say.
+
+        A run that is resumed keeps the number format that it began with, where the option leaves it open.
+
+        Args:
+            checkpoint_dir: folder of the base model.
+            prompt_style: style of the training prompts.
+            out_dir: folder of the run.
+            fabric: processes of the run.
+            mesh: what `launch` gave to shard the base over.
+        """
+        precision = self.precision
+        if precision == "auto":
+            earlier = recorded_setting(out_dir, "precision") if self.resume else None
+            resumed: list[Precision] = [name for name, dtype in PRECISIONS.items() if dtype and str(dtype) == earlier]
+            precision = resumed[0] if resumed else precision
+            if fabric.is_global_zero:
+                as_before = f"--precision auto: {precision}, as before the run was resumed"
+                write_line(as_before if resumed else what_auto_takes(fabric.device))
+        base = open_base(
+            checkpoint_dir,
+            prompt_style=prompt_style,
+            precision=precision,
+            quantize=self.quantize,
+            device=fabric.device,
+            mesh=mesh,
+        )
+        if self.activation_checkpointing:
+            base.model.checkpoint_activations()
+        return base
 
 
 def build_all(*parts: Callable[[], Any]) -> list[Any]:

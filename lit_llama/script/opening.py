@@ -4,12 +4,16 @@ A script whose `main` hands its `**options` on to this function has the function
 gives itself.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
+
+import torch
 
 from lit_llama.base import AdapterLike, Base, Bits, open_base
-from lit_llama.devices.precision import Precision
+from lit_llama.devices.layouts import WeightOnly
+from lit_llama.devices.precision import Precision, what_auto_takes
 
 
 def open_model(
@@ -36,7 +40,8 @@ def open_model(
             alone "chat", or "none" if it has no template.
         thinking: let the model think before it answers, or not, if its chat template has a switch for that; if not
             given, as the adapter was trained, or as the template has it.
-        precision: number format of the base model; "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
+        precision: number format of the base model; "auto" is bf16-true where GPU or CPU compute in it and 32-true
+            elsewhere, and says which it takes.
         quantize: number of bits of the base model's weights: "nf4" or "int8" (bitsandbytes) saves memory,
             "int4-fast" or "int8-fast" (torchao on a GPU) saves time; if not given, as the adapter was trained; "none"
             keeps the weights whole.
@@ -49,6 +54,7 @@ def open_model(
                 f"--thinking is a switch of the model's own chat template, not of the style {prompt_style}"
             )
         prompt_style = f"chat-thinking-{thinking}"
+    say_precision(precision, quantize)
     return open_base(
         checkpoint_dir,
         adapters,
@@ -60,3 +66,15 @@ def open_model(
         for_generation=True,
         allow_other_base=allow_other_base,
     )
+
+
+def say_precision(precision: Precision, quantize: Bits | None = None) -> None:
+    """Tell which number format "auto" takes, and why.
+
+    Args:
+        precision: the option.
+        quantize: number of bits of the weights; of some the kernels compute in bfloat16 anywhere.
+    """
+    if precision == "auto" and quantize not in get_args(WeightOnly):
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        print(what_auto_takes(device), file=sys.stderr)

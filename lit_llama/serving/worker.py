@@ -44,7 +44,8 @@ class Opening:
         adapter_dir: folder of the adapters.
         max_rows: number of requests that are answered at once.
         max_length: longest row in tokens, prompt included.
-        precision: number format of the base; "auto" is bf16-true on a GPU that has it and 32-true elsewhere.
+        precision: number format of the base model; "auto" is bf16-true where GPU or CPU compute in it and 32-true
+            elsewhere, and says which it takes.
         quantize: keep the weights in fewer bits: "nf4" or "int8", by bitsandbytes, to save memory; "int4-fast" or
             "int8-fast", by torchao on a GPU, for speed. If this is not given, adapters that were trained on a
             quantised base are refused; "none" accepts them on whole weights.
