@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lit_llama.attention import attend_grouped
-from lit_llama.backward import scores_in_pieces
+from lit_llama.backward import causal_attention, rms_norm, scores_in_pieces, swiglu
 from lit_llama.cache import KVCache, LayerCache
 from lit_llama.config import LLaMAConfig
 from lit_llama.rotary import apply_rope, rope_frequencies
@@ -37,7 +37,8 @@ from lit_llama.seam import (
 # The attention's parameters whose rows stand in the order of the rotary pairs, and how many of the parts that each is
 # stacked of do so: of q, k and v the first two.
 ROTARY_PARTS = {"c_attn.weight": 2, "c_attn.bias": 2, "q_norm.scale": 1, "k_norm.scale": 1}
-LOGITS_AT_ONCE = 2**24  # 64 MB in float32, of which a loss makes a few copies
+LOGITS_AT_ONCE = 2**25  # 128 MB in float32, of which a loss makes a few copies
+LOGITS_AT_ONCE_ON_CPU = 2**23  # which its caches hold
 
 
 class SequenceLayout(NamedTuple):
@@ -173,7 +174,8 @@ class LLaMA(nn.Module):
         Returns:
             (n).
         """
-        piece = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
+        at_once = LOGITS_AT_ONCE_ON_CPU if hidden.device.type == "cpu" else LOGITS_AT_ONCE
+        piece = max(1, at_once // self.config.vocab_size)
         return scores_in_pieces(score, piece, hidden, *others)
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:
@@ -280,10 +282,10 @@ class CausalSelfAttention(nn.Module):
         if layout.mask is not None:
             y = attend_grouped(q, k, v, layout.mask)  # (B, nh, T, hs)
         elif layout.lengths is None:
-            y = self.attend(q, k, v)  # (B, nh, T, hs)
+            y = causal_attention(q, k, v)  # (B, nh, T, hs)
         else:  # sequence by sequence, so that no mask of T x T is ever made
             split = zip(*(heads.split(layout.lengths, dim=2) for heads in (q, k, v)), strict=True)
-            y = torch.cat([self.attend(*heads) for heads in split], dim=2)  # (1, nh, T, hs)
+            y = torch.cat([causal_attention(*heads) for heads in split], dim=2)  # (1, nh, T, hs)
         if isinstance(adapter, LayerAdapter):
             later = after_prompt(adapter)
             added = self.expand(adapter if layout.positions is None else later, q.dtype)
@@ -315,10 +317,6 @@ class CausalSelfAttention(nn.Module):
             turned = apply_rope(turned, *rope)
         q, k = turned.split([self.n_head, self.n_kv_head], dim=1)
         return q, k, v
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention of queries (B, nh, T, hs) over keys and values (B, nkv, T, hs); returns (B, nh, T, hs)."""
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_head != self.n_kv_head)
 
     def expand(self, adapter: LayerAdapter, dtype: torch.dtype) -> ExpandedAdapter:
         """What an adapter adds here, with the keys and values of its prefixes worked out."""
@@ -358,7 +356,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, updates: Updates) -> Tensor:
         gate = updated("gate", self.c_fc1(x), x, updates)
-        x = F.silu(gate) * updated("up", self.c_fc2(x), x, updates)  # (B, T, intermediate size)
+        x = swiglu(gate, updated("up", self.c_fc2(x), x, updates))  # (B, T, intermediate size)
         return updated("down", self.c_proj(x), x, updates)
 
 
@@ -371,7 +369,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scale * F.rms_norm(x, x.shape[-1:], eps=self.eps)
+        return rms_norm(x, self.scale, self.eps)
 
 
 def parameter_shapes(config: LLaMAConfig) -> dict[str, torch.Size]:

@@ -38,5 +38,10 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         (B, heads, T, hs), in the dtype of `x`.
     """
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, heads, T, hs / 2)
-    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).type_as(x)
+    pairs = x.float().unflatten(-1, (-1, 2))  # (B, heads, T, hs / 2, 2)
+    if torch.compiler.is_compiling():  # which makes one pass of this, and nothing good of complex numbers
+        a, b = pairs.unbind(-1)
+        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    return turned.flatten(-2).type_as(x)

@@ -47,7 +47,7 @@ def inputs(name, dtype=torch.float32):
 
 @pytest.mark.parametrize("name", ["logprobs", "divergence"])
 def test_pieces_are_the_whole(tiny_model, monkeypatch, name):
-    monkeypatch.setattr("lit_llama.model.LOGITS_AT_ONCE", AT_ONCE)
+    monkeypatch.setattr("lit_llama.model.LOGITS_AT_ONCE_ON_CPU", AT_ONCE)
     hidden, in_pieces, whole = inputs(name)
     weights = torch.randn(POSITIONS)  # of the positions in a loss
     found, expected = (hidden.clone().requires_grad_() for _ in range(2))
@@ -62,7 +62,7 @@ def test_pieces_are_the_whole(tiny_model, monkeypatch, name):
 
 @pytest.mark.parametrize("name", ["logprobs", "divergence"])
 def test_memory_is_that_of_a_piece(tiny_model, monkeypatch, name):
-    monkeypatch.setattr("lit_llama.model.LOGITS_AT_ONCE", AT_ONCE)
+    monkeypatch.setattr("lit_llama.model.LOGITS_AT_ONCE_ON_CPU", AT_ONCE)
     hidden, in_pieces, _ = inputs(name, torch.bfloat16)
     tiny_model.bfloat16()
     kept = []
@@ -93,7 +93,7 @@ def test_a_quantized_base_has_the_same_gradients_in_pieces(base_dir, monkeypatch
     aligner, ids = random_aligner(model.config, 2), torch.randint(96, (2, 12))
 
     def gradients(rows):
-        monkeypatch.setattr("lit_llama.model.LOGITS_AT_ONCE", rows * model.config.vocab_size)
+        monkeypatch.setattr("lit_llama.model.LOGITS_AT_ONCE_ON_CPU", rows * model.config.vocab_size)
         hidden = model.hidden_states(ids, aligner, at=torch.ones_like(ids, dtype=torch.bool))
         return torch.autograd.grad(token_logprobs(model, hidden, ids.flatten()).sum(), list(aligner.parameters()))
 
