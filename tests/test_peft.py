@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import load_script, random_aligner
+from conftest import FAMILIES, load_script, make_hf_checkpoint, random_aligner
 from safetensors.torch import load_file
 
 from lit_llama.adapters import adapter_file, adapter_fingerprint, read_adapter, save_adapter
@@ -82,6 +82,35 @@ def test_one_token_and_bias_are_beft(tmp_path, hf_checkpoint, base_dir, command,
         base = open_base(base_dir, folder, precision="32-true")
         assert base.infos[0].style == "alpaca"
         torch.testing.assert_close(base.model(IDS, base.adapter), ours, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_token_next_to_any_family(tmp_path, family):
+    """And a LoRA, whose rows of queries and keys stand in another order here."""
+    folder = make_hf_checkpoint(tmp_path / "hf", model_type=family, **FAMILIES[family])
+    if family == "granite":  # whose constants are in the weights of a Llama
+        file = tmp_path / "aligner.safetensors"
+        save_adapter(file, random_aligner(load_base(folder).config, 1))
+        load_script("scripts/convert_hf_checkpoint.py").main(folder, tmp_path / "base")
+        for base in (folder, tmp_path / "base"):
+            with pytest.raises(ValueError, match="export the base model first, which is a Llama then"):
+                load_script(SCRIPT).main(tmp_path / "x", base, [file], format="peft")
+        load_script(SCRIPT).main(tmp_path / "llama", folder)
+        folder = tmp_path / "llama"
+    model = load_base(folder)
+    adapters = {"aligner": random_aligner(model.config, 1, init_std=0.5)}
+    if family != "phi3":  # whose projections are fused
+        adapters["lora"] = random(LoRA(model.config, r=2, alpha=4.0, targets=["q", "k", "v"]), std=0.15)
+    for name, adapter in adapters.items():
+        file = tmp_path / f"{name}.safetensors"
+        save_adapter(file, adapter, model, prompt_style="chat")
+        load_script(SCRIPT).main(tmp_path / name, folder, [file], format="peft", base_name=str(folder))
+        stock = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            theirs = peft.PeftModel.from_pretrained(stock, tmp_path / name)(IDS).logits
+            ours = model(IDS, adapter)
+        torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
+        assert (ours - model(IDS)).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("target", ["o_proj", "v_proj"])
