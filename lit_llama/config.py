@@ -197,6 +197,15 @@ _LLAMA_3: dict[str, Any] = {"block_size": 8192, "vocab_size": 128256, "rope_base
 _LLAMA_31 = _LLAMA_3 | {"block_size": 131072, "rope_scaling": RopeScaling("llama3", factor=8.0)}
 _LLAMA_32 = _LLAMA_31 | {"rope_scaling": RopeScaling("llama3", factor=32.0), "tie_embeddings": True}
 _SMOLLM2: dict[str, Any] = {"block_size": 8192, "vocab_size": 49152, "rope_base": 100000.0, "tie_embeddings": True}
+_SMOLLM3 = _SMOLLM2 | {"block_size": 65536, "vocab_size": 128256, "rope_base": 5e6, "norm_eps": 1e-6, "n_kv_head": 4}
+_QWEN: dict[str, Any] = {"block_size": 32768, "vocab_size": 151936, "rope_base": 1e6, "norm_eps": 1e-6}
+_QWEN_25 = _QWEN | {"qkv_bias": True}
+_QWEN_25_LARGE = _QWEN_25 | {"vocab_size": 152064, "norm_eps": 1e-5, "n_kv_head": 8}
+_QWEN_3 = _QWEN | {"block_size": 40960, "qk_norm": True, "n_kv_head": 8, "head_size": 128}
+_MISTRAL: dict[str, Any] = {"block_size": 32768, "vocab_size": 32768, "rope_base": 1e6, "n_kv_head": 8}
+_NEMO = _MISTRAL | {"vocab_size": 131072, "head_size": 128}
+_PHI_4: dict[str, Any] = {"block_size": 16384, "vocab_size": 100352, "rope_base": 2.5e5, "n_kv_head": 10}
+_TIED: dict[str, Any] = {"tie_embeddings": True}
 
 
 def _preset(family: dict[str, Any], name: str, n_layer: int, n_head: int, n_embd: int, **sizes: Any) -> LLaMAConfig:
@@ -221,4 +230,32 @@ PRESETS = [
     _preset(_SMOLLM2, "SmolLM2-135M", 30, 9, 576, n_kv_head=3, intermediate_size=1536),
     _preset(_SMOLLM2, "SmolLM2-360M", 32, 15, 960, n_kv_head=5, intermediate_size=2560),
     _preset(_SMOLLM2, "SmolLM2-1.7B", 24, 32, 2048, intermediate_size=8192, rope_base=130000.0),
+    _preset(_SMOLLM3, "SmolLM3-3B", 36, 16, 2048, intermediate_size=11008, unrotated_layers=tuple(range(3, 36, 4))),
+    _preset(_QWEN_25 | _TIED, "Qwen2.5-0.5B", 24, 14, 896, n_kv_head=2, intermediate_size=4864),
+    _preset(_QWEN_25 | _TIED, "Qwen2.5-1.5B", 28, 12, 1536, n_kv_head=2, intermediate_size=8960),
+    _preset(_QWEN_25 | _TIED, "Qwen2.5-3B", 36, 16, 2048, n_kv_head=2, intermediate_size=11008),
+    _preset(_QWEN_25, "Qwen2.5-7B", 28, 28, 3584, n_kv_head=4, intermediate_size=18944, vocab_size=152064),
+    _preset(_QWEN_25_LARGE, "Qwen2.5-14B", 48, 40, 5120, intermediate_size=13824),
+    _preset(_QWEN_25_LARGE, "Qwen2.5-32B", 64, 40, 5120, intermediate_size=27648),
+    _preset(_QWEN_3 | _TIED, "Qwen3-0.6B", 28, 16, 1024, intermediate_size=3072),
+    _preset(_QWEN_3 | _TIED, "Qwen3-1.7B", 28, 16, 2048, intermediate_size=6144),
+    _preset(_QWEN_3 | _TIED, "Qwen3-4B", 36, 32, 2560, intermediate_size=9728),
+    _preset(_QWEN_3, "Qwen3-8B", 36, 32, 4096, intermediate_size=12288),
+    _preset(_QWEN_3, "Qwen3-14B", 40, 40, 5120, intermediate_size=17408),
+    _preset(_QWEN_3, "Qwen3-32B", 64, 64, 5120, intermediate_size=25600),
+    _preset(_MISTRAL, "Mistral-7B-v0.3", 32, 32, 4096, intermediate_size=14336),
+    _preset(_NEMO, "Mistral-Nemo-12B", 40, 32, 5120, intermediate_size=14336, block_size=131072),
+    _preset(_NEMO, "Mistral-Small-24B", 40, 32, 5120, intermediate_size=32768, rope_base=1e8),
+    _preset(
+        {},
+        "Phi-4",
+        40,
+        40,
+        5120,
+        n_kv_head=10,
+        intermediate_size=17920,
+        vocab_size=100352,
+        block_size=16384,
+        rope_base=2.5e5,
+    ),
 ]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import training_process
-from conftest import ROOT, load_script
+from conftest import FAMILIES, ROOT, load_script, make_hf_checkpoint
 from test_packing import random_examples
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -267,6 +267,8 @@ def compute_sharded(rank, folder, base_dir, recompute):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_each_process_holds_its_share_alone(base_dir, tmp_path, recompute):
+    if recompute:  # of a model with biases and norms of heads as well, from a Hugging Face folder as it is
+        base_dir = make_hf_checkpoint(tmp_path / "hf", model_type="qwen3", **FAMILIES["qwen3"])
     options = {"folder": tmp_path, "base_dir": base_dir, "recompute": recompute}
     processes = [training_process.start(compute_sharded, rank=rank, **options) for rank in range(2)]
     for process in processes:

@@ -1,5 +1,7 @@
 """The model and its seam, against the golden numbers and hand derivations."""
 
+import json
+
 import pytest
 import torch
 from conftest import GOLDEN, random_aligner, tiny_config
@@ -33,6 +35,23 @@ def test_base_logits_are_the_authors(golden, golden_config):
         ("SmolLM2-135M", 134_515_008),
         ("SmolLM2-360M", 361_821_120),
         ("SmolLM2-1.7B", 1_711_376_384),
+        ("SmolLM3-3B", 3_075_098_624),
+        ("Qwen2.5-0.5B", 494_032_768),
+        ("Qwen2.5-1.5B", 1_543_714_304),
+        ("Qwen2.5-3B", 3_085_938_688),
+        ("Qwen2.5-7B", 7_615_616_512),
+        ("Qwen2.5-14B", 14_770_033_664),
+        ("Qwen2.5-32B", 32_763_876_352),
+        ("Qwen3-0.6B", 596_049_920),
+        ("Qwen3-1.7B", 1_720_574_976),
+        ("Qwen3-4B", 4_022_468_096),
+        ("Qwen3-8B", 8_190_735_360),
+        ("Qwen3-14B", 14_768_307_200),
+        ("Qwen3-32B", 32_762_123_264),
+        ("Mistral-7B-v0.3", 7_248_023_552),
+        ("Mistral-Nemo-12B", 12_247_782_400),
+        ("Mistral-Small-24B", 23_572_403_200),
+        ("Phi-4", 14_659_507_200),
     ],
 )
 def test_presets(name, parameters):
@@ -47,7 +66,7 @@ def test_unknown_preset_is_refused():
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.name)
 def test_config_survives_json(preset):
-    assert LLaMAConfig.from_dict(preset.to_dict()) == preset
+    assert LLaMAConfig.from_dict(json.loads(json.dumps(preset.to_dict()))) == preset
 
 
 def test_config_from_before_there_were_other_families():

@@ -74,7 +74,9 @@ FAMILIES = {
         defaults={"max_position_embeddings": 524288, "attention_bias": True, "head_dim": 128},
     ),
     # Its `bias` is that of the MLP as well, which is refused.
-    "internlm3": Family("qkv_bias", False, defaults={"max_position_embeddings": 32768, "rms_norm_eps": 1e-5}),
+    "internlm3": Family(
+        "qkv_bias", False, defaults={"max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "head_dim": 128}
+    ),
 }
 # What can be used instead of other families that people ask for, by a pattern of their `model_type`.
 INSTEAD = {
