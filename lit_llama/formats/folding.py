@@ -23,7 +23,7 @@ from tqdm import tqdm
 from lit_llama.config import LLaMAConfig
 from lit_llama.devices.quantization import is_quantized
 from lit_llama.model import CausalSelfAttention, LLaMA
-from lit_llama.seam import NO_UPDATES, PROJECTIONS, Adapter, ExpandedPrefix, LayerAdapter, Update
+from lit_llama.seam import NO_UPDATES, PROJECTIONS, Adapter, LayerAdapter, Update
 
 MODULES = {"o": "attn.c_proj", "gate": "mlp.c_fc1", "up": "mlp.c_fc2", "down": "mlp.c_proj"}  # q, k, v: attn.c_attn
 
@@ -50,18 +50,30 @@ def projections(
     return found | {name: tensors[tensor] for name, tensor in others.items() if tensor in tensors}
 
 
+class FoldedPrefix(NamedTuple):
+    """A longer prefix as one layer sees it.
+
+    Args:
+        k: keys (1, nh, N, hs) float32, not rotated.
+        v: values (1, nh, N, hs) float32, times the gates.
+    """
+
+    k: Tensor
+    v: Tensor
+
+
 class FoldedLayer(NamedTuple):
     """One layer with an adapter in it.
 
     Args:
         weights: weights of the projections by name, (out, in) each.
         biases: biases of those projections that have one, by name, (out) float32.
-        prefixes: the longer ones, with keys and values (1, nh, N, hs) float32, the values times the gates.
+        prefixes: the longer ones.
     """
 
     weights: dict[str, Tensor]
     biases: dict[str, Tensor]
-    prefixes: list[ExpandedPrefix]
+    prefixes: list[FoldedPrefix]
 
 
 @torch.no_grad()
@@ -96,7 +108,12 @@ def fold(config: LLaMAConfig, tensors: Mapping[str, Tensor], index: int, added: 
     one_token = [prefix.v.flatten() for prefix in expanded if prefix.v.size(2) == 1]  # (nh * hs) each
     if one_token:
         folded_biases["o"] = folded_biases.get("o", 0) + folded["o"].float() @ torch.stack(one_token).sum(0)
-    return FoldedLayer(folded, folded_biases, [prefix for prefix in expanded if prefix.v.size(2) > 1])
+    group, longer = config.n_head // config.n_kv_head, []
+    for prefix in expanded:
+        if prefix.k is not None and prefix.gates is not None:
+            k, v = (heads.repeat_interleave(group, dim=1) for heads in (prefix.k, prefix.v))  # (1, nh, N, hs)
+            longer.append(FoldedPrefix(k, prefix.gates * v))
+    return FoldedLayer(folded, folded_biases, longer)
 
 
 def refuse_prompt_only(added: LayerAdapter) -> None:
