@@ -4,10 +4,12 @@ A data set is a folder: `dataset.json` says what it is, and each split is three 
 memory-mapped, never unpickled:
 
     SPLIT.ids.bin      token ids of all examples, one after the other
-    SPLIT.scored.bin   one byte per token: 1 if the loss scores it
+    SPLIT.scored.bin   one byte per token: 1 if the loss scores it, 2 if it does so in an answer that is not wanted
     SPLIT.offsets.bin  int64, where each example begins, and the end
 
-An item of a data set for supervised tuning is one example; one of preference pairs is two, chosen and rejected.
+An item of a data set for supervised tuning is one example; one of preference pairs is two, chosen and rejected. One of
+unpaired answers is two as well: a good or a bad answer, and the same prompt with an answer to another prompt, by which
+KTO estimates how far the policy is from its reference.
 """
 
 import hashlib
@@ -42,10 +44,11 @@ class Example(NamedTuple):
     scored: np.ndarray
 
 
-Kind = Literal["supervised", "pairs"]
-PER_ITEM = {"supervised": 1, "pairs": 2}
+Kind = Literal["supervised", "pairs", "unpaired"]
+PER_ITEM = {"supervised": 1, "pairs": 2, "unpaired": 2}  # examples
 Conversation = Sequence[Message]
-Item = Sequence[Conversation]  # what is learned together: one conversation, or the chosen and the rejected one
+# What comes of a record: one conversation; the chosen and the rejected one; or any number that are good or bad.
+Item = Sequence[Conversation]
 
 
 def tokenize(
@@ -93,6 +96,7 @@ class Batch(NamedTuple):
         reference: log-probability of each example's scored tokens under a reference (E), where it was computed before.
         items: places of the items in their data set, for what is drawn for each.
         step: optimizer step that reads them, counted from 0; None where nothing is trained.
+        wanted: whether each item's answer is a good one, bool (items), of unpaired answers.
     """
 
     ids: Tensor
@@ -101,10 +105,25 @@ class Batch(NamedTuple):
     reference: Tensor | None = None
     items: Sequence[int] = ()
     step: int | None = None
+    wanted: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        reference = None if self.reference is None else self.reference.to(device)
-        return self._replace(ids=self.ids.to(device), scored=self.scored.to(device), reference=reference)
+        values = self._asdict().items()
+        return self._replace(**{name: value.to(device) for name, value in values if isinstance(value, Tensor)})
+
+    def part(self, place: int, per_item: int) -> "Batch":
+        """The examples at one place of each item, as if there were no others.
+
+        Args:
+            place: their place in the item, counted from 0.
+            per_item: number of examples in an item.
+        """
+        own = slice(place, None, per_item)
+        part = self if self.reference is None else self._replace(reference=self.reference[own])
+        if self.lengths is None:
+            return part._replace(ids=self.ids[own], scored=self.scored[own])
+        ids, scored = (torch.cat(row[0].split(self.lengths)[own])[None] for row in (self.ids, self.scored))
+        return part._replace(ids=ids, scored=scored, lengths=self.lengths[own])
 
     def scored_lengths(self) -> Tensor:
         """Scored tokens of each example, (E)."""
@@ -183,7 +202,7 @@ class TokenDataset:
         split: "train" or "validation".
         tokenizer: the tokenizer of the model that will read it.
         max_seq_length: longest example that is accepted, in tokens.
-        kind: what an item must be: one example, or a pair of chosen and rejected.
+        kind: what an item must be: one example, a pair of chosen and rejected, or an unpaired answer.
 
     Attributes:
         header: the content of `dataset.json`.
@@ -231,6 +250,7 @@ class TokenDataset:
         self._scored = self._map(folder / f"{split}.scored.bin", "u1", sizes["tokens"])
         self._offsets = self._map(folder / f"{split}.offsets.bin", "<i8", sizes["examples"] + 1)
         self._per_item = PER_ITEM[kind]
+        self._is_unpaired = kind == "unpaired"
         self.sha256: str = sizes["sha256"]
         self._check(folder / f"{split}.offsets.bin", sizes)
         self.lengths = np.diff(self._offsets[:: self._per_item])
@@ -265,16 +285,22 @@ class TokenDataset:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> list[Example]:
-        """The examples of an item: one, or chosen and rejected."""
+        """The examples of an item: one, or chosen and rejected, or an answer and one to another prompt."""
         bounds = self._offsets[index * self._per_item : (index + 1) * self._per_item + 1]
         spans = [slice(*span) for span in itertools.pairwise(bounds)]
-        return [Example(self._ids[span], self._scored[span].astype(bool)) for span in spans]
+        return [Example(self._ids[span], self._scored[span] > 0) for span in spans]
+
+    def is_wanted(self, index: int) -> bool:
+        """Whether an item's answer is a good one, of unpaired answers."""
+        start, end = self._offsets[index * self._per_item :][:2]
+        return bool(self._scored[start:end].max() < 2)
 
     def batch(self, indices: Sequence[int], pack: bool = False) -> Batch:
         """The examples of some items in one batch."""
         reference = None if self.reference is None else self.reference[indices].flatten()
         batch = collate([example for index in indices for example in self[index]], pack)
-        return batch._replace(reference=reference, items=indices)
+        wanted = torch.tensor([self.is_wanted(index) for index in indices]) if self._is_unpaired else None
+        return batch._replace(reference=reference, items=indices, wanted=wanted)
 
     def padding(self, micro_batches: Iterable[Sequence[int]]) -> float:
         """Share of positions that are padding where these micro batches are not packed."""
@@ -315,6 +341,7 @@ def open_data(
 
 
 _KINDS = {"supervised": "examples for supervised tuning", "pairs": "pairs of a chosen and a rejected response"}
+_KINDS |= {"unpaired": "answers that are good or bad"}
 
 
 def step_batches(

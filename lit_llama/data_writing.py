@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import itertools
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +34,7 @@ class SplitSummary:
         truncated: items cut at the window's end, and so without the token that ends the response.
         skipped: items left out: too long, or with a prompt that fills the window alone.
         equal: pairs left out because chosen and rejected are the same tokens within the window.
+        wanted: items whose answer is a good one, of unpaired answers.
         items: a hash of the text of each item that was written.
         answers: a hash of its answer, of a pair the chosen one.
     """
@@ -44,6 +45,7 @@ class SplitSummary:
     truncated: int = 0
     skipped: int = 0
     equal: int = 0
+    wanted: int = 0
     items: "array[int]" = field(default_factory=lambda: array("q"))
     answers: "array[int]" = field(default_factory=lambda: array("q"))
 
@@ -82,7 +84,8 @@ def write_dataset(
         max_seq_length: window in tokens.
         too_long: whether longer examples are truncated or skipped.
         source: where the text came from, recorded in `dataset.json`.
-        kind: items of one conversation ("supervised"), or of a chosen and a rejected one ("pairs").
+        kind: items of one conversation ("supervised"), of a chosen and a rejected one ("pairs"), or of any number whose
+            answers say whether they are wanted ("unpaired").
         scored_turns: which of a conversation's responses are scored, "all" or the "last".
         total: how many items there are, for the progress bar.
         overwrite: replace the data set in `folder` if there is one.
@@ -94,10 +97,10 @@ def write_dataset(
         ValueError: no example of a split is left, the folder exists, or the window is too small.
     """
     check_window(max_seq_length)
-    items, per_item = iter(items), PER_ITEM[kind]
+    items, per_item = _unpaired(items) if kind == "unpaired" else iter(items), PER_ITEM[kind]
     with atomic_folder(folder, overwrite, DATASET_FILE) as temporary, contextlib.ExitStack() as stack:
         writers = {
-            split: stack.enter_context(_SplitWriter(temporary, split, tokenizer, max_seq_length, too_long))
+            split: stack.enter_context(_SplitWriter(temporary, split, tokenizer, max_seq_length, too_long, kind))
             for split in ("train", "validation")
         }
         progress = stack.enter_context(tqdm(total=total, desc="tokenising", unit="example", leave=False))
@@ -106,9 +109,10 @@ def write_dataset(
             examples = iter(tokenize(tokenizer, style, conversations, scored_turns))
             for split, item in chunk:
                 assert len(item) == per_item, f"an item of {len(item)} conversations in a data set of {kind}"
-                if writers[split].write([next(examples) for _ in item]):
+                if writers[split].write([next(examples) for _ in item], item[0][-1].wanted):
                     summary = writers[split].summary
-                    summary.items.append(hash(tuple(map(tuple, item))))
+                    own = item[:1] if kind == "unpaired" else item
+                    summary.items.append(hash(tuple(map(tuple, own))))
                     summary.answers.append(hash(item[0][-1].content.strip()))
             progress.update(len(chunk))
         summaries = {split: writer.finish() for split, writer in writers.items()}
@@ -127,6 +131,29 @@ def write_dataset(
         }
         write_json(temporary / DATASET_FILE, header)
     return summaries
+
+
+def _unpaired(items: Iterable[tuple[str, Item]]) -> Iterator[tuple[str, Item]]:
+    """Each answer as an item of its own, with its prompt's conversation that ends in an answer to another prompt.
+
+    That answer is one of the record before; for the first record of a split it is one of the last. Where a record has
+    several answers, they stand one after the other, so that none of them would be an answer to another prompt.
+    """
+    first: dict[str, Item] = {}
+    before: dict[str, Item] = {}
+
+    def with_others(item: Item, others: Item) -> Iterator[Item]:
+        for i, conversation in enumerate(item):
+            yield [conversation, [*conversation[:-1], others[i % len(others)][-1]]]
+
+    for split, item in items:
+        if split in before:
+            yield from ((split, one) for one in with_others(item, before[split]))
+        else:
+            first[split] = item
+        before[split] = item
+    for split, item in first.items():
+        yield from ((split, one) for one in with_others(item, before[split]))
 
 
 def _check_nothing_is_empty(summaries: dict[str, SplitSummary], source: str) -> None:
@@ -152,11 +179,13 @@ def check_window(max_seq_length: int) -> None:
 class _SplitWriter:
     """The files of one split, as they are written."""
 
-    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, max_seq_length: int, too_long: TooLong) -> None:
+    def __init__(
+        self, folder: Path, split: str, tokenizer: Tokenizer, max_seq_length: int, too_long: TooLong, kind: Kind
+    ) -> None:
         self._offsets_path = folder / f"{split}.offsets.bin"
         self._files = [open(folder / f"{split}.{name}.bin", "wb") for name in ("ids", "scored")]  # noqa: SIM115
         self._dtypes = id_dtype(tokenizer.vocab_size), "u1"
-        self._max_seq_length, self._too_long = max_seq_length, too_long
+        self._max_seq_length, self._too_long, self._kind = max_seq_length, too_long, kind
         self._digest = hashlib.sha256()
         self.summary = SplitSummary()
 
@@ -167,8 +196,8 @@ class _SplitWriter:
         for file in self._files:
             file.close()
 
-    def write(self, item: list[Example]) -> bool:
-        """Add the examples of one item, or leave all of them out; whether they were added."""
+    def write(self, item: list[Example], wanted: bool) -> bool:
+        """Add the examples of one item, whose answer is wanted or not, or leave it out; whether it was added."""
         window, was_cut = self._max_seq_length, False
         if any(len(example.ids) > window for example in item):
             item = [Example(ids[:window], scored[:window]) for ids, scored in item]
@@ -176,17 +205,19 @@ class _SplitWriter:
                 self.summary.skipped += 1
                 return False
             was_cut = True
-        if len(item) == 2 and np.array_equal(item[0].ids, item[1].ids):
+        if self._kind == "pairs" and np.array_equal(item[0].ids, item[1].ids):
             self.summary.equal += 1
             return False
         self.summary.truncated += was_cut
         for example in item:
-            for file, values, dtype in zip(self._files, example, self._dtypes, strict=True):
+            marks = example.scored * (1 if wanted else 2)
+            for file, values, dtype in zip(self._files, (example.ids, marks), self._dtypes, strict=True):
                 data = values.astype(dtype).tobytes()
                 file.write(data)
                 self._digest.update(data)
             self.summary.lengths.append(len(example.ids))
             self.summary.scored_tokens += int(example.scored.sum())
+        self.summary.wanted += wanted
         return True
 
     def finish(self) -> SplitSummary:
@@ -219,9 +250,9 @@ def hold_out(dataset: TokenDataset, tokenizer: Tokenizer, folder: Path, share: f
     with atomic_folder(folder) as temporary:
         splits = {}
         for split, indices in (("train", order[count:]), ("validation", order[:count])):
-            with _SplitWriter(temporary, split, tokenizer, window, "truncate") as writer:
+            with _SplitWriter(temporary, split, tokenizer, window, "truncate", dataset.header["kind"]) as writer:
                 for index in indices:
-                    writer.write(dataset[index])
+                    writer.write(dataset[index], dataset.is_wanted(index))
                 splits[split] = writer.finish().header()
         source = f"training split of {dataset.header['source']}"
         write_json(temporary / DATASET_FILE, {**dataset.header, "source": source, "splits": splits})

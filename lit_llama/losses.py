@@ -23,8 +23,9 @@ class LossSums(NamedTuple):
     """What a loss adds up over a micro batch.
 
     Args:
-        metrics: scalars by name; "loss" is the one that is minimised.
-        count: number of things that they are sums over: scored tokens, or pairs.
+        metrics: scalars by name; "loss" is the one that is minimised. Where not all things count for a metric, it is
+            a tensor (2) of its sum and of how many things that is over.
+        count: number of things that the scalars are sums over: scored tokens, or pairs.
     """
 
     metrics: dict[str, Tensor]

@@ -60,6 +60,17 @@ PREFERENCE_METRICS = {
 }
 
 
+UNPAIRED_METRICS = {
+    "loss": "loss per answer",
+    "accuracy": "reward accuracy",
+    "good_reward": "reward (nats)",
+    "bad_reward": "reward (nats)",
+    "reference_point": "reward (nats)",
+    "good_logp": "log-probability of an answer (nats)",
+    "bad_logp": "log-probability of an answer (nats)",
+}
+
+
 def _sigmoid(
     chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: float, target_margin: float = 0.0
 ) -> Tensor:
@@ -203,3 +214,76 @@ def pair_loss(
     }
     counted = chosen_length + rejected_length > 0
     return LossSums({name: (value * counted).sum() for name, value in values.items()}, counted.sum())
+
+
+def check_kto(beta: float, good_weight: float, bad_weight: float) -> None:
+    """Refuse coefficients with which KTO has no meaning.
+
+    Raises:
+        ValueError: names all of them by their options.
+    """
+    weights = {"good_weight": good_weight, "bad_weight": bad_weight}
+    problems = [] if beta > 0 else [f"--beta is {beta:g}, it must be larger than 0"]
+    problems += [f"--{name} is {weight}, it must be at least 0" for name, weight in weights.items() if not weight >= 0]
+    if good_weight == bad_weight == 0:
+        problems.append("--good_weight and --bad_weight are both 0: nothing would be learned")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def log_ratio(policy: Tensor, reference: Tensor, lengths: Tensor) -> LossSums:
+    """How much likelier answers are under the policy than under the reference, for KTO's reference point.
+
+    Args:
+        policy: log-probabilities of answers to other prompts under the policy, (E).
+        reference: the same under the reference.
+        lengths: scored tokens of each, (E); one without any is not counted.
+
+    Returns:
+        "log_ratio" over answers; KTO's reference point is its mean, but at least 0.
+    """
+    counted = lengths > 0
+    return LossSums({"log_ratio": ((policy - reference) * counted).sum()}, counted.sum())
+
+
+def kto_loss(
+    policy: Tensor,
+    reference: Tensor,
+    lengths: Tensor,
+    wanted: Tensor,
+    reference_point: float,
+    beta: float = 0.1,
+    good_weight: float = 1.0,
+    bad_weight: float = 1.0,
+) -> LossSums:
+    """Kahneman-Tversky optimisation, over answers that are good or bad.
+
+    Args:
+        policy: log-probabilities of the answers under the policy, (E).
+        reference: the same under the reference.
+        lengths: scored tokens of each answer, (E); one without any is not counted.
+        wanted: whether each answer is a good one, bool (E).
+        reference_point: z, the same for all micro batches of a step.
+        beta: how soon an answer counts as better or worse than the reference point.
+        good_weight: weight of the good answers.
+        bad_weight: weight of the bad answers.
+
+    Returns:
+        The `UNPAIRED_METRICS` over answers. A reward is beta times the score; accuracy counts the good answers above
+        the reference point and the bad ones below it, and half of those that are on it, as at a start from the
+        reference.
+    """
+    score = policy - reference
+    margin = torch.where(wanted, score - reference_point, reference_point - score)
+    weight = torch.where(wanted, good_weight, bad_weight)
+    counted = lengths > 0
+    values = {
+        "loss": weight * (1 - torch.sigmoid(beta * margin)),
+        "accuracy": (margin.sign() + 1) / 2,
+        "reference_point": torch.full_like(score, beta * reference_point),
+    }
+    metrics = {name: (value * counted).sum() for name, value in values.items()}
+    for name, own in (("good", wanted & counted), ("bad", ~wanted & counted)):
+        metrics[f"{name}_reward"] = torch.stack([(beta * score * own).sum(), own.sum()])
+        metrics[f"{name}_logp"] = torch.stack([(policy * own).sum(), own.sum()])
+    return LossSums(metrics, counted.sum())

@@ -25,12 +25,14 @@ class Message(NamedTuple):
         content: what is said.
         input: what a user's instruction is about, which each style puts in its own place.
         scored: whether training scores it, if it is the assistant's.
+        wanted: whether it is a good answer, where good and bad ones are learned from.
     """
 
     role: Role
     content: str
     input: str = ""
     scored: bool = True
+    wanted: bool = True
 
 
 class Segment(NamedTuple):

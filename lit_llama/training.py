@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # takes seconds to import, which --help should not cost
 FEW_ITEMS = 20  # of a validation split
 
 Loss = Callable[[Batch], LossSums]
+LookAhead = Callable[[Iterable[Batch]], object]
 Say = Callable[[str], object]
 
 
@@ -49,6 +50,7 @@ def fit(
     run: Run,
     *,
     measured: Mapping[str, str] = SUPERVISED_METRICS,
+    look_ahead: LookAhead | None = None,
     show_answers: Callable[[], str] | None = None,
     say: Say = write_line,
 ) -> Progress:
@@ -66,6 +68,8 @@ def fit(
         plan: how many steps, of how many items, at which learning rate.
         run: keeps the best adapter, and all that a run in a folder leaves there.
         measured: what the loss measures, with the label of its axis in the picture.
+        look_ahead: is given all micro batches of a step or of a validation before the loss is given the first of them,
+            each process its own ones; for a loss of which one part depends on all.
         show_answers: gives a few answers of the adapter, in lines for people, after each validation.
         say: takes what there is to tell, a line at a time; called by the main process alone.
 
@@ -89,7 +93,7 @@ def fit(
 
         def validate() -> dict[str, float]:
             adapter.eval()
-            values = evaluate(fabric, loss, validation, plan.micro_batch_size, plan.pack)
+            values = evaluate(fabric, loss, validation, plan.micro_batch_size, plan.pack, look_ahead)
             progress.check_finite("validation loss", values["loss"], run.place)
             answers = f"\n{show_answers()}" if show_answers else ""  # all processes, since they may share a base
             adapter.train()
@@ -106,15 +110,15 @@ def fit(
                 run.record({"step": 0, **_named("validation", progress.first), "seconds": progress.seconds})
             while not plan.is_over(progress.step, progress.best_step):
                 rate = learning_rate(progress.step)
-                done = _step(fabric, adapter, optimizer, loss, train, progress.step, rate, plan, stop.requested)
+                done = _step(
+                    fabric, adapter, optimizer, loss, look_ahead, train, progress.step, rate, plan, stop.requested
+                )
                 row = done.row
                 progress.count_step(done.skipped, row["train_loss"], run.place)
                 if done.skipped:
                     say(f"step {progress.step} skipped: loss or gradient is not finite ({progress.skipped} so far)")
                 bar.update()
-                bar.set_postfix(
-                    loss=f"{done.row['train_loss']:.3f}", tokens_per_s=f"{done.row['tokens_per_second']:.0f}"
-                )
+                bar.set_postfix(loss=f"{row['train_loss']:.3f}", tokens_per_s=f"{row['tokens_per_second']:.0f}")
                 if progress.step % plan.eval_interval == 0 or progress.step == plan.steps:
                     row |= _named("validation", validate())
                 progress.seconds = time.perf_counter() - started
@@ -202,6 +206,7 @@ def _step(
     adapter: AnyAdapter,
     optimizer: Optimizer,
     loss: Loss,
+    look_ahead: LookAhead | None,
     train: TokenDataset,
     step: int,
     rate: float,
@@ -216,6 +221,8 @@ def _step(
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     chosen = _items_of(train, step, plan)
+    if look_ahead is not None:
+        look_ahead(_share(fabric, train, chosen, plan.pack, step))
 
     def losses() -> Iterator[LossSums]:
         for batch in _share(fabric, train, chosen, plan.pack, step):
@@ -223,7 +230,7 @@ def _step(
             sums.metrics["loss"].backward()
             yield sums
 
-    metrics, count, stops = _add_up(fabric, losses(), stop)
+    metrics, count, stops = add_up(fabric, losses(), stop)
     for parameter in parameters:
         assert parameter.grad is not None
         # Divided only here: gradients of a mean would vanish in a float16 base.
@@ -237,16 +244,18 @@ def _step(
     return StepResult(row | {"tokens_per_second": tokens_per_second}, skipped, stops > 0)
 
 
-def _add_up(fabric: Fabric, losses: Iterable[LossSums], stop: bool = False) -> tuple[dict[str, float], float, float]:
+def add_up(fabric: Fabric, losses: Iterable[LossSums], stop: bool = False) -> tuple[dict[str, float], float, float]:
     """Means over the micro batches of all devices, how much was counted, how many processes want to stop."""
     names: list[str] = []
     total = torch.zeros(0)
     for sums in losses:
         names = names or list(sums.metrics)
-        values = torch.stack([*(value.detach() for value in sums.metrics.values()), sums.count]).float()
+        parts = [value if value.ndim else torch.stack([value, sums.count]) for value in sums.metrics.values()]
+        values = torch.cat([*parts, sums.count[None]]).detach().float()  # sum and count of each metric, and the count
         total = values if len(total) == 0 else total + values
     *values, count, stops = _sum_over_devices(fabric, torch.cat([total, total.new_tensor([stop])])).tolist()
-    return {name: value / count for name, value in zip(names, values, strict=True)}, count, stops
+    means = zip(names, values[::2], values[1::2], strict=True)
+    return {name: value / own for name, value, own in means if own}, count, stops
 
 
 def _share(
@@ -289,11 +298,18 @@ class _StopRequest:
 
 @torch.no_grad()
 def evaluate(
-    fabric: Fabric, loss: Loss, dataset: TokenDataset, micro_batch_size: int, pack: bool = False
+    fabric: Fabric,
+    loss: Loss,
+    dataset: TokenDataset,
+    micro_batch_size: int,
+    pack: bool = False,
+    look_ahead: LookAhead | None = None,
 ) -> dict[str, float]:
     """Means of what a loss measures over a whole data set."""
     plan = by_length(dataset, np.arange(len(dataset)), micro_batch_size)
-    return _add_up(fabric, (loss(batch) for batch in _share(fabric, dataset, plan, pack)))[0]
+    if look_ahead is not None:
+        look_ahead(_share(fabric, dataset, plan, pack))
+    return add_up(fabric, (loss(batch) for batch in _share(fabric, dataset, plan, pack)))[0]
 
 
 def _sum_over_devices(fabric: Fabric, value: Tensor) -> Tensor:

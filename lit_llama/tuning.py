@@ -33,7 +33,7 @@ from lit_llama.samples import sample_answers
 from lit_llama.seam import Adapter
 from lit_llama.states import recorded_setting
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.training import Loss, Say, fit, write_line
+from lit_llama.training import LookAhead, Loss, Say, fit, write_line
 
 if TYPE_CHECKING:  # takes seconds to import, which --help should not cost
     from lightning.fabric import Fabric
@@ -177,6 +177,7 @@ def find_learning_rate(
     around: float = 3e-2,
     share: float = 0.15,
     measured: Mapping[str, str] = SUPERVISED_METRICS,
+    look_ahead: LookAhead | None = None,
     resume_dir: Path | None = None,
     say: Say = write_line,
 ) -> Plan:
@@ -197,6 +198,7 @@ def find_learning_rate(
         around: the rate in the middle of the first three.
         share: share of the training data that is kept apart.
         measured: what the loss measures.
+        look_ahead: is given all micro batches of a step before the loss is, see `fit`.
         resume_dir: folder of a run that is resumed, whose rate is taken if it has saved a state.
         say: takes what there is to tell, a line at a time.
 
@@ -220,7 +222,7 @@ def find_learning_rate(
             plan, learning_rate=rate, max_steps=steps, warmup_steps=steps // 10, eval_interval=steps, patience=None
         )
         run = Run(f"learning rate {rate:g}")
-        options = {"measured": measured, "say": lambda text: None}
+        options = {"measured": measured, "look_ahead": look_ahead, "say": lambda text: None}
         try:
             return fit(fabric, adapter, optimizer, loss, learned, kept_apart, trial, run, **options).best["loss"]
         except FloatingPointError:  # it diverged

@@ -35,7 +35,8 @@ def main(
 
     Args:
         output_dir: folder to write.
-        kind: "pairs" for preference tuning, or "supervised" for tuning on the chosen answers alone.
+        kind: "pairs" for preference tuning, "supervised" for tuning on the chosen answers alone, or "unpaired" for
+            tuning on answers that are each good or bad, by finetune/aligner_kto.py.
         chosen_by: what decides which answer is the chosen one: "safer_response_id", or "better_response_id", the more
             helpful one.
         prompt_style: name of the prompt style: "beaver", "alpaca", "hh", "chat" (the model's own template) or "none".

@@ -31,7 +31,8 @@ def main(
 
     Args:
         output_dir: folder to write.
-        kind: "pairs" for preference tuning, or "supervised" for tuning on the chosen answers alone.
+        kind: "pairs" for preference tuning, "supervised" for tuning on the chosen answers alone, or "unpaired" for
+            tuning on answers that are each good or bad, by finetune/aligner_kto.py.
         prompt_style: name of the prompt style: "hh", "beaver" or "chat"; the others have room for one turn only.
         validation_share: share of the examples that is kept for validation, drawn at random.
         options: options of all such scripts, see `prepare`.

@@ -1,7 +1,8 @@
-"""Tokenise preference pairs: a prompt, a chosen and a rejected answer.
+"""Tokenise preferences: a prompt with a chosen and a rejected answer, or with one that is good or bad.
 
     python scripts/prepare_pairs.py --data_path pairs.jsonl --output_dir data/pairs
     python scripts/prepare_pairs.py --data_path pairs.jsonl --kind supervised --output_dir data/chosen
+    python scripts/prepare_pairs.py --data_path thumbs.jsonl --kind unpaired --output_dir data/unpaired
 
 Objects with "chosen", "rejected" and
 
@@ -10,7 +11,9 @@ Objects with "chosen", "rejected" and
 - neither, where chosen and rejected are whole conversations that differ in the last turn; these may also stand next to
   the prompt that they repeat,
 
-or in another layout that howto/prepare_data.md lists. Without a file, Intel's Orca pairs are fetched.
+or in another layout that howto/prepare_data.md lists. With --kind unpaired, each of the two answers is learned by
+itself, or there is one, in a layout of supervised tuning, with true or false under "label" or "kto_tag". Without a
+file, Intel's Orca pairs are fetched.
 """
 
 import functools
@@ -36,7 +39,8 @@ def main(
 
     Args:
         output_dir: folder to write.
-        kind: "pairs" for preference tuning, or "supervised" for tuning on the chosen answers alone.
+        kind: "pairs" for preference tuning, "supervised" for tuning on the chosen answers alone, or "unpaired" for
+            tuning on answers that are each good or bad, by finetune/aligner_kto.py.
         prompt_style: name of the prompt style: "chat" (the model's own template), "hh", "beaver", "alpaca", "metamath"
             or "none"; the last three have room for one turn only.
         validation_share: share of the examples that is kept for validation, drawn at random.

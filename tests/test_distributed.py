@@ -116,17 +116,24 @@ def runs(base_dir, odd_data_dir, tmp_path_factory):
     }
 
 
-@pytest.fixture(scope="module")
-def odd_pairs_dir(base_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pairs")
+def prepare_pairs(base_dir, folder, kind):
     rows = [
         {"prompt": f"Count to {n}.", "chosen": " ".join(map(str, range(n))), "rejected": "no"} for n in range(1, 21)
     ]
     (folder / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    load_script("scripts/prepare_pairs.py").main(
-        data_path=folder / "a.jsonl", output_dir=folder / "data", validation_share=0.25, checkpoint_dir=base_dir
-    )
+    options = {"data_path": folder / "a.jsonl", "validation_share": 0.25, "checkpoint_dir": base_dir}
+    load_script("scripts/prepare_pairs.py").main(output_dir=folder / "data", kind=kind, **options)
     return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def odd_pairs_dir(base_dir, tmp_path_factory):
+    return prepare_pairs(base_dir, tmp_path_factory.mktemp("pairs"), "pairs")
+
+
+@pytest.fixture(scope="module")
+def odd_answers_dir(base_dir, tmp_path_factory):
+    return prepare_pairs(base_dir, tmp_path_factory.mktemp("answers"), "unpaired")
 
 
 def assert_same(found, expected):
@@ -144,12 +151,13 @@ def test_two_processes_train_the_same_adapter(runs, kind):
     [
         ("lora", "sharded", ["--lora_targets=q", "--lora_targets=down", "--activation_checkpointing=true"]),
         ("aligner_dpo", "sharded", ["--cache_reference=true", "--learning_rate=3e-2"]),
+        ("aligner_kto", "sharded", ["--learning_rate=3e-2", "--beta=1"]),
     ],
 )
 def test_two_processes_tune_the_same_by_the_other_scripts(
-    base_dir, odd_data_dir, odd_pairs_dir, tmp_path, script, kind, more
+    base_dir, odd_data_dir, odd_pairs_dir, odd_answers_dir, tmp_path, script, kind, more
 ):
-    data_dir = odd_pairs_dir if script == "aligner_dpo" else odd_data_dir
+    data_dir = {"aligner_dpo": odd_pairs_dir, "aligner_kto": odd_answers_dir}.get(script, odd_data_dir)
     found = []
     for one in ("one", kind):
         folder = tmp_path / one

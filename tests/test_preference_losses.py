@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import GOLDEN
 
-from lit_llama.preference_losses import PAIR_LOSSES, pair_coefficients, pair_loss
+from lit_llama.preference_losses import PAIR_LOSSES, kto_loss, log_ratio, pair_coefficients, pair_loss
 
 TRL = json.loads((GOLDEN / "trl.json").read_text())
 NAMES = {"ipo": "ipo_mean"}  # TRL's IPO takes means over tokens
@@ -35,6 +35,21 @@ def test_pairs_equal_trl(case):
     loss = metrics["loss"] / count
     loss.backward()
     assert count == 5
+    assert loss.item() == pytest.approx(case["loss"], rel=1e-5)
+    torch.testing.assert_close(policy.grad, torch.tensor(case["gradient"]), atol=1e-6, rtol=1e-4)
+
+
+@cases(paired=False)
+def test_kto_equals_trl(case):
+    policy, reference, lengths, wanted = trl_numbers("policy", "reference", "lengths", "good")
+    other_policy, other_reference = trl_numbers("other_policy", "other_reference")
+    policy.requires_grad_()
+    sums = log_ratio(other_policy, other_reference, lengths)
+    point = max(0.0, (sums.metrics["log_ratio"] / sums.count).item())
+    assert point > 0.5
+    metrics, count = kto_loss(policy, reference, lengths, wanted, point, **case["options"])
+    loss = metrics["loss"] / count
+    loss.backward()
     assert loss.item() == pytest.approx(case["loss"], rel=1e-5)
     torch.testing.assert_close(policy.grad, torch.tensor(case["gradient"]), atol=1e-6, rtol=1e-4)
 

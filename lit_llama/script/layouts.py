@@ -6,6 +6,7 @@ A record is read by the names of its columns:
     instruction, query, question, prompt     what the user says, a text or turns; perhaps what it is about under input
                                              or context, which may also stand alone
     output, response, answer, completion     the answer, a text or turns
+    label, kto_tag                           whether the answer is wanted, where good and bad ones are learned from
     chosen and rejected                      answers that were compared, or whole conversations with them, as turns or
                                              as transcripts of hh-rlhf; also preferred_output and non_preferred_output
     system, system_prompt                    the system prompt
@@ -22,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Number
 from typing import Any, cast
 
-from lit_llama.data import Item, Kind
+from lit_llama.data import Conversation, Item, Kind
 from lit_llama.prompts import Message, Role
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
@@ -32,6 +33,7 @@ ANSWERS = ("output", "response", "answer", "completion")
 CHOSEN = ("chosen", "preferred_output", "preferred")
 REJECTED = ("rejected", "non_preferred_output", "non_preferred")
 SYSTEM = ("system", "system_prompt")
+LABELS = ("label", "kto_tag")
 # Columns that mean something to a conversation: where one is filled and not used, that is said.
 _MEANINGFUL = (*CONVERSATIONS, *PROMPTS, *INPUTS, *ANSWERS, *SYSTEM, "history", "tools", "functions", "documents")
 _MEANINGFUL += ("weight", "label", "kto_tag", "thinking", "reasoning", "reasoning_content")
@@ -95,18 +97,22 @@ def read_conversation(columns: Columns) -> Item:
         LeftOutError: nothing in it can be learned.
         ValueError: the record is in no known layout.
     """
+    if columns.has("completion") and False in (columns.find("label"), columns.find("kto_tag")):
+        raise LeftOutError("with an answer that is marked as not wanted")
+    return [_conversation(columns)]
+
+
+def _conversation(columns: Columns) -> Conversation:
     listed = columns.find(*CONVERSATIONS)
     if listed is not None or (columns.has(*CONVERSATIONS) and not columns.has(*ANSWERS)):
         turns = _cut(columns, _turns(columns, _listed(listed)))
     elif columns.has(*ANSWERS):
-        if columns.has("completion") and False in (columns.find("label"), columns.find("kto_tag")):
-            raise LeftOutError("with an answer that is marked as not wanted")
         turns = [*_prompt(columns, PROMPTS), *_answer(columns, columns.find(*ANSWERS))]
     elif columns.has(*CHOSEN):
         raise ValueError("a record with 'chosen' is a preference: use scripts/prepare_pairs.py")
     else:
         raise columns.lack(f"turns under {_either(CONVERSATIONS[:2])}, or an answer under {_either(ANSWERS)}")
-    return [_opened(columns, turns)]
+    return _opened(columns, turns)
 
 
 def read_columns(
@@ -136,18 +142,21 @@ def read_columns(
 
 
 def read_preference(columns: Columns, kind: Kind) -> Item:
-    """The conversation with the chosen and with the rejected answer, or with the chosen one alone.
+    """The conversation with the chosen and with the rejected answer, with the chosen one alone, or with a marked one.
 
     Args:
         columns: the record.
-        kind: "pairs", or "supervised" for the chosen answer alone.
+        kind: "pairs"; "supervised" for the chosen answer alone; "unpaired" for answers of which each says whether it is
+            wanted: the chosen and the rejected one, or the one of a record with a label.
 
     Raises:
         LeftOutError: nothing in it can be learned.
         ValueError: the record is in no known layout.
     """
+    if kind == "unpaired" and not columns.has(*CHOSEN, *REJECTED):
+        return [_labelled(columns)]
     conversations = [_compared(columns, CHOSEN)]
-    if kind == "pairs":
+    if kind != "supervised":
         conversations.append(_compared(columns, REJECTED))
     prompts = ("prompt", "question", "instruction", "query", "conversations", "messages", "conversation")
     prompt = _prompt(columns, prompts) if columns.has(*prompts, *INPUTS) else []
@@ -161,9 +170,22 @@ def read_preference(columns: Columns, kind: Kind) -> Item:
     elif not columns.has(*prompts, *INPUTS):
         raise columns.lack("whole conversations under 'chosen' and 'rejected', or a prompt under 'prompt'")
     answers = [turns[-1] for turns in conversations]
-    if kind == "pairs" and answers[0].content.strip() == answers[1].content.strip():
+    if kind != "supervised" and answers[0].content.strip() == answers[1].content.strip():
         raise LeftOutError("chosen and rejected are the same")
+    answers[1:] = [answer._replace(wanted=False) for answer in answers[1:]]
     return [_opened(columns, [*prompt, answer]) for answer in answers]
+
+
+def _labelled(columns: Columns) -> Conversation:
+    """The conversation of a record whose label says whether its answer is wanted."""
+    if not columns.has(*LABELS):
+        raise columns.lack(f"'chosen' and 'rejected', or an answer with true or false under {_either(LABELS)}")
+    label = columns.find(*LABELS)
+    wanted = {"true": True, "1": True, "false": False, "0": False}.get(str(label).strip().lower())
+    if wanted is None:
+        raise ValueError(f"expected true or false under {_either(LABELS)}, found {_short(label)}")
+    *before, answer = _conversation(columns)
+    return [*before, answer._replace(wanted=wanted)]
 
 
 def content_text(value: Any) -> str:

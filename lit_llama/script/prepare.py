@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lit_llama.data import DATASET_FILE, Item, Kind, ScoredTurns
+from lit_llama.data import DATASET_FILE, PER_ITEM, Item, Kind, ScoredTurns
 from lit_llama.data_writing import SplitSummary, TooLong, check_window, write_dataset
 from lit_llama.files import check_new_folder, require_extra
 from lit_llama.prompts import PromptStyle, chosen_style
@@ -17,6 +17,8 @@ from lit_llama.script.layouts import Columns, LeftOutError
 from lit_llama.tokenizer import Tokenizer
 
 SHOWN = 3  # records that cannot be used, of which place and reason are said
+
+_ITEMS: dict[Kind, str] = {"supervised": "examples", "pairs": "pairs", "unpaired": "answers"}
 
 Read = Callable[[Columns], Item]
 
@@ -106,11 +108,11 @@ def prepare(
         source,
         kind=kind,
         scored_turns=scored_turns,
-        total=count,
+        total=None if kind == "unpaired" else count,  # of which a record may have several
         overwrite=overwrite,
     )
     survey.report()
-    report(output_dir, summaries, "pairs" if kind == "pairs" else "examples")
+    report(output_dir, summaries, kind)
 
 
 @dataclass
@@ -232,15 +234,16 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def report(folder: Path, summaries: dict[str, SplitSummary], items: str = "examples") -> None:
+def report(folder: Path, summaries: dict[str, SplitSummary], kind: Kind = "supervised") -> None:
     """Say on stderr what became of the items of each split of a new data set."""
-    examples_per_item = 2 if items == "pairs" else 1
+    items = _ITEMS[kind]
     for split, summary in summaries.items():
         tokens = sum(summary.lengths)
-        count, scored = len(summary.lengths) // examples_per_item, summary.scored_tokens / tokens
+        count, scored = len(summary.lengths) // PER_ITEM[kind], summary.scored_tokens / tokens
         percentiles = np.percentile(summary.lengths, [5, 50, 95, 100]).astype(int)
+        good = f" ({summary.wanted} of them good)" if kind == "unpaired" else ""
         print(
-            f"{split}: {count} {items}, {tokens} tokens, {scored:.0%} scored; "
+            f"{split}: {count} {items}{good}, {tokens} tokens, {scored:.0%} scored; "
             f"lengths 5%, 50%, 95%, longest: {', '.join(map(str, percentiles))}",
             file=sys.stderr,
         )
