@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lit_llama.row_adapters import RowAdapters
+from lit_llama.row_adapters import stacked
 from lit_llama.seam import PROJECTIONS, Adapter, LayerAdapter, LayerPrefix, Update
 
 
@@ -104,8 +104,4 @@ class PerRow:
 
     def layer(self, index: int) -> LayerAdapter:
         """The rows' prefixes and updates, each kind of them with zeros for rows that have none."""
-        rows = RowAdapters(len(self.adapters))
-        for row, adapter in enumerate(self.adapters):
-            if adapter is not None:
-                rows.put(slice(row, row + 1), adapter.layer(index))
-        return LayerAdapter(*rows.view(slice(0, len(self.adapters))))
+        return stacked([LayerAdapter() if adapter is None else adapter.layer(index) for adapter in self.adapters])

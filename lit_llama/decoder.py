@@ -88,6 +88,11 @@ class Decoder:
         self._first_logits: Tensor | None = None  # (n, V) of the n rows that joined since the last step
         self._next_number = 0
 
+    @property
+    def adapter_bytes(self) -> int:
+        """Memory for what the rows add, each its own, in addition to keys and values; 0 if all add the same."""
+        return sum(adapters.nbytes for adapters in self._cache.row_adapters or [])
+
     @torch.no_grad()
     def join(self, requests: Sequence[GenerationRequest]) -> list[int]:
         """Read prompts; their first tokens come with the next step.

@@ -4,9 +4,10 @@ Rows join and leave by writing to their own places; those of others stay as they
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lit_llama.seam import ExpandedAdapter, LayerAdapter
@@ -26,6 +27,11 @@ class RowAdapters:
         self._places = places
         self._parts: dict[tuple, Any] = {}  # prefixes and updates, named tuples of tensors (places, ...)
         self._users: dict[tuple, set[int]] = {}  # of each, the rows that have it
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all rows."""
+        return sum(tensor.nbytes for part in self._parts.values() for tensor in _tensors(part))
 
     def put(self, rows: slice, adapter: LayerAdapter | ExpandedAdapter) -> None:
         """Write what some rows add.
@@ -74,6 +80,22 @@ class RowAdapters:
             some = _with_tensors(part, (tensor[rows] for tensor in _tensors(part)))
             found[name] = (*found.get(name, ()), some)
         return found.pop("prefix"), found
+
+
+def stacked(rows: Sequence[LayerAdapter]) -> LayerAdapter:
+    """What rows add, each something else or nothing, as one for the batch."""
+    same: dict[tuple, list[tuple[int, Any]]] = {}
+    for row, adapter in enumerate(rows):
+        for kind, part in _parts(adapter):
+            same.setdefault(kind, []).append((row, part))
+    found: dict[str, tuple[Any, ...]] = {"prefix": ()}
+    for (name, *_), some in same.items():
+        tensors = [torch.cat(fields) for fields in zip(*(_tensors(part) for _, part in some), strict=True)]
+        if len(some) < len(rows):
+            at = torch.tensor([row for row, _ in some], device=tensors[0].device)
+            tensors = [tensor.new_zeros(len(rows), *tensor.shape[1:]).index_copy(0, at, tensor) for tensor in tensors]
+        found[name] = (*found.get(name, ()), _with_tensors(some[0][1], iter(tensors)))
+    return LayerAdapter(found.pop("prefix"), found)
 
 
 def _parts(adapter: LayerAdapter | ExpandedAdapter) -> Iterator[tuple[tuple, Any]]:

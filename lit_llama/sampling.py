@@ -10,7 +10,6 @@ from torch import Tensor
 
 GREEDY_BELOW = 1e-5  # temperatures below this divide differences of logits by so little that nothing is left to chance
 BLOCK = 256  # weights that are drawn from together, before one of them is drawn
-RANKED = 128  # likeliest tokens that are put in order first; most often these hold `top_p`
 
 
 class Sampling(NamedTuple):
@@ -35,7 +34,7 @@ def sample(logits: Tensor, rows: Sequence[Sampling]) -> Tensor:
 
     Args:
         logits: (B, V), finite.
-        rows: how each is chosen. Those with a temperature draw two numbers from their generators.
+        rows: how each is chosen. Those with a temperature draw numbers from their generators.
 
     Returns:
         Token ids (B).
@@ -55,48 +54,69 @@ def _draw_tokens(logits: Tensor, rows: Sequence[Sampling]) -> Tensor:
     """A token (B) for each row, out of float32 logits (B, V)."""
     device, V = logits.device, logits.size(-1)
     temperatures = torch.tensor([min(row.temperature, 1e30) for row in rows], device=device)[:, None]  # (B, 1)
-    weights = F.pad(logits, (0, -V % BLOCK), value=-torch.inf)  # (B, V and a few)
-    weights = (weights - weights.amax(-1, keepdim=True)).div_(temperatures).exp_()  # the largest is 1, however cold
+    if V % BLOCK:
+        logits = F.pad(logits, (0, -V % BLOCK), value=-torch.inf)  # (B, V and a few)
+    weights = (logits - logits.amax(-1, keepdim=True)).div_(temperatures).exp_()  # the largest is 1, however cold
     top_ks = {i: row.top_k for i, row in enumerate(rows) if row.top_k is not None and row.top_k < V}
+    if top_ks:
+        at, k = torch.tensor(list(top_ks), device=device), torch.tensor(list(top_ks.values()), device=device)[:, None]
+        some = weights if len(top_ks) == len(rows) else weights[at]
+        floors = weights.new_zeros(len(rows), 1)
+        floors[at] = some.topk(max(top_ks.values())).values.gather(1, k - 1)
+        weights.masked_fill_(weights < floors, 0)
+    tokens = _draw(weights, rows)
     top_ps = {i: row.top_p for i, row in enumerate(rows) if row.top_p < 1}
-    for limits, least in ((top_ks, _least_of_top_k), (top_ps, _least_of_top_p)):
-        if limits:
-            at = torch.tensor(list(limits), device=device)
-            values = torch.tensor(list(limits.values()), device=device)[:, None]
-            floors = weights.new_zeros(len(rows), 1)
-            floors[at] = least(weights if len(limits) == len(rows) else weights[at], values)
-            weights.masked_fill_(weights < floors, 0)
-    chances = torch.stack([torch.rand(2, generator=row.generator) for row in rows]).to(device)  # (B, 2)
-    blocks = weights.unflatten(-1, (-1, BLOCK))  # (B, blocks, 256)
-    block = _draw(blocks.sum(-1), chances[:, 0])  # a running sum over the whole vocabulary would take far longer
-    return block * BLOCK + _draw(blocks[torch.arange(len(rows), device=device), block], chances[:, 1])
+    if top_ps:
+        at = torch.tensor(list(top_ps), device=device)
+        some = weights if len(top_ps) == len(rows) else weights[at]
+        shares = torch.tensor(list(top_ps.values()), device=device) * _sums(some)
+        tokens[at] = _within_shares(shares, some, tokens[at], [rows[i] for i in top_ps])
+    return tokens
 
 
-def _draw(weights: Tensor, chances: Tensor) -> Tensor:
-    """Index (B) of the weight (B, n) in whose part of the sum a chance (B), from 0 to less than 1, falls."""
-    ends = weights.cumsum(-1)
-    return ((ends > chances[:, None] * ends[:, -1:]) & (weights > 0)).int().argmax(-1)
+def _within_shares(shares: Tensor, weights: Tensor, tokens: Tensor, rows: Sequence[Sampling]) -> Tensor:
+    """Tokens (n) that are among the likeliest of their rows, drawn again where they are not.
 
+    Nothing is put in order. A token is among the likeliest that hold a share if those likelier than it hold less. If
+    it is not, none of those less likely is either, and the next one is drawn from the likelier ones. What is accepted
+    in the end is distributed as if drawn from the likeliest alone: FlashInfer's rejection sampling, see
+    https://flashinfer.ai/2025/03/10/sampling.html.
 
-def _least_of_top_k(weights: Tensor, top_k: Tensor) -> Tensor:
-    """The k-th largest (B, 1) of the weights (B, V)."""
-    return weights.topk(int(top_k.max())).values.gather(1, top_k - 1)
-
-
-def _least_of_top_p(weights: Tensor, top_p: Tensor, ranked: int = RANKED) -> Tensor:
-    """The least (B, 1) of the largest weights (B, V) that hold the share `top_p` (B, 1) of the sum.
-
-    Only the largest are put in order; where these do not hold enough, sixteen times as many.
+    Args:
+        shares: sums (n) of weights that the likeliest hold at least.
+        weights: (n, V).
+        tokens: tokens (n) drawn from them.
+        rows: the rows' generators.
     """
-    sums = weights.unflatten(-1, (-1, BLOCK)).sum(-1).sum(-1, keepdim=True)  # (B, 1)
-    largest = weights.topk(min(ranked, weights.size(-1))).values  # (B, ranked)
-    place = (largest.cumsum(-1) < top_p * sums).sum(-1, keepdim=True)  # (B, 1)
-    floors = largest.gather(1, place.clamp(max=largest.size(-1) - 1))
-    if ranked < weights.size(-1):
-        short = (place[:, 0] == ranked).nonzero()[:, 0]
-        if short.numel():
-            floors[short] = _least_of_top_p(weights[short], top_p[short], 16 * ranked)
-    return floors
+    likelier = weights.where(weights > weights.gather(1, tokens[:, None]), 0)  # (n, V)
+    outside = (_sums(likelier) >= shares).nonzero()[:, 0].tolist()
+    if outside:
+        again, rows = torch.tensor(outside, device=weights.device), [rows[i] for i in outside]
+        likelier = likelier[again]
+        tokens[again] = _within_shares(shares[again], likelier, _draw(likelier, rows), rows)
+    return tokens
+
+
+def _draw(weights: Tensor, rows: Sequence[Sampling]) -> Tensor:
+    """A token (B) for each row of weights (B, V): first a block, then one of the block.
+
+    A running sum over the whole vocabulary would take far longer.
+    """
+    chances = torch.stack([torch.rand(2, generator=row.generator) for row in rows]).to(weights.device)  # (B, 2)
+    blocks = weights.unflatten(-1, (-1, BLOCK))  # (B, blocks, 256)
+    block = _place(blocks.sum(-1), chances[:, :1])
+    return block * BLOCK + _place(blocks[torch.arange(len(rows), device=weights.device), block], chances[:, 1:])
+
+
+def _place(weights: Tensor, chances: Tensor) -> Tensor:
+    """Index (B) of the weight (B, n) in whose part of the sum a chance (B, 1), from 0 to less than 1, falls."""
+    ends = weights.cumsum(-1)
+    return ((ends > chances * ends[:, -1:]) & (weights > 0)).int().argmax(-1)
+
+
+def _sums(weights: Tensor) -> Tensor:
+    """Sums (B) of weights (B, V), by blocks, so that rounding does not depend on the number of rows."""
+    return weights.unflatten(-1, (-1, BLOCK)).sum(-1).sum(-1)
 
 
 def check_sampling(max_new_tokens: int, sampling: Sampling) -> None:
