@@ -10,11 +10,16 @@ random: speed does not depend on what they say. Every row generates the same num
 | engine | what |
 |---|---|
 | `transformers` | its `generate`, greedy, on an export of the base |
-| `llama.cpp` | the GGUF file, if llama-cpp-python is installed; one row only |
+| `llama.cpp` | the GGUF file, if xllamacpp is installed; one row only |
 | `none`, `aligner-N`, `lora-R` | this project, with no adapter, an Aligner of N tokens, a LoRA of rank R |
 | `aligner-N-each` | a different Aligner of N tokens for each row |
+| `temperature`, `top-k`, `top-p` | without an adapter, each row sampled with a generator of its own; see `SAMPLINGS` |
 | `int8-fast`, `int4-fast` | this project without an adapter, `--quantize` |
 | `compiled`, `int4-fast-compiled`, ... | the same with `--compile` |
+
+The last column is the memory that each row takes for its adapter, in addition to keys and values; none where all rows
+have the same. The wheels of xllamacpp for Linux are built for AVX2, without the AVX-512 that a build of llama.cpp for
+the machine itself may use.
 """
 
 import statistics
@@ -24,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -36,19 +41,26 @@ from lit_llama.config import LLaMAConfig
 from lit_llama.decoder import Decoder, GenerationRequest
 from lit_llama.devices.precision import Precision
 from lit_llama.files import require_extra
+from lit_llama.formats.llama_cpp import LlamaCpp
 from lit_llama.lora import LoRA
 from lit_llama.script.command_line import run
 from lit_llama.seam import Adapter
 from lit_llama.tables import markdown
 
+SAMPLINGS: dict[str, dict[str, Any]] = {
+    "temperature": {"temperature": 1.0},
+    "top-k": {"temperature": 1.0, "top_k": 50},
+    "top-p": {"temperature": 1.0, "top_p": 0.9},
+}
 ENGINES = ["transformers", "llama.cpp", "none", "aligner-1", "aligner-10", "lora-8", "int8-fast", "int4-fast"]
 
 
 class Speed(NamedTuple):
-    """Tokens per second, of all rows together."""
+    """Tokens per second, of all rows together; and bytes that each row takes for its adapter."""
 
     prefill: float
     decode: float
+    adapter_bytes: float = 0
 
 
 Engine = Callable[[list[list[int]], int], Speed]
@@ -95,15 +107,15 @@ def main(
         first = statistics.median(speed.decode for speed in speeds[names[0]])
         cells = []
         for name in names:
-            prefill, decode = (statistics.median(values) for values in zip(*speeds[name], strict=True))
-            cells.append([name, f"{prefill:.0f}", f"{decode:.1f}", f"{decode / first:.2f}"])
-        print(markdown(["engine", "prefill", "decode", f"decode : {names[0]}"], cells) + "\n")
+            prefill, decode, adapter_bytes = (statistics.median(values) for values in zip(*speeds[name], strict=True))
+            cells.append([name, f"{prefill:.0f}", f"{decode:.1f}", f"{decode / first:.2f}", f"{adapter_bytes:,.0f}"])
+        print(markdown(["engine", "prefill", "decode", f"decode : {names[0]}", "bytes per row"], cells) + "\n")
 
 
 def has_llama_cpp() -> bool:
-    """Whether llama-cpp-python is installed."""
+    """Whether xllamacpp is installed."""
     try:
-        require_extra("llama_cpp", "llama-cpp")
+        require_extra("xllamacpp", "llama-cpp")
     except ImportError:
         return False
     return True
@@ -130,7 +142,7 @@ def open_engine(
     ).model
     kind, _, rest = name.partition("-")
     size = rest.removesuffix("-each")
-    if name in ("none", "int8-fast", "int4-fast"):
+    if name in ("none", "int8-fast", "int4-fast", *SAMPLINGS):
         adapters: list[Adapter | None] = [None] * rows
     elif kind == "aligner" and size.isdecimal():
         one = random_aligner(config, int(size), model.device)
@@ -143,15 +155,20 @@ def open_engine(
 
     def measure(prompts: list[list[int]], new_tokens: int) -> Speed:
         decoder = Decoder(model, rows, len(prompts[0]) + new_tokens)
+        options = SAMPLINGS.get(name, {})
+        requests = [
+            GenerationRequest(prompt, one, new_tokens, generator=torch.Generator().manual_seed(i), **options)
+            for i, (prompt, one) in enumerate(zip(prompts, adapters, strict=True))
+        ]
         started = time.perf_counter()
-        decoder.join(
-            [GenerationRequest(prompt, one, new_tokens) for prompt, one in zip(prompts, adapters, strict=True)]
-        )
+        decoder.join(requests)
         decoder.step()
         prefilled = time.perf_counter()
+        adapter_bytes = decoder.adapter_bytes / rows
         while decoder.running:
             decoder.step()
-        return speed(prompts, new_tokens, prefilled - started, time.perf_counter() - prefilled)
+        ended = time.perf_counter()
+        return speed(prompts, new_tokens, prefilled - started, ended - prefilled)._replace(adapter_bytes=adapter_bytes)
 
     return measure
 
@@ -203,18 +220,12 @@ def transformers_engine(checkpoint_dir: Path, precision: Precision) -> Engine:
 
 
 def llama_cpp_engine(path: Path) -> Engine:
-    """llama.cpp, through llama-cpp-python, on as many threads as torch has."""
-    llama_cpp = require_extra("llama_cpp", "llama-cpp")
-    model = llama_cpp.Llama(str(path), n_ctx=2048, n_threads=torch.get_num_threads(), verbose=False)
+    """llama.cpp, on as many threads as torch has, by its own clock."""
+    llama_cpp = LlamaCpp(path, threads=torch.get_num_threads())
 
     def measure(prompts: list[list[int]], new_tokens: int) -> Speed:
-        model.reset()
-        started = time.perf_counter()
-        model.eval(prompts[0])
-        prefilled = time.perf_counter()
-        for _ in range(new_tokens - 1):
-            model.eval([model.sample(temp=0.0)])
-        return speed(prompts[:1], new_tokens, prefilled - started, time.perf_counter() - prefilled)
+        told = llama_cpp.complete(prompts[0], new_tokens, likeliest=0, fresh=True)
+        return speed(prompts[:1], new_tokens, told.prefill_seconds, told.decode_seconds)
 
     return measure
 

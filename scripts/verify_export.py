@@ -10,7 +10,7 @@
 Answers prompts here, and lets the other engine read prompts and answers: transformers for a folder of
 scripts/export_hf_checkpoint.py, PEFT on top for an adapter of its format, llama.cpp for a GGUF file, vLLM for a folder
 if asked for. Prints one line; the exit status is 1 if they differ. llama.cpp computes in other numbers than this
-project, with integer activations where weights are quantised, so its logits are only expected to correlate. vLLM runs
+project, with integer activations where weights are quantised, so they are only expected to correlate. vLLM runs
 in an environment of its own, because it wants its own version of PyTorch.
 """
 
@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from lit_llama.base import open_base
 from lit_llama.files import require_extra
+from lit_llama.formats.llama_cpp import LlamaCpp
 from lit_llama.generation import generate
 from lit_llama.script.command_line import run
 
@@ -73,7 +74,7 @@ def main(
         prompt_style: as in generate/aligner.py.
         max_new_tokens: length of the longest answer, in tokens.
         tolerance: largest difference between logits, float32 on both sides.
-        least_correlation: between the logits of a GGUF file and ours.
+        least_correlation: least correlation of a GGUF file's log-probabilities with ours.
         allow_other_base: as in the export.
     """
     if not export_path.exists():
@@ -99,15 +100,17 @@ def main(
 
     if vllm_python is not None:
         agree, line = compare_with_vllm(vllm_python, export_path, prompts, answers, logits, tolerance)
+    elif export_path.is_file():
+        agree, line = compare_with_llama_cpp(export_path, prompts, answers, logits, least_correlation)
     else:
-        read = llama_cpp_engine(export_path) if export_path.is_file() else transformers_engine(export_path, peft_base)
-        least = least_correlation if export_path.is_file() else None
-        agree, line = compare(read, prompts, answers, logits, tolerance, least)
+        read = transformers_engine(export_path, peft_base)
+        agree, line = compare(read, prompts, answers, logits, tolerance)
     if not agree:
         raise ValueError(f"{export_path} is not what {checkpoint_dir} computes with these adapters; {line}")
     print(f"the same; {line}")
 
 
+LIKELIEST = 50  # tokens at each place that llama.cpp is asked about
 Logits = Callable[[list[int]], Tensor]  # (T, V) of token ids
 
 
@@ -117,24 +120,43 @@ def compare(
     answers: list[list[int]],
     logits: Logits,
     tolerance: float,
-    least_correlation: float | None,
 ) -> tuple[bool, str]:
-    """Whether an engine's logits are ours, close to them or only as correlated with them as asked; and a line on it."""
-    difference, correlation, same, total = 0.0, 1.0, 0, 0
+    """Whether an engine's logits are ours, and a line on it."""
+    difference, same, total = 0.0, 0, 0
     for ids, answer in zip(tqdm(prompts, desc="prompts", leave=False), answers, strict=True):
         ours, theirs = logits(ids + answer), read(ids + answer)
         difference = max(difference, (ours - theirs).abs().max().item())
-        correlation = min(correlation, torch.corrcoef(torch.stack([ours.flatten(), theirs.flatten()]))[0, 1].item())
         chosen = slice(len(ids) - 1, len(ids + answer) - 1)
         same += int((ours[chosen].argmax(-1) == theirs[chosen].argmax(-1)).sum())
         total += len(answer)
     line = (
-        f"{len(prompts)} prompts: {same} of {total} greedy tokens the same, logits differ by at most {difference:.2g} "
-        f"and correlate at {correlation:.6f}"
+        f"{len(prompts)} prompts: {same} of {total} greedy tokens the same, logits differ by at most {difference:.2g}"
     )
-    if least_correlation is not None:
-        return correlation >= least_correlation, line
     return difference <= tolerance and same == total, line
+
+
+def compare_with_llama_cpp(
+    path: Path, prompts: list[list[int]], answers: list[list[int]], logits: Logits, least_correlation: float
+) -> tuple[bool, str]:
+    """The same for llama.cpp, which tells the log-probabilities of the likeliest tokens at each place."""
+    llama_cpp = LlamaCpp(path, threads=torch.get_num_threads(), exact=True)
+    difference, correlation, same, total = 0.0, 1.0, 0, 0
+    for ids, answer in zip(tqdm(prompts, desc="prompts", leave=False), answers, strict=True):
+        ours = logits(ids + answer)[len(ids) - 1 : -1].log_softmax(-1)  # (tokens of the answer, V)
+        pairs = []
+        for place, logprobs in enumerate(ours):
+            for told in llama_cpp.complete(ids + answer[:place], 1, LIKELIEST).logprobs:  # of one place, if at all
+                pairs.append(torch.stack([logprobs[list(told)], torch.tensor(list(told.values()))]))
+                same += max(told, key=lambda token: told[token]) == int(logprobs.argmax())
+                total += 1
+        both = torch.cat(pairs, dim=1)  # (2, tokens of the answer * LIKELIEST)
+        difference = max(difference, (both[0] - both[1]).abs().max().item())
+        correlation = min(correlation, torch.corrcoef(both)[0, 1].item())
+    line = (
+        f"llama.cpp, {len(prompts)} prompts: {same} of {total} greedy tokens the same, log-probabilities of the "
+        f"{LIKELIEST} likeliest tokens differ by at most {difference:.2g} and correlate at {correlation:.4f}"
+    )
+    return correlation >= least_correlation, line
 
 
 def compare_with_vllm(
@@ -223,18 +245,6 @@ def transformers_engine(folder: Path, peft_base: Path | None) -> Logits:
     @torch.no_grad()
     def logits(ids: list[int]) -> Tensor:
         return model(torch.tensor([ids])).logits[0]
-
-    return logits
-
-
-def llama_cpp_engine(path: Path) -> Logits:
-    """Logits (T, V) of token ids, by llama.cpp."""
-    llama = require_extra("llama_cpp", "llama-cpp").Llama(str(path), n_ctx=2048, logits_all=True, verbose=False)
-
-    def logits(ids: list[int]) -> Tensor:
-        llama.reset()
-        llama.eval(ids)
-        return torch.tensor(llama.scores[: len(ids)])
 
     return logits
 

@@ -12,13 +12,12 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from conftest import DEMO_BASE, ROOT, load_script, make_hf_checkpoint, random_aligner
+from conftest import load_script, make_hf_checkpoint, random_aligner
 from test_convert import VARIANTS, bpe_fields, write_gguf
 
 from lit_llama.adapters import load_adapter, save_adapter
 from lit_llama.checkpoint import load_base, read_config
 from lit_llama.combine import WeightedSum
-from lit_llama.evaluation.forms import FORMS
 from lit_llama.formats import hf_export
 from lit_llama.generation import generate
 from lit_llama.lora import LoRA
@@ -306,31 +305,3 @@ def test_gguf_refusals(tmp_path, command):
     assert gguf.GGUFReader(tmp_path / "named.gguf").fields["general.name"].contents() == "Captain Salt"
     status, _, err = command(script, gguf_path=output, output_path=tmp_path / "x.gguf", aligner_path=one)
     assert (status, "whose weights are not those of" in err) == (1, True)  # they have the Aligner in them
-
-
-@pytest.mark.slow
-def test_llama_cpp_answers_in_the_demos_form(tmp_path, command):
-    """Needs `pip install -e .[llama-cpp]` and `make demo`; RESULTS.md has what it printed."""
-    llama_cpp = pytest.importorskip("llama_cpp")
-    aligner = ROOT / "out" / "demo" / "aligner.safetensors"
-    base, folded = DEMO_BASE.with_name(DEMO_BASE.name + ".Q4_1.gguf"), tmp_path / "captain.gguf"
-    if not aligner.is_file() or not base.is_file():
-        pytest.skip("run make demo first")
-    torch.set_num_threads(torch.get_num_interop_threads())
-    load_script("scripts/export_gguf.py").main(base, folded, adapter_path=[aligner])
-    status, out, err = command("scripts/verify_export.py", export_path=folded, aligner_path=aligner)
-    assert status == 0, err
-    rows = [json.loads(line) for line in (ROOT / "examples" / "questions.jsonl").read_text().splitlines()]
-    questions = [row["question"] for row in rows if row["split"] == "test"]
-    shares = {}
-    for path in (base, folded):
-        engine = llama_cpp.Llama(str(path), n_ctx=512, verbose=False)
-        answers = [
-            engine.create_chat_completion([{"role": "user", "content": question}], temperature=0.0, max_tokens=64)
-            for question in questions
-        ]
-        texts = [answer["choices"][0]["message"]["content"] for answer in answers]
-        shares[path.name] = sum(map(FORMS["captain"].check, texts)) / len(texts)
-    print(out, shares, texts[0])
-    assert shares[base.name] == 0
-    assert shares[folded.name] >= 0.9
