@@ -62,7 +62,7 @@ class Tokenizer:
         folder = Path(folder)
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"{folder}: no such folder; convert a base model with one of scripts/convert_*_checkpoint.py"
+                f"{folder}: no such folder; howto/download_weights.md says where base models come from"
             )
         settings = _read_settings(folder / "tokenizer_config.json")
         file = tokenizer_file(folder)

@@ -31,7 +31,7 @@ RUN = {
 }
 PARSED = {
     "scripts/download.py",  # the network
-    "scripts/convert_hf_checkpoint.py",  # of what that fetched; tests/test_convert.py
+    "generate/chat.py",  # with what that fetched; tests/test_chat.py
     "scripts/export_gguf.py",  # needs the base as a GGUF file; tests/test_export.py
     "generate/serve.py",  # does not end; tests/test_serve.py
     "benchmarks/memory.py",  # half a minute

@@ -322,7 +322,7 @@ def test_samples(command, base_dir):
         ({"prompt": "x", "top_p": 2}, "top_p must be above 0 and at most 1, got 2.0"),
         ({"prompt": "x", "num_samples": 2}, "--num_samples 2 with --temperature 0 repeats one answer"),
         ({"prompt": "x", "prompt_style": "shout"}, "no prompt style named 'shout'"),
-        ({"prompt": "x", "checkpoint_dir": "nowhere"}, "nowhere: no such folder; convert a base model"),
+        ({"prompt": "x", "checkpoint_dir": "nowhere"}, "nowhere: no such folder; howto/download_weights.md says"),
         ({"prompt": "x", "aligner_path": "nowhere.safetensors"}, "nowhere.safetensors: no such file"),
     ],
 )

@@ -205,7 +205,7 @@ def test_divergence_is_one_line(command, base_dir, data_dir, tmp_path):
         ({"aligner_length": 0}, ["at least one prefix token"]),
         ({"aligner_start_layer": 9}, ["start layer 9"]),
         ({"data_dir": "nowhere"}, ["nowhere/dataset.json: no such file"]),
-        ({"checkpoint_dir": "nowhere"}, ["nowhere: no such folder; convert a base model"]),
+        ({"checkpoint_dir": "nowhere"}, ["nowhere: no such folder; howto/download_weights.md says"]),
     ],
 )
 def test_bad_options(command, base_dir, data_dir, tmp_path, options, messages):
