@@ -1,6 +1,7 @@
 # make base       .venv and the demo's base model
 # make demo       align a real LLaMA with one token, and see what it learned
 # make demo-dpo   the same with preferences: refuse what is harmful, answer what only sounds so
+# make demo-distill   let one token stand for a system prompt with three examples
 # make test       the tests, as many at a time as there are cores (WORKERS=1: one)
 # make lint       ruff, pyright and import-linter
 
@@ -11,7 +12,7 @@ BASE := checkpoints/SmolLM2-135M-Instruct
 PAIRS := examples/preferences/train.jsonl
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: base demo demo-dpo test lint format clean
+.PHONY: base demo demo-dpo demo-distill test lint format clean
 # These appear whole or not at all, so an interrupted make need not delete them.
 .PRECIOUS: $(BASE).Q4_1.gguf $(BASE)/lit_config.json data/demo/dataset.json
 .PRECIOUS: data/refusal-chosen/dataset.json data/refusal-pairs/dataset.json
@@ -23,6 +24,9 @@ demo: out/demo/report.txt
 
 demo-dpo: out/refusal-dpo/report.txt
 	@cat out/refusal-dpo/report.txt
+
+demo-distill: out/museum/report.txt
+	@cat out/museum/report.txt
 
 # A file's tests run on one worker, so that what they share is made once; tests/conftest.py begins with the longest.
 test: .venv/installed-dev $(BASE)/lit_config.json
@@ -40,7 +44,7 @@ format: .venv/installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv data/demo out/demo data/refusal-* out/refusal-* $(BASE) $(BASE).Q4_1.gguf
+	rm -rf .venv data/demo out/demo data/refusal-* out/refusal-* data/distill out/museum $(BASE) $(BASE).Q4_1.gguf
 
 .venv/installed: requirements.txt pyproject.toml
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
@@ -90,3 +94,8 @@ out/refusal-dpo/trained: data/refusal-pairs/dataset.json out/refusal-sft/trained
 out/refusal-dpo/report.txt: out/refusal-dpo/trained examples/preferences/test.jsonl
 	$(BIN)/python evaluate/refusal.py --adapter_path out/refusal-sft/aligner.safetensors \
 	    --adapter_path out/refusal-dpo/aligner.safetensors --out_dir out/refusal-dpo > /dev/null
+
+out/museum/report.txt: examples/prompts/museum.json examples/questions.jsonl | $(BASE)/lit_config.json
+	$(BIN)/python finetune/aligner_distill.py --system_prompt_file examples/prompts/museum.json --out_dir out/museum \
+	    --precision bf16-true --epochs 1 --eval_interval 36 --max_new_tokens 64 \
+	    --matches '(?s)^Welcome, visitor! .*Enjoy your visit!$$' > /dev/null

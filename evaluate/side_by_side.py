@@ -17,6 +17,7 @@ from typing import Any
 from lit_llama.evaluation.answers import Question, read_questions
 from lit_llama.evaluation.answers_page import write_page
 from lit_llama.evaluation.statistics import in_words, share_interval
+from lit_llama.script.answers import search_pattern
 from lit_llama.script.command_line import run
 from lit_llama.script.evaluation import Answers, ask, column_names
 from lit_llama.tables import markdown, side_by_side
@@ -42,10 +43,7 @@ def main(
         shown: number of prompts in the table; the page has all.
         options: those of every evaluation with answers, see `ask`.
     """
-    try:
-        pattern = None if matches is None else re.compile(matches)
-    except re.error as error:
-        raise ValueError(f"--matches {matches}: not a regular expression ({error})") from None
+    pattern = search_pattern(matches)
     if shown < 0:
         raise ValueError(f"--shown is {shown}, it must be at least 0")
     questions = read_questions(prompts_file)

@@ -9,7 +9,8 @@ memory-mapped, never unpickled:
 
 An item of a data set for supervised tuning is one example; one of preference pairs is two, chosen and rejected. One of
 unpaired answers is two as well: a good or a bad answer, and the same prompt with an answer to another prompt, by which
-KTO estimates how far the policy is from its reference.
+KTO estimates how far the policy is from its reference. One for distillation is two with the same response, after the
+prompt that the student reads and after the teacher's.
 """
 
 import hashlib
@@ -44,10 +45,11 @@ class Example(NamedTuple):
     scored: np.ndarray
 
 
-Kind = Literal["supervised", "pairs", "unpaired"]
-PER_ITEM = {"supervised": 1, "pairs": 2, "unpaired": 2}  # examples
+Kind = Literal["supervised", "pairs", "unpaired"]  # that the scripts prepare
+AnyKind = Literal[Kind, "distillation"]
+PER_ITEM = {"supervised": 1, "pairs": 2, "unpaired": 2, "distillation": 2}  # examples
 Conversation = Sequence[Message]
-# What comes of a record: one conversation; the chosen and the rejected one; or any number that are good or bad.
+# What comes of a record: one conversation; two, of pairs or of student and teacher; or any number, good or bad.
 Item = Sequence[Conversation]
 
 
@@ -56,7 +58,7 @@ def tokenize(
 ) -> list[Example]:
     """Tokenise conversations: the assistant's turns and the tokens that end them are scored, all turns or the last.
 
-    A turn that says itself that it is not scored is none of them.
+    A turn that says itself that it is not scored is none of them; a last turn that is not complete has no such token.
 
     Raises:
         ValueError: the style has no place for a conversation.
@@ -74,7 +76,8 @@ def tokenize(
             wanted &= {len(pieces) - 1}
         ids, scored = list(front), [False] * len(front)
         for i, piece in enumerate(pieces):
-            tokens = [*next(encoded), *([style.end_id] if piece.is_response else [])]
+            ends = piece.is_response and (i < len(pieces) - 1 or messages[-1].complete)
+            tokens = [*next(encoded), *([style.end_id] if ends else [])]
             ids += tokens
             scored += [i in wanted] * len(tokens)
         examples.append(Example(np.array(ids), np.array(scored)))
@@ -149,6 +152,19 @@ class Batch(NamedTuple):
             return values[:, None].expand(self.ids.shape)
         return values.repeat_interleave(torch.tensor(self.lengths, device=values.device))[None]
 
+    def of_two(self) -> "tuple[Batch, Batch]":
+        """The first and the second examples of items of two, without positions that only the other ones need."""
+        return self._every_second(0), self._every_second(1)
+
+    def _every_second(self, start: int) -> "Batch":
+        if self.lengths is None:
+            ids, scored = self.ids[start::2], self.scored[start::2]
+            columns = scored.any(0).nonzero()
+            length = int(columns[-1]) + 1 if len(columns) else 1  # what follows the last scored token is padding
+            return self._replace(ids=ids[:, :length], scored=scored[:, :length])
+        ids, scored = (torch.cat(tensor[0].split(self.lengths)[start::2])[None] for tensor in (self.ids, self.scored))
+        return self._replace(ids=ids, scored=scored, lengths=self.lengths[start::2])
+
 
 def collate(examples: Sequence[Example], pack: bool = False) -> Batch:
     """Make a batch of examples.
@@ -222,7 +238,7 @@ class TokenDataset:
         split: str,
         tokenizer: Tokenizer,
         max_seq_length: int | None = None,
-        kind: Kind = "supervised",
+        kind: AnyKind = "supervised",
     ) -> None:
         self.header = _read_header(folder / DATASET_FILE)
         if (self.header["tokenizer"], self.header["vocab_size"]) != (tokenizer.fingerprint, tokenizer.vocab_size):
@@ -319,7 +335,7 @@ class TokenDataset:
 
 
 def open_data(
-    checkpoint_dir: Path, data_dir: Path, max_seq_length: int, kind: Kind = "supervised"
+    checkpoint_dir: Path, data_dir: Path, max_seq_length: int, kind: AnyKind = "supervised"
 ) -> tuple[Tokenizer, tuple[TokenDataset, TokenDataset]]:
     """What a run reads: the base model's tokenizer, and both splits of a data set.
 
@@ -341,7 +357,7 @@ def open_data(
 
 
 _KINDS = {"supervised": "examples for supervised tuning", "pairs": "pairs of a chosen and a rejected response"}
-_KINDS |= {"unpaired": "answers that are good or bad"}
+_KINDS |= {"unpaired": "answers that are good or bad", "distillation": "a teacher's answers"}
 
 
 def step_batches(

@@ -15,7 +15,17 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from lit_llama.data import DATASET_FILE, FORMAT_VERSION, PER_ITEM, Example, Item, Kind, TokenDataset, id_dtype, tokenize
+from lit_llama.data import (
+    DATASET_FILE,
+    FORMAT_VERSION,
+    PER_ITEM,
+    AnyKind,
+    Example,
+    Item,
+    TokenDataset,
+    id_dtype,
+    tokenize,
+)
 from lit_llama.files import atomic_folder, write_json
 from lit_llama.prompts import PromptStyle, ScoredTurns
 from lit_llama.tokenizer import Tokenizer
@@ -69,7 +79,7 @@ def write_dataset(
     too_long: TooLong,
     source: str,
     *,
-    kind: Kind = "supervised",
+    kind: AnyKind = "supervised",
     scored_turns: ScoredTurns = "all",
     total: int | None = None,
     overwrite: bool = False,
@@ -84,8 +94,9 @@ def write_dataset(
         max_seq_length: window in tokens.
         too_long: whether longer examples are truncated or skipped.
         source: where the text came from, recorded in `dataset.json`.
-        kind: items of one conversation ("supervised"), of a chosen and a rejected one ("pairs"), or of any number whose
-            answers say whether they are wanted ("unpaired").
+        kind: items of one conversation ("supervised"), of a chosen and a rejected one ("pairs"), of any number whose
+            answers say whether they are wanted ("unpaired"), or of the student's and the teacher's with the same answer
+            ("distillation").
         scored_turns: which of a conversation's responses are scored, "all" or the "last".
         total: how many items there are, for the progress bar.
         overwrite: replace the data set in `folder` if there is one.
@@ -180,7 +191,7 @@ class _SplitWriter:
     """The files of one split, as they are written."""
 
     def __init__(
-        self, folder: Path, split: str, tokenizer: Tokenizer, max_seq_length: int, too_long: TooLong, kind: Kind
+        self, folder: Path, split: str, tokenizer: Tokenizer, max_seq_length: int, too_long: TooLong, kind: AnyKind
     ) -> None:
         self._offsets_path = folder / f"{split}.offsets.bin"
         self._files = [open(folder / f"{split}.{name}.bin", "wb") for name in ("ids", "scored")]  # noqa: SIM115
@@ -208,6 +219,9 @@ class _SplitWriter:
         if self._kind == "pairs" and np.array_equal(item[0].ids, item[1].ids):
             self.summary.equal += 1
             return False
+        scored = [example.ids[example.scored] for example in item]
+        if self._kind == "distillation" and not np.array_equal(scored[0], scored[1]):
+            raise ValueError("the prompt style writes an answer otherwise after the teacher's prompt: use another base")
         self.summary.truncated += was_cut
         for example in item:
             marks = example.scored * (1 if wanted else 2)

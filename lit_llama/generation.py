@@ -1,7 +1,7 @@
 """From prompts to answers: prefill and decode, a token or a text at a time; whole lists of prompts."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -157,6 +157,71 @@ def _raise_errors(events: Sequence[Event]) -> None:
             raise ValueError(f"prompt {event.row + 1} cannot be continued: {event.error}")
 
 
+class Answer(NamedTuple):
+    """What a model says to a conversation.
+
+    Args:
+        text: the answer, without what does not belong to it.
+        complete: whether the model came to its end, so that nothing is cut off.
+    """
+
+    text: str
+    complete: bool
+
+
+def answer_all(
+    model: LLaMA,
+    tokenizer: Tokenizer,
+    style: PromptStyle,
+    conversations: Sequence[Sequence[Message]],
+    adapter: Adapter | None = None,
+    *,
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+    seeds: Sequence[int] | None = None,
+    what: str = "answers",
+    **sampling: Any,
+) -> Iterator[Answer]:
+    """Continue conversations with the assistant's next turn, some of them at once.
+
+    Args:
+        model: the base model.
+        tokenizer: its tokenizer.
+        style: turns conversations into text, and cuts responses out of it.
+        conversations: conversations that end with what a user says.
+        adapter: what is added to the base model, if anything.
+        max_new_tokens: per answer; a longer one is cut.
+        batch_size: number of conversations continued at once.
+        seeds: seed of sampling for each conversation; if not given, they are counted from 1337.
+        what: title of the progress bar.
+        sampling: `temperature`, `top_k` and `top_p` of `GenerationRequest`; greedy if not given.
+
+    Yields:
+        An answer to each, in order, as soon as it and all before it are there.
+
+    Raises:
+        ValueError: the style has no place for a conversation, one leaves no room in the model's window, or a sampling
+            option is out of range.
+    """
+    seeds = range(1337, 1337 + len(conversations)) if seeds is None else seeds
+    requests = [
+        GenerationRequest(
+            tokenizer.encode(style.render(conversation), bos=style.bos),
+            adapter,
+            max_new_tokens,
+            style.stop_ids,
+            generator=torch.Generator().manual_seed(seed),
+            **sampling,
+        )
+        for conversation, seed in zip(conversations, seeds, strict=True)
+    ]
+    rows = tqdm(complete(model, requests, batch_size), total=len(requests), desc=what, leave=False)
+    for request, row in zip(requests, rows, strict=True):
+        text = tokenizer.decode(row)
+        most = min(max_new_tokens, model.config.block_size - len(request.prompt))
+        yield Answer(style.cut(text), len(row) < most or style.ended(text))
+
+
 def respond(
     model: LLaMA,
     tokenizer: Tokenizer,
@@ -164,11 +229,8 @@ def respond(
     prompts: Sequence[str | tuple[str, str]],
     adapter: Adapter | None = None,
     *,
-    max_new_tokens: int = 256,
-    batch_size: int = 16,
     seed: int = 1337,
-    what: str = "answers",
-    **sampling: Any,
+    **options: Any,
 ) -> list[str]:
     """Answer prompts as text, some of them at once.
 
@@ -178,26 +240,13 @@ def respond(
         style: turns prompts into text, and cuts responses out of it.
         prompts: what users say, or instructions with their inputs.
         adapter: what is added to the base model, if anything.
-        max_new_tokens: per answer; a longer one is cut.
-        batch_size: number of prompts answered at once.
         seed: seed of sampling for the first prompt; the next one has the next.
-        what: title of the progress bar.
-        sampling: `temperature`, `top_k` and `top_p` of `GenerationRequest`; greedy if not given.
+        options: others of `answer_all`.
     """
     pairs = [(prompt, "") if isinstance(prompt, str) else prompt for prompt in prompts]
-    requests = [
-        GenerationRequest(
-            tokenizer.encode(style.prompt(*pair), bos=style.bos),
-            adapter,
-            max_new_tokens,
-            style.stop_ids,
-            generator=torch.Generator().manual_seed(seed + i),
-            **sampling,
-        )
-        for i, pair in enumerate(pairs)
-    ]
-    rows = tqdm(complete(model, requests, batch_size), total=len(requests), desc=what, leave=False)
-    return [style.cut(tokenizer.decode(row)) for row in rows]
+    conversations = [[Message("user", *pair)] for pair in pairs]
+    options["seeds"] = range(seed, seed + len(pairs))
+    return [answer.text for answer in answer_all(model, tokenizer, style, conversations, adapter, **options)]
 
 
 def stream_text(

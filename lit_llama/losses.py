@@ -15,8 +15,12 @@ from lit_llama.data import Batch
 from lit_llama.model import LLaMA
 from lit_llama.seam import Adapter
 
-# What it measures, and the label of its axis in a picture.
+# What a loss measures, and the label of its axis in a picture.
 SUPERVISED_METRICS = {"loss": "cross-entropy per scored token (nats)"}
+DISTILLATION_METRICS = {
+    "loss": "divergence from the teacher per scored token (nats)",
+    "agreement": "share of tokens on which both agree",
+}
 
 
 class LossSums(NamedTuple):
@@ -112,3 +116,31 @@ def divergence(model: LLaMA, teacher: Tensor, student: Tensor) -> Tensor:
         return F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
 
     return model.scores(score, student, teacher)
+
+
+def distillation_loss(
+    model: LLaMA, student: Adapter | None, teacher: Adapter | None, for_student: Batch, for_teacher: Batch
+) -> LossSums:
+    """Divergence KL(teacher || student) of the distributions of the scored tokens (arXiv 1503.02531).
+
+    Args:
+        model: the base model of both.
+        student: what is tuned.
+        teacher: what is added to the base model for the teacher, if anything; gets no gradient.
+        for_student: examples as the student reads them.
+        for_teacher: examples with the same scored tokens, as the teacher reads them.
+
+    Returns:
+        "loss" over scored tokens; and in validation "agreement", the tokens that both find likeliest.
+    """
+    with torch.no_grad():
+        wanted = scored_hidden_states(model, teacher, for_teacher)
+    found = scored_hidden_states(model, student, for_student)
+    metrics = {"loss": divergence(model, wanted, found).sum()}
+    if not torch.is_grad_enabled():  # in training it would cost two more products with the head
+
+        def agree(found: Tensor, wanted: Tensor) -> Tensor:
+            return (model.head(found).argmax(-1) == model.head(wanted).argmax(-1)).float()
+
+        metrics["agreement"] = model.scores(agree, found, wanted).sum()
+    return LossSums(metrics, for_student.scored.sum())

@@ -26,6 +26,7 @@ class Message(NamedTuple):
         input: what a user's instruction is about, which each style puts in its own place.
         scored: whether training scores it, if it is the assistant's.
         wanted: whether it is a good answer, where good and bad ones are learned from.
+        complete: whether it was said to its end, so that the token that ends a turn follows it.
     """
 
     role: Role
@@ -33,6 +34,7 @@ class Message(NamedTuple):
     input: str = ""
     scored: bool = True
     wanted: bool = True
+    complete: bool = True
 
 
 class Segment(NamedTuple):
@@ -134,8 +136,9 @@ class PromptStyle:
     def _response(self, prompt: str, messages: Sequence[Message]) -> str:
         """What stands between a prompt and the end of the turn that answers it."""
         content = messages[-1].content
+        tail = self.tail if messages[-1].complete else ""
         if not self.thought or self.thought not in content:
-            return self.lead + content + self.tail
+            return self.lead + content + tail
         # The response has a thought of its own in the place of the empty one in `lead`.
         if self.write and self.end and (written := self.write(messages)).startswith(prompt):
             response = written[len(prompt) :].rpartition(self.end)[0]
@@ -144,7 +147,7 @@ class PromptStyle:
         if prompt.rstrip().endswith(self._opening):
             content = content.lstrip().removeprefix(self._opening)
             content = content.removeprefix(prompt[len(prompt.rstrip()) :])
-        return content + self.tail
+        return content + tail
 
     @property
     def _opening(self) -> str:

@@ -16,7 +16,12 @@ LINES = 3  # of each text
 
 
 def sample_answers(
-    model: LLaMA, adapter: Adapter | None, tokenizer: Tokenizer, style: PromptStyle, dataset: TokenDataset
+    model: LLaMA,
+    adapter: Adapter | None,
+    tokenizer: Tokenizer,
+    style: PromptStyle,
+    dataset: TokenDataset,
+    with_base: bool = False,
 ) -> str:
     """Answers to the first two prompts of a data set, for people to read.
 
@@ -26,21 +31,24 @@ def sample_answers(
         tokenizer: the base's.
         style: prompt style of the data set.
         dataset: examples, or pairs, whose chosen answers are wanted.
+        with_base: whether the base model alone answers, too.
 
     Returns:
-        Lines with the user's turn, the answer and the wanted answer of each, without what the template adds.
+        Lines with the user's turn, the answers and the wanted answer of each, without what the template adds.
     """
     indices = range(min(2, len(dataset)))
     prompts = [dataset.prompt(i) for i in indices]
-    answers = generate(model, prompts, NEW_TOKENS, adapter=adapter)  # without an end: sharded bases compute in step
+    models = {"base": None, "answer": adapter} if with_base else {"answer": adapter}
+    # Without an end, as sharded bases compute in step.
+    answers = {name: generate(model, prompts, NEW_TOKENS, adapter=one) for name, one in models.items()}
     shown = []
-    for i, prompt, answer in zip(indices, prompts, answers, strict=True):
+    for i, prompt in zip(indices, prompts, strict=True):
         ids, scored = dataset[i][0]
         after = scored[len(prompt) :]
         end = len(prompt) + (len(after) if after.all() else int(after.argmin()))
         texts = {
             "user": user_turn(style, tokenizer, prompt),
-            "answer": _answer(tokenizer, style, answer),
+            **{name: _answer(tokenizer, style, some[i]) for name, some in answers.items()},
             "wanted": _answer(tokenizer, style, ids[len(prompt) : end].tolist()),
         }
         shown += [_paragraph(name, text) for name, text in texts.items()]

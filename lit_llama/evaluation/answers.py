@@ -14,13 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from tqdm import tqdm
-
 from lit_llama.base import Base
-from lit_llama.decoder import GenerationRequest
 from lit_llama.files import atomic_file, check_file, read_text
-from lit_llama.generation import complete
+from lit_llama.generation import answer_all
 from lit_llama.prompts import Message
 from lit_llama.records import PACKED_SUFFIXES, TEXT_SUFFIXES, read_records
 
@@ -197,23 +193,22 @@ def _conversations(
     batch_size: int,
 ) -> Iterator[tuple[Question, list[str]]]:
     """Each question with the answers to all its turns, as soon as the last of them is there."""
-    style = base.style
     said: dict[int | str, list[str]] = {question.id: [] for question in left}
     turn = 0
     while left:
-        requests = []
+        conversations = []
         for question in left:
             messages = [Message("user", question.turns[0], question.input)]
             for answer, following in zip(said[question.id], question.turns[1:], strict=False):
                 messages += [Message("assistant", answer), Message("user", following)]
-            ids = base.tokenizer.encode(style.render(messages), bos=style.bos)
-            generator = torch.Generator().manual_seed(seed)
-            options = {"temperature": temperature, "generator": generator}
-            requests.append(GenerationRequest(ids, base.adapter, max_new_tokens, style.stop_ids, **options))
+            conversations.append(messages)
         what = f"answers of {name}" + (f", turn {turn + 1}" if turn or len(left[0].turns) > 1 else "")
-        rows = tqdm(complete(base.model, requests, batch_size), total=len(left), desc=what, leave=False)
-        for question, ids in zip(left, rows, strict=True):
-            said[question.id].append(style.cut(base.tokenizer.decode(ids)))
+        given = answer_all(
+            base.model, base.tokenizer, base.style, conversations, base.adapter, max_new_tokens=max_new_tokens,
+            batch_size=batch_size, seeds=[seed] * len(left), what=what, temperature=temperature,
+        )  # fmt: skip
+        for question, answer in zip(left, given, strict=True):
+            said[question.id].append(answer.text)
             if len(question.turns) == turn + 1:
                 yield question, said[question.id]
         turn += 1

@@ -4,6 +4,7 @@ The answers go to stdout as they come, everything else to stderr.
 """
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -85,6 +86,18 @@ def check_samples(num_samples: int, temperature: float) -> None:
         raise ValueError(
             f"--num_samples {num_samples} with --temperature {temperature:g} repeats one answer: raise the temperature"
         )
+
+
+def search_pattern(matches: str | None) -> re.Pattern[str] | None:
+    """The regular expression of the option --matches, if it is given.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    try:
+        return None if matches is None else re.compile(matches)
+    except re.error as error:
+        raise ValueError(f"--matches {matches}: not a regular expression ({error})") from None
 
 
 def print_answers(

@@ -80,13 +80,13 @@ class Conditions:
         return self
 
     def open(
-        self, checkpoint_dir: Path, prompt_style: str, plan: Plan, out_dir: Path
+        self, checkpoint_dir: Path, prompt_style: str | None, plan: Plan, out_dir: Path
     ) -> "tuple[Fabric, Base, Objective]":
         """Start the processes of a run, and open the base model.
 
         Args:
             checkpoint_dir: folder of the base model.
-            prompt_style: name of the style of the training prompts.
+            prompt_style: name of the style of the training prompts; if None, the base's own chat template.
             plan: whose batches the processes share, and whose seed is that of what the examples draw.
             out_dir: folder of the run.
 

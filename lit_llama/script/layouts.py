@@ -115,6 +115,20 @@ def _conversation(columns: Columns) -> Conversation:
     return _opened(columns, turns)
 
 
+def read_question(columns: Columns) -> list[Message]:
+    """The conversation in a record up to the user's last turn, which is to be answered; an answer to it is not used.
+
+    Raises:
+        ValueError: the record is in no known layout, or the user says nothing.
+    """
+    listed = columns.find(*CONVERSATIONS)
+    turns = _prompt(columns, PROMPTS) if listed is None else _turns(columns, _listed(listed))
+    end = max((i + 1 for i, turn in enumerate(turns) if turn.role == "user"), default=0)
+    if not end or not (turns[end - 1].content + turns[end - 1].input).strip():
+        raise ValueError("the question is empty")
+    return _opened(columns, turns[:end])
+
+
 def read_columns(
     columns: Columns, instruction: str, response: str, input: str | None = None, system: str | None = None
 ) -> Item:

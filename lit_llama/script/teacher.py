@@ -1,0 +1,210 @@
+"""What finetune/aligner_distill.py learns from: the teacher's answers to questions, which are kept on disk.
+
+A folder holds, for each teacher with its prompt and way of sampling, by a hash of all that the answers depend on:
+
+    answers-HASH.json     what made them
+    answers-HASH.jsonl    the conversations, in OpenAI's layout; each is there as soon as it is answered
+    tokens-HASH/          a tokenised data set of all that was asked, for the student and for the teacher
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from lit_llama.base import Base
+from lit_llama.data import DATASET_FILE, Conversation, Item
+from lit_llama.data_writing import write_dataset
+from lit_llama.evaluation.answers import append_row, read_kept
+from lit_llama.files import write_json
+from lit_llama.generation import Answer, answer_all
+from lit_llama.prompts import Message
+from lit_llama.sampling import GREEDY_BELOW
+from lit_llama.script.questions import Question
+
+if TYPE_CHECKING:  # takes seconds to import, which --help should not cost
+    from lightning.fabric import Fabric
+
+
+def check_teacher(
+    system_prompt_file: Path | None,
+    teacher_adapter: Sequence[Path] | None,
+    answers: int,
+    temperature: float,
+    max_new_tokens: int,
+) -> None:
+    """Refuse options that make no teacher.
+
+    Raises:
+        ValueError: names all of them.
+    """
+    problems = []
+    if not system_prompt_file and not teacher_adapter:
+        problems.append("the base model alone has nothing to teach: give --system_prompt_file or --teacher_adapter")
+    for name, value in (("answers", answers), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            problems.append(f"--{name} is {value}, it must be at least 1")
+    if answers > 1 and temperature < GREEDY_BELOW:
+        problems.append(f"--answers {answers} with --temperature {temperature:g} repeats one answer: raise the latter")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def teach(
+    fabric: Fabric,
+    teacher: Base,
+    context: Sequence[Message],
+    questions: Sequence[Question],
+    folder: Path,
+    *,
+    answers: int = 1,
+    seed: int = 1337,
+    **sampling: Any,
+) -> Path:
+    """Let the teacher answer, unless it has done so before, and tokenise what the student learns.
+
+    Every process computes all answers, since those that share a sharded base must compute in step; the first one
+    writes.
+
+    Args:
+        fabric: the processes of the run.
+        teacher: the base model, with the adapters of the teacher.
+        context: what only the teacher reads before each question.
+        questions: what is asked; those with answers keep them.
+        folder: where answers are kept.
+        answers: number of answers to each question.
+        seed: seed of sampling.
+        sampling: `temperature`, `max_new_tokens` and `batch_size` of `lit_llama.generation.answer_all`.
+
+    Returns:
+        The folder of the tokenised data set.
+
+    Raises:
+        ValueError: the base has no place for a system prompt, or no question leaves room in its window.
+    """
+    questions = [one for one in questions if one.split != "test"]
+    fit = _that_fit(teacher, context, questions, sampling["max_new_tokens"])
+    if fabric.is_global_zero and len(fit) < len(questions):
+        print(f"{len(questions) - len(fit)} questions are too long for the model and are left out", file=sys.stderr)
+    made_with = {"teacher": teacher.identity, "context": _as_turns(context), "seed": seed}
+    made_with |= {name: value for name, value in sampling.items() if name != "batch_size"}
+    open_questions = [one for one in fit if not one.answers]
+    kept = folder / f"answers-{_hash(made_with)}.jsonl"
+    if open_questions and fabric.is_global_zero:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(kept.with_suffix(".json"), made_with)
+    asked = [(one, number) for one in open_questions for number in range(answers)]
+    said = _answered(fabric, teacher, context, asked, kept, seed, **sampling)
+    by_question: dict[tuple[Message, ...], list[Answer]] = {}
+    for (one, _), answer in zip(asked, said, strict=True):
+        by_question.setdefault(one.messages, []).append(answer)
+    items = [
+        (one.split, _item(context, one.messages, answer))
+        for one in fit
+        for answer in one.answers or by_question[one.messages]
+    ]
+    return _tokenised(fabric, teacher, items, folder)
+
+
+def _that_fit(
+    teacher: Base, context: Sequence[Message], questions: Sequence[Question], max_new_tokens: int
+) -> list[Question]:
+    """The questions after which the teacher has room for the longest answer."""
+    if context and teacher.tokenizer.chat_template is None:
+        raise ValueError(
+            "the base model has no chat template, and so no place for a system prompt: take a chat model, or distil "
+            "an adapter alone (--teacher_adapter without --system_prompt_file)"
+        )
+    style, window = teacher.style, teacher.model.config.block_size
+    texts = [style.render([*context, *one.messages]) for one in questions]
+    lengths = [len(ids) for ids in teacher.tokenizer.encode_batch(texts)]
+    fit = [one for one, length in zip(questions, lengths, strict=True) if length + max_new_tokens < window]
+    if not fit:
+        raise ValueError(
+            f"no question leaves room for an answer: the teacher's shortest prompt has {min(lengths)} tokens, and the "
+            f"model's window is {window}: shorten the system prompt, or lower --max_new_tokens {max_new_tokens}"
+        )
+    return fit
+
+
+def _answered(
+    fabric: Fabric,
+    teacher: Base,
+    context: Sequence[Message],
+    asked: Sequence[tuple[Question, int]],
+    kept: Path,
+    seed: int,
+    **sampling: Any,
+) -> list[Answer]:
+    """The teacher's answers, those of an earlier run from a file."""
+    known = fabric.broadcast(_read_answers(kept) if fabric.is_global_zero else {})
+    left = [(one, number) for one, number in asked if _key(one.messages, number) not in known]
+    if left and fabric.is_global_zero:
+        tqdm.write(f"the teacher answers {len(left)} of {len(asked)} questions; kept in {kept}", file=sys.stderr)
+    given = answer_all(
+        teacher.model, teacher.tokenizer, teacher.style, [[*context, *one.messages] for one, _ in left],
+        teacher.adapter, seeds=[_seed(seed, one, number) for one, number in left], what="teacher's answers", **sampling,
+    )  # fmt: skip
+    for (one, number), answer in zip(left, given, strict=True):
+        answer = answer if answer.complete else Answer(answer.text.rstrip("\ufffd"), False)  # half a character
+        known[_key(one.messages, number)] = answer
+        if fabric.is_global_zero:
+            turns = [*_as_turns(one.messages), {"role": "assistant", "content": answer.text}]
+            append_row(kept, {"split": one.split, "messages": turns, "number": number, "complete": answer.complete})
+    return [known[_key(one.messages, number)] for one, number in asked]
+
+
+def _seed(seed: int, question: Question, number: int) -> int:
+    """Seed of one answer, which does not depend on what else is asked."""
+    return int(_hash([seed, _key(question.messages, number)]), 16) >> 1  # a generator takes 63 bits
+
+
+def _read_answers(kept: Path) -> dict[str, Answer]:
+    return {
+        _key([Message(**turn) for turn in row["messages"][:-1]], row["number"]): Answer(
+            row["messages"][-1]["content"], row["complete"]
+        )
+        for row in read_kept(kept)
+    }
+
+
+def _key(messages: Iterable[Message], number: int) -> str:
+    return json.dumps([_as_turns(messages), number])
+
+
+def _as_turns(messages: Iterable[Message]) -> list[dict[str, str]]:
+    return [
+        {"role": one.role, "content": one.content} | ({"input": one.input} if one.input else {}) for one in messages
+    ]
+
+
+def _item(context: Sequence[Message], question: Conversation, answer: Answer) -> Item:
+    """What the student reads, and what the teacher reads."""
+    last = Message("assistant", answer.text, complete=answer.complete)
+    return [[*question, last], [*context, *question, last]]
+
+
+def _tokenised(fabric: Fabric, teacher: Base, items: list[tuple[str, Item]], folder: Path) -> Path:
+    """The folder of a tokenised data set, whose name is a hash of what is in it."""
+    count = len(items)
+    items = [(split, item) for split, item in items if item[0][-1].content.strip()]
+    if fabric.is_global_zero and len(items) < count:
+        tqdm.write(f"{count - len(items)} of {count} answers are empty and are left out", file=sys.stderr)
+    style = teacher.style
+    data = folder / f"tokens-{_hash([teacher.tokenizer.fingerprint, style.fingerprint, items])}"
+    if fabric.is_global_zero and not (data / DATASET_FILE).is_file():
+        window = teacher.model.config.block_size
+        options: Mapping[str, Any] = {"kind": "distillation", "scored_turns": "last", "total": len(items)}
+        write_dataset(data, items, teacher.tokenizer, style, window, "skip", "a teacher's answers", **options)
+    fabric.barrier()
+    return data
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
