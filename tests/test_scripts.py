@@ -327,7 +327,7 @@ def test_samples(command, base_dir):
     ],
 )
 def test_bad_requests(command, base_dir, aligner_path, options, message):
-    options = {"checkpoint_dir": base_dir, "aligner_path": aligner_path, **options}
+    options = {"checkpoint_dir": base_dir, "aligner_path": aligner_path, "precision": "32-true", **options}
     status, out, err = command("generate/aligner.py", **options)
     assert (status, out) == (1, "")
     assert message in err

@@ -54,8 +54,7 @@ def open_model(
                 f"--thinking is a switch of the model's own chat template, not of the style {prompt_style}"
             )
         prompt_style = f"chat-thinking-{thinking}"
-    say_precision(precision, quantize)
-    return open_base(
+    base = open_base(
         checkpoint_dir,
         adapters,
         scales,
@@ -66,6 +65,8 @@ def open_model(
         for_generation=True,
         allow_other_base=allow_other_base,
     )
+    say_precision(precision, quantize)  # of a base that could be opened
+    return base
 
 
 def say_precision(precision: Precision, quantize: Bits | None = None) -> None:
