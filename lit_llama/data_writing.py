@@ -81,6 +81,7 @@ def write_dataset(
     *,
     kind: AnyKind = "supervised",
     scored_turns: ScoredTurns = "all",
+    max_response_tokens: int | None = None,
     total: int | None = None,
     overwrite: bool = False,
 ) -> dict[str, SplitSummary]:
@@ -98,6 +99,7 @@ def write_dataset(
             answers say whether they are wanted ("unpaired"), or of the student's and the teacher's with the same answer
             ("distillation").
         scored_turns: which of a conversation's responses are scored, "all" or the "last".
+        max_response_tokens: number of scored tokens after which an example is cut; None for no such cut.
         total: how many items there are, for the progress bar.
         overwrite: replace the data set in `folder` if there is one.
 
@@ -120,7 +122,8 @@ def write_dataset(
             examples = iter(tokenize(tokenizer, style, conversations, scored_turns))
             for split, item in chunk:
                 assert len(item) == per_item, f"an item of {len(item)} conversations in a data set of {kind}"
-                if writers[split].write([next(examples) for _ in item], item[0][-1].wanted):
+                opened = [_opening(next(examples), max_response_tokens) for _ in item]
+                if writers[split].write(opened, item[0][-1].wanted):
                     summary = writers[split].summary
                     own = item[:1] if kind == "unpaired" else item
                     summary.items.append(hash(tuple(map(tuple, own))))
@@ -137,6 +140,7 @@ def write_dataset(
             "prompt_fingerprint": style.fingerprint,
             "scored_turns": scored_turns,
             "max_seq_length": max_seq_length,
+            "max_response_tokens": max_response_tokens,
             "source": source,
             "splits": {split: summary.header() for split, summary in summaries.items()},
         }
@@ -165,6 +169,15 @@ def _unpaired(items: Iterable[tuple[str, Item]]) -> Iterator[tuple[str, Item]]:
         before[split] = item
     for split, item in first.items():
         yield from ((split, one) for one in with_others(item, before[split]))
+
+
+def _opening(example: Example, scored_tokens: int | None) -> Example:
+    """An example up to the last of so many scored tokens."""
+    scored = np.flatnonzero(example.scored)
+    if scored_tokens is None or len(scored) <= scored_tokens:
+        return example
+    end = scored[scored_tokens - 1] + 1
+    return Example(example.ids[:end], example.scored[:end])
 
 
 def _check_nothing_is_empty(summaries: dict[str, SplitSummary], source: str) -> None:

@@ -311,6 +311,20 @@ def test_chosen_answers_alone(tmp_path, base_dir, tokenizer, layout):
         TokenDataset(pairs, "train", tokenizer)
 
 
+def test_the_first_tokens_of_a_response_alone(tmp_path, base_dir, tokenizer):
+    """Each response ends after so many tokens, and the prompt is whole; a shorter one keeps the token that ends it."""
+    script, row, _ = LAYOUTS["pairs"]
+    whole = TokenDataset(prepare(script, [row, row], tmp_path / "a", base_dir), "train", tokenizer, kind="pairs")
+    lengths = [int(example.scored.sum()) for example in whole[0]]
+    count = max(lengths) - 1
+    assert count > 0
+    folder = prepare(script, [row, row], tmp_path / "b", base_dir, max_response_tokens=count)
+    for example, expected in zip(TokenDataset(folder, "train", tokenizer, kind="pairs")[0], whole[0], strict=True):
+        end = int(expected.scored.argmax()) + count
+        assert example.ids.tolist() == expected.ids[:end].tolist()
+        assert example.scored.tolist() == expected.scored[:end].tolist()
+
+
 def test_better_is_not_safer(tmp_path, base_dir, tokenizer):
     _, row, _ = LAYOUTS["beaver"]
     folder = prepare("beaver", [row, row], tmp_path, base_dir, chosen_by="better")
@@ -577,6 +591,7 @@ def test_another_template_is_refused(tmp_path, base_dir, tokenizer):
     [
         ({"seed": -1}, "--seed is -1, it must be at least 0"),
         ({"max_seq_length": 1}, "--max_seq_length is 1, it must be at least 2"),
+        ({"max_response_tokens": 0}, "--max_response_tokens is 0, it must be at least 1"),
         ({"validation_share": 1}, "--validation_share is 1.0, it must lie between 0 and 1"),
         ({"kind": "pairs"}, "unrecognized arguments: --kind=pairs"),
         ({"prompt_style": "shout"}, "no prompt style named 'shout'"),

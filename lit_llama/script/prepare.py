@@ -35,6 +35,7 @@ def prepare(
     data_path: Path | None = None,
     checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
     max_seq_length: int = 512,
+    max_response_tokens: int | None = None,
     too_long: TooLong = "truncate",
     seed: int = 1337,
     max_bad_share: float = 0.5,
@@ -60,6 +61,9 @@ def prepare(
             Face hub.
         checkpoint_dir: folder of the base model, whose tokenizer is used.
         max_seq_length: length of the longest example, in tokens.
+        max_response_tokens: number of tokens after which a response is cut, without the token that ends it; if not
+            given, it is whole. Where preferences differ in the first words, such as those of a refusal, the rest is
+            noise.
         too_long: what happens to longer examples: "truncate" cuts their ends off, "skip" leaves them out. Both are
             counted.
         seed: seed of the draw of validation examples.
@@ -77,6 +81,8 @@ def prepare(
         raise ValueError(f"--validation_share is {validation_share}, it must lie between 0 and 1")
     if not 0 <= max_bad_share <= 1:
         raise ValueError(f"--max_bad_share is {max_bad_share}, it must lie between 0 and 1")
+    if max_response_tokens is not None and max_response_tokens < 1:
+        raise ValueError(f"--max_response_tokens is {max_response_tokens}, it must be at least 1")
     if seed < 0:
         raise ValueError(f"--seed is {seed}, it must be at least 0")
     check_window(max_seq_length)
@@ -108,6 +114,7 @@ def prepare(
         source,
         kind=kind,
         scored_turns=scored_turns,
+        max_response_tokens=max_response_tokens,
         total=None if kind == "unpaired" else count,  # of which a record may have several
         overwrite=overwrite,
     )
