@@ -228,7 +228,7 @@ def test_one_copy_of_the_base(run_dpo, monkeypatch, tmp_path, base_dir):
     """The reference is an Aligner of its own, and what is loaded is loaded once and stays as it is."""
     models = []
     monkeypatch.setattr(
-        "lit_llama.script.conditions.open_base",
+        "lit_llama.script.machine.open_base",
         lambda *args, **more: models.append(open_base(*args, **more)) or models[-1],
     )
     reference = Aligner(load_base(base_dir).config, 3)

@@ -47,7 +47,7 @@ def short_run(base_dir, data_dir, out_dir, **changes):
 def test_every_trainable_tensor_moves_and_no_other(base_dir, data_dir, tmp_path, monkeypatch):
     bases = []
     monkeypatch.setattr(
-        "lit_llama.script.conditions.open_base",
+        "lit_llama.script.machine.open_base",
         lambda *args, **options: bases.append(open_base(*args, **options)) or bases[-1],
     )
     state = short_run(base_dir, data_dir, tmp_path)
