@@ -74,6 +74,7 @@ class LLaMA(nn.Module):
             raise ValueError(f"head_size {config.head_size} is odd; rotary embedding turns pairs")
         self.config = config
         self.fingerprint = ""  # of the weights; set by whoever loads them
+        self.length_multiple = 1  # that sequences are padded to, see `compile_blocks`
         self.compiled: Callable[..., Tensor] | None = None  # `forward` for decoding, see `lit_llama.devices.layouts`
         self.transformer = Transformer(config)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -145,6 +146,8 @@ class LLaMA(nn.Module):
         longest = max(lengths) if lengths else T
         if longest > self.config.block_size:
             raise ValueError(f"sequence of {longest} tokens exceeds the model's window of {self.config.block_size}")
+        if cache is None and lengths is None:
+            ids = F.pad(ids, (0, -T % self.length_multiple))  # which nothing before it sees
         layout = self._layout(ids, cache, positions, lengths)
         x = self.transformer.wte(ids)  # (B, T, C)
         for i, block in enumerate(self.transformer.h):
@@ -154,8 +157,7 @@ class LLaMA(nn.Module):
             else:
                 added = LayerAdapter() if adapter is None else adapter.layer(i)
             x = block(x, layout, added, layer_cache)
-        if at is not None:
-            x = x[at]  # (n, C)
+        x = x[:, :T] if at is None else x[:, :T][at]  # (B, T, C) or (n, C)
         return self.transformer.ln_f(x)
 
     def head(self, x: Tensor) -> Tensor:
@@ -204,6 +206,16 @@ class LLaMA(nn.Module):
         for block in self.transformer.h:
             block.recompute = True  # type: ignore[assignment]
 
+    def compile_blocks(self) -> None:
+        """From now on let a compiled function compute each block, apart from generation.
+
+        It is made when it is first used, and again for other shapes; so sequences are padded to few lengths.
+        """
+        self.length_multiple = 64
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        for block in self.transformer.h:
+            block.compiled = torch.compile(block._forward, dynamic=False)  # type: ignore[assignment]
+
     def _frequencies_on(self, device: torch.device) -> Tensor:
         if self.rope_frequencies.device != device:
             with torch.inference_mode(False):  # an inference tensor kept here would break later training
@@ -231,13 +243,15 @@ class Block(nn.Module):
         self.rms_2 = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
         self.recompute = False
+        self.compiled: Callable[..., Tensor] | None = None  # `_forward`, see `LLaMA.compile_blocks`
 
     def forward(
         self, x: Tensor, layout: SequenceLayout, adapter: LayerAdapter | ExpandedAdapter, cache: LayerCache | None
     ) -> Tensor:
+        compute = self._forward if self.compiled is None or cache is not None else self.compiled
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, layout, adapter, cache, use_reentrant=False)  # type: ignore[return-value]
-        return self._forward(x, layout, adapter, cache)
+            return checkpoint(compute, x, layout, adapter, cache, use_reentrant=False)  # type: ignore[return-value]
+        return compute(x, layout, adapter, cache)
 
     def _forward(
         self, x: Tensor, layout: SequenceLayout, adapter: LayerAdapter | ExpandedAdapter, cache: LayerCache | None

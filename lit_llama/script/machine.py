@@ -29,6 +29,8 @@ class Machine:
         quantize: number of bits in which the base's blocks are kept: 4 ("nf4") or 8 ("int8"); if not given, all.
         activation_checkpointing: compute activations again for the backward pass instead of keeping them, which takes
             less memory and more time.
+        compile: let a compiler make the computation of each block, which takes a minute or more for each new length of
+            a batch; lengths are rounded up to multiples of 64, so that there are few. For long runs on a GPU.
         devices: number of devices on each node.
         num_nodes: number of machines, each of which runs this script; see howto/resume_and_scale.md.
         shard_base: spread the base model over all devices, for one that does not fit on a single device.
@@ -43,6 +45,7 @@ class Machine:
     precision: Precision = "auto"
     quantize: Quantize | None = None
     activation_checkpointing: bool = False
+    compile: bool = False
     devices: int = 1
     num_nodes: int = 1
     shard_base: bool = False
@@ -56,8 +59,12 @@ class Machine:
             for name in ("devices", "num_nodes", "save_interval")
             if getattr(self, name) < 1
         ]
-        if self.quantize and self.shard_base:
-            problems.append("--quantize and --shard_base do not go together: leave out one of them")
+        pairs = ("quantize", "shard_base"), ("compile", "quantize"), ("compile", "shard_base")
+        problems += [
+            f"--{one} and --{other} do not go together: leave out one of them"
+            for one, other in pairs
+            if getattr(self, one) and getattr(self, other)
+        ]
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -72,8 +79,11 @@ class Machine:
             The processes, and the mesh to shard the base over, if it is to be sharded.
 
         Raises:
-            ValueError: a batch cannot be shared evenly, there are not as many devices, or another run has the folder.
+            ValueError: options do not go together, a batch cannot be shared evenly, there are not as many devices, or
+                another run has the folder.
         """
+        if self.compile and plan.pack:
+            raise ValueError("--compile and --pack do not go together, as no two packed rows have the same lengths")
         at_once = plan.micro_batch_size * self.devices * self.num_nodes
         if plan.batch_size % at_once:
             raise ValueError(
@@ -116,6 +126,8 @@ class Machine:
         )
         if self.activation_checkpointing:
             base.model.checkpoint_activations()
+        if self.compile:
+            base.model.compile_blocks()
         return base
 
 
