@@ -167,11 +167,12 @@ def load_state(path: Path, adapter: AnyAdapter, optimizer: Optimizer, identity: 
     """
     state = _read(path)
     earlier = state["identity"]
-    different = [
-        f"{name} was {earlier.get(name)}, is {identity.get(name)}"
-        for name in sorted(earlier.keys() | identity.keys())
-        if earlier.get(name) != identity.get(name)
-    ]
+    different = []
+    for name in sorted(earlier.keys() | identity.keys()):
+        before, now = earlier.get(name), identity.get(name)
+        is_new = name not in earlier or name not in identity  # an option that other code has, and that is off here
+        if before != now and not (is_new and not before and not now):
+            different.append(f"{name} was {before}, is {now}")
     if different:
         raise ValueError(f"{path} cannot be resumed with other settings: {'; '.join(different)}")
     try:

@@ -217,7 +217,7 @@ def test_one_request_does_not_touch_another(url, base_dir, adapter_dir):
 
 
 def test_conversations_and_streams(url, base_dir, adapter_dir):
-    messages = [*user("One?"), {"role": "assistant", "content": "Two."}, *user("Three?")]
+    messages = [*user("Count."), {"role": "assistant", "content": "Two."}, *user("Why?")]
     adapter = load_adapter(adapter_dir / "team/3.safetensors")
     stream = client(url).chat.completions.create(
         model="team/3",

@@ -48,7 +48,7 @@ def test_an_adapter_is_trained_on_pairs(base, tmp_path, out_dir):
     adapter = LoRA(base.model.config, 2)
     folder = None if out_dir is None else tmp_path / out_dir
     rates = {
-        "learning_rate": 0.3,
+        "learning_rate": 3.0,
         "decay": "none",
         "warmup_steps": 0,
     }  # too high, so that the last step is not the best
@@ -63,7 +63,7 @@ def test_an_adapter_is_trained_on_pairs(base, tmp_path, out_dir):
     else:
         info = adapter_info(folder)
         assert (info.prompt_style, info.validation_loss) == (base.style.name, measured["loss"])
-        assert info.hyperparameters["learning_rate"] == 0.3
+        assert info.hyperparameters["learning_rate"] == 3.0
         rows = list(csv.DictReader((folder / "metrics.csv").open()))
         losses = [float(row["validation_loss"]) for row in rows[1:]]
         assert min(losses) < losses[-1]

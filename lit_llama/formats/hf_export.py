@@ -50,8 +50,10 @@ def write_model(
         raise ValueError(
             f"the adapter adds biases to {', '.join(sorted(biases - set('qkvo')))}, where a stock LLaMA has none"
         )
-    # The modelling file of longer prefixes knows no Qwen2, but a Llama with biases.
-    has_qkv, has_o = bool(biases & set("qkv")), "o" in biases or (any(longer) and bool(biases))
+    has_qkv = bool(biases & set("qkv"))
+    # A class with biases on q, k and v alone is Qwen2's, which the modelling file of longer prefixes does not know.
+    is_qwen2 = has_qkv and config.qkv_bias and not any(longer)
+    has_o = "o" in biases or (has_qkv and not is_qwen2)
     fields = config_to_hf(replace(config, qkv_bias=has_qkv, o_bias=has_o))
     names = "qkvo" if fields.get("attention_bias") else "qkv" if has_qkv else ""
 

@@ -95,7 +95,7 @@ class Machine:
         return launch(self.devices, self.num_nodes, self.shard_base, loggers, out_dir)
 
     def open_base(
-        self, checkpoint_dir: Path, prompt_style: str, out_dir: Path, fabric: "Fabric", mesh: "DeviceMesh | None"
+        self, checkpoint_dir: Path, prompt_style: str | None, out_dir: Path, fabric: "Fabric", mesh: "DeviceMesh | None"
     ) -> Base:
         """Open the base model of a run as the options say.
 
@@ -103,7 +103,7 @@ class Machine:
 
         Args:
             checkpoint_dir: folder of the base model.
-            prompt_style: style of the training prompts.
+            prompt_style: style of the training prompts; if None, the base's own chat template.
             out_dir: folder of the run.
             fabric: processes of the run.
             mesh: what `launch` gave to shard the base over.
