@@ -18,7 +18,7 @@ from lit_llama.seam import Adapter
 # What a loss measures, and the label of its axis in a picture.
 SUPERVISED_METRICS = {"loss": "cross-entropy per scored token (nats)"}
 DISTILLATION_METRICS = {
-    "loss": "divergence from the teacher per scored token (nats)",
+    "loss": "divergence per scored token (nats)",
     "agreement": "share of tokens on which both agree",
 }
 

@@ -95,7 +95,7 @@ def render(report: Mapping[str, Any], progress: Progress, out_dir: Path, shown: 
     cost = report["cost"]
     file = adapter_file(out_dir)
     more = {key: cost["teacher"][key] - cost["base"][key] for key in cost["base"]}
-    added = cost["student"]["milliseconds"] - cost["base"]["milliseconds"]
+    added = max(0.0, cost["student"]["milliseconds"] - cost["base"]["milliseconds"])
     figures = [(f"in the form, {name}", f"{100 * found / n:.1f}% of {n}") for name, found in report["found"].items()]
     figures += [
         ("divergence from the teacher", f"{first['loss']:.3f} nats per token before, {best['loss']:.3f} after"),
