@@ -116,16 +116,6 @@ def is_hf(checkpoint_dir: Path) -> bool:
     return not (checkpoint_dir / CONFIG_FILE).is_file() and (checkpoint_dir / HF_CONFIG_FILE).is_file()
 
 
-def model_type(checkpoint_dir: Path) -> str:
-    """What Hugging Face calls the family of a base model, empty if its folder does not tell."""
-    if is_hf(checkpoint_dir):
-        fields = check_object(read_json(checkpoint_dir / HF_CONFIG_FILE), checkpoint_dir / HF_CONFIG_FILE)
-    else:
-        file = checkpoint_dir / CONFIG_FILE
-        fields = take(check_object(read_json(file), file), "source", dict, file, {}) if file.is_file() else {}
-    return take(fields, "model_type", str, checkpoint_dir, "")
-
-
 def open_weights(path: Path, config: LLaMAConfig | None = None) -> tuple[LLaMAConfig, Mapping[str, Tensor]]:
     """A base model on disk: its configuration, and its weights by Lit-LLaMA's names, read when they are asked for.
 

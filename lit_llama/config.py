@@ -22,7 +22,7 @@ _LARGEST = {
 }
 _FILLED = ("n_kv_head", "head_size", "intermediate_size")  # 0 if not given
 # What LLaMA does not have. A file may leave these out, because it may have been written before they were known.
-_FEATURES = ("qkv_bias", "o_bias", "qk_norm", "unrotated_layers")
+_FEATURES = ("qkv_bias", "o_bias", "qk_norm", "unrotated_layers", "scaled_weights")
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ class LLaMAConfig:
         o_bias: the output projection of the attention has a bias (Llama with `attention_bias`).
         qk_norm: each head's query and key is normalised by RMSNorm before rotation (Qwen3).
         unrotated_layers: numbers of the layers whose queries and keys are not rotated (SmolLM3), in ascending order.
+        scaled_weights: constants are in the weights that the model's own implementation multiplies activations by
+            (Granite), so that adapters of other programs do not fit.
 
     Raises:
         ValueError: a field is of another type, out of range, or contradicts another one.
@@ -105,11 +107,12 @@ class LLaMAConfig:
     o_bias: bool = False
     qk_norm: bool = False
     unrotated_layers: tuple[int, ...] = ()
+    scaled_weights: bool = False
 
     def __post_init__(self) -> None:
         fill = object.__setattr__  # the dataclass is frozen
         check_value(self.name, "name", str)
-        for name in ("tie_embeddings", "qkv_bias", "o_bias", "qk_norm"):
+        for name in ("tie_embeddings", "qkv_bias", "o_bias", "qk_norm", "scaled_weights"):
             check_value(getattr(self, name), name, bool)
         for name, most in _LARGEST.items():
             check_value(getattr(self, name), name, int, 0 if name in _FILLED else 1, most)

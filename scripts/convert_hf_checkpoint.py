@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from lit_llama.checkpoint import CONFIG_FILE, model_type
+from lit_llama.checkpoint import CONFIG_FILE
 from lit_llama.conversion import copy_tokenizer, write_base
 from lit_llama.devices.precision import DType
 from lit_llama.files import atomic_folder
@@ -34,7 +34,7 @@ def main(checkpoint_dir: Path, output_dir: Path, dtype: DType | None = None, ove
     """
     config, tensors = open_hf(checkpoint_dir)
     config = replace(config, name=output_dir.name)
-    source = {"format": "hf", "from": checkpoint_dir.name, "model_type": model_type(checkpoint_dir)}
+    source = {"format": "hf", "from": checkpoint_dir.name}
     with atomic_folder(output_dir, overwrite, CONFIG_FILE) as folder:
         copy_tokenizer(checkpoint_dir, folder)
         write_base(folder, config, tensors, source, dtype and getattr(torch, dtype))

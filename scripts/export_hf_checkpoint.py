@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from lit_llama.base import open_adapters
-from lit_llama.checkpoint import base_fingerprint, model_type, open_weights
+from lit_llama.checkpoint import base_fingerprint, open_weights
 from lit_llama.conversion import copy_tokenizer
 from lit_llama.devices.precision import DType
 from lit_llama.files import atomic_folder, read_json, write_json
@@ -70,11 +70,6 @@ def main(
     if format == "peft":
         if adapter is None:
             raise ValueError("--format peft exports an adapter without its base model: give its file as --adapter_path")
-        if model_type(checkpoint_dir) == "granite":
-            raise ValueError(
-                "Granite multiplies by constants what an adapter adds, which are in the weights here: export the base "
-                "model first, which is a Llama then, and use that as --checkpoint_dir and as --base_name"
-            )
         metadata = {"base_fingerprint": base.fingerprint, "prompt_style": infos[0].style}
         with atomic_folder(output_dir, overwrite, CONFIG_FILE) as folder:
             write_peft(folder, adapter, config, tensors, base_name, metadata)

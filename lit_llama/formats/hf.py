@@ -160,6 +160,7 @@ def _config(fields: dict[str, Any], name: str, place: object) -> LLaMAConfig:
         o_bias=says(family.o_bias),
         qk_norm=family.qk_norm,
         unrotated_layers=_unrotated_layers(fields) if fields.get("model_type") == "smollm3" else (),
+        scaled_weights=any(factor != 1 for factor in factors.values()),
     )
 
 

@@ -49,8 +49,9 @@ def write_peft(
         metadata: further texts by name for the file of the tensors, which `read_peft` returns.
 
     Raises:
-        ValueError: the adapter is another one.
+        ValueError: the adapter is another one, or PEFT's would not do the same on this base model.
     """
+    _refuse_scaled(config)
     fields, tensors = _lora(adapter, config) if isinstance(adapter, LoRA) else _vectors(adapter, config, weights)
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt", **metadata})
     common = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "inference_mode": True}
@@ -125,8 +126,17 @@ def read_peft(file: Path, config: LLaMAConfig) -> tuple[LoRA | Bias, str, dict[s
     readers = {"LORA": _read_lora, "BEFT": _read_vectors}
     if kind not in readers:
         raise ValueError(f"{place}: peft_type is {kind[:40]!r}; PEFT's {' and '.join(readers)} can be read here")
+    _refuse_scaled(config)
     adapter = readers[kind](file, fields, tensors, config)
     return adapter, take(fields, "base_model_name_or_path", str, place, ""), metadata
+
+
+def _refuse_scaled(config: LLaMAConfig) -> None:
+    if config.scaled_weights:
+        raise ValueError(
+            "the base model (Granite) multiplies by constants what a PEFT adapter adds, which are in its weights here: "
+            "export it by scripts/export_hf_checkpoint.py, which makes it a Llama, and use that with PEFT and here"
+        )
 
 
 # Settings that do not change what the tensors mean. Every other one has to be off: null, false or empty.
@@ -161,7 +171,6 @@ def _read_lora(file: Path, fields: dict[str, Any], tensors: dict[str, Tensor], c
         for name in PROJECTIONS
         for part in "ab"
     }
-    _check_names(file, tensors, part_of.keys())
     _check_names(file, tensors, part_of)
     targets = [name for name in PROJECTIONS if any(part_of[tensor][1] == name for tensor in tensors)]
     lora = LoRA(config, rank, alpha, take(fields, "lora_dropout", float, place, 0.0), targets)
