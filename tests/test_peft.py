@@ -93,9 +93,7 @@ def test_one_token_next_to_any_family(tmp_path, family):
         save_adapter(file, random_aligner(load_base(folder).config, 1))
         load_script("scripts/convert_hf_checkpoint.py").main(folder, tmp_path / "base")
         for base in (folder, tmp_path / "base"):
-            with pytest.raises(
-                ValueError, match="which makes it a Llama, and use that with PEFT"
-            ):
+            with pytest.raises(ValueError, match="which makes it a Llama, and use that with PEFT"):
                 load_script(SCRIPT).main(tmp_path / "x", base, [file], format="peft")
         load_script(SCRIPT).main(tmp_path / "llama", folder)
         folder = tmp_path / "llama"
