@@ -341,11 +341,6 @@ def adapter_without_values(method: str, sizes: Mapping[str, Any], place: str = "
         raise ValueError(f"{place}: {error}") from None
 
 
-def check_adapter(path: Path, model: LLaMA, allow_other_base: bool = False) -> AdapterInfo:
-    """Make sure that an adapter file belongs to a base model, see `read_adapter`; return what it says about itself."""
-    return read_adapter(path, None, model, allow_other_base)[1]
-
-
 def check_base(path: Path, info: AdapterInfo, model: LLaMA, allow_other_base: bool = False) -> None:
     """Make sure that an adapter belongs to a base model.
 

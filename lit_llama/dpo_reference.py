@@ -68,16 +68,16 @@ def read_policy_and_reference(
         ValueError: a file is damaged, or the adapter does not fit the base model.
     """
     reference_path = reference_path or adapter_path or Path("base")
-    files = []
+    config, files = read_config(checkpoint_dir), []
     if adapter_path is None:
         sizes: dict[str, Any] = {"length": aligner_length} if method == "aligner" else {}
-        policy = METHODS[method](read_config(checkpoint_dir), **sizes)
+        policy = METHODS[method](config, **sizes)
     else:
-        policy, info = read_adapter(adapter_path)
+        policy, info = read_adapter(adapter_path, config=config)
         files.append((adapter_path, info))
     reference = None
     if reference_path != Path("base"):
-        reference, info = read_adapter(reference_path)
+        reference, info = read_adapter(reference_path, config=config)
         files.append((reference_path, info))
     fingerprints = {
         "start": "new" if adapter_path is None else adapter_fingerprint(policy),

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from lit_llama.adapters import AdapterInfo, adapter_file, adapter_info, check_adapter, load_adapter
+from lit_llama.adapters import AdapterInfo, adapter_file, adapter_info, load_adapter, read_adapter
 from lit_llama.aligner import Aligner
 from lit_llama.checkpoint import load_base
 from lit_llama.figures import picture
@@ -89,7 +89,7 @@ def describe(path: Path, info: AdapterInfo, aligner: Aligner) -> str:
 def describe_nearest(path: Path, aligner: Aligner, checkpoint_dir: Path, nearest: int, allow_other_base: bool) -> str:
     """The vocabulary entries whose embeddings have the largest cosine with each prefix token."""
     tokenizer, model = Tokenizer(checkpoint_dir), load_base(checkpoint_dir)
-    check_adapter(path, model, allow_other_base)
+    read_adapter(path, model=model, allow_other_base=allow_other_base)  # refuses one of another base
     embeddings = F.normalize(model.transformer.wte.weight.float(), dim=1)  # (V, C)
     cosines = F.normalize(aligner.tokens.detach(), dim=1) @ embeddings.T  # (N, V)
     lines = ["  nearest in the vocabulary (cosine)"]

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load as safetensors_load
 from safetensors.torch import save_file
 
-from lit_llama.adapters import adapter_info, check_adapter, load_adapter, save_adapter
+from lit_llama.adapters import adapter_info, load_adapter, read_adapter, save_adapter
 from lit_llama.aligner import Aligner
 from lit_llama.base import open_base
 from lit_llama.checkpoint import load_base, read_config, verify_base
@@ -245,7 +245,7 @@ def test_aligner_file_says_what_it_is(tmp_path, tiny_model):
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         assert set(file.keys()) == {"tokens", "gates"}
         assert json.loads(file.metadata()["config"])["length"] == 3
-    info = check_adapter(tmp_path / "a.safetensors", tiny_model)
+    info = read_adapter(tmp_path / "a.safetensors", model=tiny_model)[1]
     assert (info.method, info.base_name, info.step, info.validation_loss) == ("aligner", "tiny", 7, 0.5)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
@@ -253,7 +253,7 @@ def test_aligner_file_says_what_it_is(tmp_path, tiny_model):
 def test_an_opened_base_tells_the_file_its_name_fingerprint_and_prompt_style(tmp_path, base_dir):
     base = open_base(base_dir, prompt_style="metamath")
     save_adapter(tmp_path / "a.safetensors", Aligner(base.model.config, 3, 1), base, step=7)
-    info = check_adapter(tmp_path / "a.safetensors", base.model)
+    info = read_adapter(tmp_path / "a.safetensors", model=base.model)[1]
     assert (info.base_name, info.base_fingerprint) == (base.model.config.name, base.model.fingerprint)
     assert (info.prompt_style, info.step) == ("metamath", 7)
     save_adapter(tmp_path / "b.safetensors", Aligner(base.model.config, 3, 1), base, prompt_style="hh")
@@ -264,7 +264,7 @@ def test_a_run_folder_stands_for_its_adapter(tmp_path, tiny_model):
     save_adapter(tmp_path / "run/aligner.safetensors", Aligner(tiny_model.config, 3, 1), tiny_model, step=7)
     save_adapter(tmp_path / "run/other.safetensors", Aligner(tiny_model.config, 1), tiny_model)
     assert load_adapter(tmp_path / "run", "aligner").sizes["length"] == 3
-    assert check_adapter(tmp_path / "run", tiny_model).step == 7
+    assert read_adapter(tmp_path / "run", model=tiny_model)[1].step == 7
     with pytest.raises(FileNotFoundError, match=r"is a folder and holds no adapter; expected .* aligner\.safetensors"):
         load_adapter(tmp_path)
     save_adapter(tmp_path / "run/lora.safetensors", LoRA(tiny_model.config), tiny_model)
@@ -276,18 +276,18 @@ def test_adapter_of_another_base(tmp_path, tiny_model):
     file = tmp_path / "a.safetensors"
     save_adapter(file, Aligner(tiny_config(n_embd=64), 1), tiny_model)
     with pytest.raises(ValueError, match=r"made for another base: its n_embd is 64, tiny has 32"):
-        check_adapter(file, tiny_model)
+        read_adapter(file, model=tiny_model)[1]
     tiny_model.fingerprint = "a" * 64
     save_adapter(file, Aligner(tiny_model.config, 1), tiny_model)
     tiny_model.fingerprint = "b" * 64
     with pytest.raises(ValueError, match="--allow_other_base"):
-        check_adapter(file, tiny_model)
+        read_adapter(file, model=tiny_model)[1]
     with pytest.warns(UserWarning, match="whose weights are not those of tiny"):
-        check_adapter(file, tiny_model, allow_other_base=True)
+        read_adapter(file, model=tiny_model, allow_other_base=True)[1]
     tiny_model.fingerprint = "a" * 64
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_adapter(file, tiny_model)
+        read_adapter(file, model=tiny_model)[1]
 
 
 def test_what_is_no_aligner_is_refused(tmp_path, base_dir, tiny_model):
@@ -358,7 +358,7 @@ def test_released_adapters(pattern, parameters):
     assert aligner.gates.shape == (30, 32)
     assert aligner.gates.abs().mean() > 0
     with torch.device("meta"):
-        check_adapter(file, LLaMA(config))
+        read_adapter(file, model=LLaMA(config))
 
 
 def test_the_same_name_in_two_files(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import random_aligner
 
-from lit_llama.adapters import adapter_info, check_adapter, load_adapter, save_adapter
+from lit_llama.adapters import adapter_info, load_adapter, read_adapter, save_adapter
 from lit_llama.checkpoint import load_base
 from lit_llama.combine import WeightedSum
 from lit_llama.lora import LoRA
@@ -38,7 +38,7 @@ def test_loras_side_by_side(tmp_path, model, command):
     ids = torch.randint(4, 390, (2, 20))
     expected = model(ids, WeightedSum((load_adapter(files[0]), 1.5), (load_adapter(files[1]), -0.5)))
     torch.testing.assert_close(model(ids, merged), expected, atol=1e-5, rtol=1e-5)
-    assert check_adapter(tmp_path / "both.safetensors", model).prompt_style == "chat"
+    assert read_adapter(tmp_path / "both.safetensors", model=model)[1].prompt_style == "chat"
 
 
 @pytest.mark.parametrize("length", [1, 3])

@@ -14,6 +14,7 @@ from lit_llama.base import open_base
 from lit_llama.bias import Bias
 from lit_llama.checkpoint import load_base
 from lit_llama.combine import WeightedSum
+from lit_llama.dpo_reference import read_policy_and_reference
 from lit_llama.formats.hf import PROJECTIONS
 from lit_llama.lora import LoRA
 
@@ -159,6 +160,14 @@ def test_a_lora_goes_out_and_comes_back(tmp_path, base_dir, command):
     back, info = read_adapter(tmp_path / "mine", "lora", model)
     assert adapter_fingerprint(back) == adapter_fingerprint(lora)
     assert (info.base_fingerprint, info.prompt_style) == (model.fingerprint, "alpaca")
+
+
+def test_preferences_start_from_a_folder_of_peft(tmp_path, hf_checkpoint, base_dir):
+    save_with_peft(hf_checkpoint, tmp_path, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    start = read_policy_and_reference(base_dir, tmp_path, None, "aligner", 1)
+    start.join(load_base(base_dir), torch.device("cpu"))
+    assert (start.policy.method, start.reference.method) == ("lora", "lora")
+    assert start.policy is not start.reference
 
 
 def test_an_older_file_of_tensors_is_read(tmp_path, hf_checkpoint, base_dir):
