@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -207,5 +208,6 @@ def test_lines_can_be_edited_on_a_terminal(base_dir):
 
 
 def take_terminal():
-    """Make the terminal on standard input the one of this session, so that its Ctrl-C comes here."""
+    """Make the terminal on standard input the one of this session, so that its Ctrl-C comes here and is not ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores it for what runs in its background
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
