@@ -99,5 +99,5 @@ out/refusal-dpo/report.txt: out/refusal-dpo/trained examples/preferences/test.js
 
 out/museum/report.txt: examples/prompts/museum.json examples/questions.jsonl | $(BASE)/lit_config.json
 	$(BIN)/python finetune/aligner_distill.py --system_prompt_file examples/prompts/museum.json --out_dir out/museum \
-	    --precision bf16-true --epochs 1 --eval_interval 36 --max_new_tokens 64 \
+	    --epochs 1 --eval_interval 36 --max_new_tokens 64 \
 	    --matches '(?s)^Welcome, visitor! .*Enjoy your visit!$$' > /dev/null

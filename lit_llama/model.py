@@ -63,15 +63,10 @@ class LLaMA(nn.Module):
 
     Args:
         config: sizes and constants.
-
-    Raises:
-        ValueError: the configuration contradicts itself.
     """
 
     def __init__(self, config: LLaMAConfig) -> None:
         super().__init__()
-        if config.head_size % 2:
-            raise ValueError(f"head_size {config.head_size} is odd; rotary embedding turns pairs")
         self.config = config
         self.fingerprint = ""  # of the weights; set by whoever loads them
         self.length_multiple = 1  # that sequences are padded to, see `compile_blocks`
