@@ -58,6 +58,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """The same name in every worker: bytes of a file may hold the time at which it was made."""
+    return "bytes" if isinstance(val, bytes) else None
+
+
 def load_script(path: str) -> ModuleType:
     """A script of the repo as a module."""
     name = "script_" + path.removesuffix(".py").replace("/", "_")
