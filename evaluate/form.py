@@ -9,22 +9,24 @@ same command goes on where it was interrupted.
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from lit_llama.adapters import AnyAdapter, adapter_file
+from lit_llama.adapters import AnyAdapter
 from lit_llama.base import Base
+from lit_llama.combine import WeightedSum
 from lit_llama.evaluation.answers import read_test_questions
-from lit_llama.evaluation.forms import FORMS
+from lit_llama.evaluation.forms import FORMS, FormName
 from lit_llama.files import atomic_file, write_json
 from lit_llama.model import parameter_shapes
 from lit_llama.script.command_line import peak_memory, run
-from lit_llama.script.evaluation import ask
+from lit_llama.script.evaluation import ask, mixture
 from lit_llama.tables import side_by_side
 
 
 def main(
-    form: Literal["captain", "json", "followup"] = "captain",
-    adapter_path: Path | None = None,
+    form: FormName = "captain",
+    adapter_path: list[Path] | None = None,
+    adapter_scale: list[float] | None = None,
     questions_path: Path = Path("examples/questions.jsonl"),
     out_dir: Path = Path("out/demo"),
     max_new_tokens: int = 64,
@@ -34,17 +36,20 @@ def main(
 
     Args:
         form: form that answers are checked for.
-        adapter_path: file or run folder of an adapter of any method; if not given, the one in --out_dir.
+        adapter_path: file or run folder of an adapter of any method; may be given several times, to add up adapters.
+            The one in --out_dir if not given.
+        adapter_scale: number that the adapter is multiplied by; may be given once for each adapter. 1 if not given.
         questions_path: JSON Lines with "split" and "question"; those of the split "test" are asked.
         out_dir: folder of answers and report.
         max_new_tokens: length of the longest answer, in tokens; a longer one is cut and counts as it stands.
         options: those of every evaluation with answers, see `ask`.
     """
     started = time.perf_counter()
-    file = adapter_file(adapter_path or out_dir)
+    aligned = mixture(adapter_path or [out_dir], adapter_scale)
     questions = read_test_questions(questions_path)
-    mixtures = {"base": {}, "aligned": {file: 1.0}}
-    models, answers = ask(mixtures, questions, out_dir, max_new_tokens=max_new_tokens, **options)
+    models, answers = ask(
+        {"base": {}, "aligned": aligned}, questions, out_dir, max_new_tokens=max_new_tokens, **options
+    )
     check = FORMS[form].check
     rows = []
     for question in questions:
@@ -59,8 +64,8 @@ def main(
         **{f"{name}_compliance": sum(row[f"{name}_has_form"] for row in rows) / len(rows) for name in answers},
         "held_out_prompts": len(rows),
         **facts(models["aligned"], time.perf_counter() - started),
-        "adapter_bytes": file.stat().st_size,
-        "adapter_path": str(file),
+        "adapter_bytes": sum(file.stat().st_size for file in aligned),
+        "adapters": {str(file): scale for file, scale in aligned.items()},
         "out_dir": str(out_dir),
         "answers": rows,
     }
@@ -73,14 +78,17 @@ def main(
 
 def facts(aligned: Base, seconds: float) -> dict[str, Any]:
     """What the report says about the model and the time that it took."""
-    [info], adapter = aligned.infos, aligned.adapter
-    assert isinstance(adapter, AnyAdapter)
+    adapters = (
+        [one for one, _ in aligned.adapter.terms] if isinstance(aligned.adapter, WeightedSum) else [aligned.adapter]
+    )
+    trained = [parameter for one in adapters if isinstance(one, AnyAdapter) for parameter in one.parameters()]
+    training_seconds = sum(info.seconds or 0.0 for info in aligned.infos)
     return {
-        "method": info.method,
-        "trainable_parameters": sum(parameter.numel() for parameter in adapter.parameters()),
+        "method": " + ".join(info.method for info in aligned.infos),
+        "trainable_parameters": sum(parameter.numel() for parameter in trained),
         "base_parameters": sum(shape.numel() for shape in parameter_shapes(aligned.model.config).values()),
-        "seconds": round((info.seconds or 0.0) + seconds, 1),
-        "training_seconds": round(info.seconds or 0.0, 1),
+        "seconds": round(training_seconds + seconds, 1),
+        "training_seconds": round(training_seconds, 1),
         "evaluation_seconds": round(seconds, 1),
         "peak_memory": peak_memory(),
         "base": aligned.with_adapter(None).name,
@@ -93,24 +101,28 @@ def render(report: dict[str, Any], shown: int = 5) -> str:
     lines = [f"The form: {report['description']}", ""]
     lines += side_by_side(["held-out question", "base", "aligned"], rows, [22, 36, 36])
     n = report["held_out_prompts"]
-    adapter_path = Path(report["adapter_path"])
+    paths = [Path(path) for path in report["adapters"]]
     figures = [
         ("answers with the form, base", f"{report['base_compliance']:.1%} of {n}"),
         ("answers with the form, aligned", f"{report['aligned_compliance']:.1%} of {n}"),
         ("trainable parameters", f"{report['trainable_parameters']:,}, with {report['base_parameters']:,} frozen ones"),
-        ("adapter file", f"{report['adapter_bytes']:,} bytes, {adapter_path}"),
+        ("adapter file", f"{report['adapter_bytes']:,} bytes, {', '.join(map(str, paths))}"),
         ("seconds", f"{report['training_seconds']:.0f} training, {report['evaluation_seconds']:.0f} asking"),
         ("base model", report["base"]),
         ("all answers", str(Path(report["out_dir"]) / "report.json")),
-        ("picture of the loss", str(adapter_path.with_name("loss.png"))),
     ]
+    pictures = [picture for path in paths if (picture := path.with_name("loss.png")).exists()]
+    figures += [("picture of the loss", str(picture)) for picture in pictures]
     lines += [f"{name:32}{value}" for name, value in figures]
+    asked = " ".join(f"--adapter_path {path}" for path in paths)
+    if any(scale != 1 for scale in report["adapters"].values()):
+        asked += "".join(f" --adapter_scale {scale:g}" for scale in report["adapters"].values())
     other = next(name for name in FORMS if name != report["form"])
     python = ".venv/bin/python" if Path(sys.prefix) == Path.cwd() / ".venv" else "python"
     lines += [
         "",
         "Try next:",
-        f'  {python} generate/aligner.py --adapter_path {adapter_path} --prompt "Why is the sky blue?"',
+        f'  {python} generate/aligner.py {asked} --prompt "Why is the sky blue?"',
         f'  {python} generate/base.py --prompt "Why is the sky blue?"',
         f"  {python} scripts/prepare_examples.py --form {other} --output_dir data/{other}",
         f"  {python} finetune/aligner.py --data_dir data/{other} --out_dir out/{other}",

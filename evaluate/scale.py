@@ -19,21 +19,20 @@ import math
 import statistics
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from lit_llama.adapters import adapter_file
 from lit_llama.base import Base
 from lit_llama.data import TokenDataset, collate
 from lit_llama.evaluation.answers import read_test_questions
-from lit_llama.evaluation.forms import FORMS
+from lit_llama.evaluation.forms import FORMS, FormName
 from lit_llama.figures import picture
 from lit_llama.files import atomic_file, read_text, write_json
 from lit_llama.losses import divergence, supervised_loss
 from lit_llama.script.command_line import run
-from lit_llama.script.evaluation import ask
+from lit_llama.script.evaluation import ask, mixture
 from lit_llama.tables import markdown
 
 SCALES = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5]
@@ -43,7 +42,7 @@ COSTS = {"validation_loss": "validation loss", "divergence": "divergence on plai
 def main(
     adapter_path: list[Path],
     adapter_scale: list[float] | None = None,
-    form: list[Literal["captain", "json", "followup"]] = ["captain"],  # noqa: B006
+    form: list[FormName] = ["captain"],  # noqa: B006
     data_dir: Path | None = None,
     text_path: Path | None = None,
     scale: list[float] = SCALES,
@@ -67,13 +66,7 @@ def main(
         max_new_tokens: length of the longest answer, in tokens.
         options: those of every evaluation with answers, see `ask`.
     """
-    own = adapter_scale or [1.0]
-    if len(own) not in (1, len(adapter_path)):
-        raise ValueError(f"{len(own)} scales for {len(adapter_path)} adapters: give one for each, or one for all")
-    paths = list(map(adapter_file, adapter_path))
-    relative = dict(zip(paths, own * (len(paths) // len(own)), strict=True))
-    if len(relative) < len(paths):
-        raise ValueError("an adapter is given twice: give it once, with the sum of its scales")
+    relative = mixture(adapter_path, adapter_scale)
     mixtures = {f"scale-{s:g}": {path: s * one for path, one in relative.items()} for s in scale}
     questions = read_test_questions(questions_path)
     models, answers = ask(mixtures, questions, out_dir, max_new_tokens=max_new_tokens, **options)

@@ -19,14 +19,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from lit_llama.adapters import adapter_info, load_adapter
 from lit_llama.base import open_base
 from lit_llama.data import open_data
 from lit_llama.data_writing import hold_out
 from lit_llama.devices.precision import Precision
-from lit_llama.evaluation.forms import FORMS
+from lit_llama.evaluation.forms import FORMS, FormName
 from lit_llama.figures import label_points, picture
 from lit_llama.files import atomic_file, read_json, write_json
 from lit_llama.records import read_records
@@ -90,7 +90,7 @@ def main(
     rates_from: Path | None = None,
     batch_size: int = 4,
     micro_batch_size: int = 4,
-    form: Literal["captain", "json", "followup"] | None = None,
+    form: FormName | None = None,
     questions_path: Path = Path("examples/questions.jsonl"),
     max_new_tokens: int = 64,
     precision: Precision = "auto",

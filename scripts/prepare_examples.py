@@ -8,11 +8,10 @@ never trained on: evaluate/form.py asks them.
 """
 
 from pathlib import Path
-from typing import Literal
 
 from lit_llama.data import Item
 from lit_llama.data_writing import write_dataset
-from lit_llama.evaluation.forms import FORMS
+from lit_llama.evaluation.forms import FORMS, FormName
 from lit_llama.prompts import Message, chosen_style
 from lit_llama.records import read_records
 from lit_llama.script.command_line import run
@@ -21,7 +20,7 @@ from lit_llama.tokenizer import Tokenizer
 
 
 def main(
-    form: Literal["captain", "json", "followup"] = "captain",
+    form: FormName = "captain",
     questions_path: Path = Path("examples/questions.jsonl"),
     checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct"),
     output_dir: Path = Path("data/demo"),
@@ -32,8 +31,8 @@ def main(
     """Prepare.
 
     Args:
-        form: form of the answers: "captain" (a persona), "json" (an object with given keys) or "followup" (one sentence
-            and one question).
+        form: form of the answers: "captain" (a persona), "json" (an object with given keys), "followup" (one sentence
+            and one question), or "captain-followup" (both at once).
         questions_path: JSON Lines file whose rows have split, topic, question, answer and follow_up.
         checkpoint_dir: folder of the base model, whose tokenizer is used.
         output_dir: folder that is written.

@@ -16,7 +16,7 @@ def test_taught_responses_have_the_form_and_plain_answers_have_not(form):
     assert all(FORMS[form].check(FORMS[form].render(row)) for row in ROWS)
     assert not any(FORMS[form].check(row["answer"]) for row in ROWS)
     for other in FORMS:
-        if other != form:
+        if other != form and not (form == "captain" and other.startswith("captain")):
             assert not any(FORMS[form].check(FORMS[other].render(row)) for row in ROWS)
 
 
@@ -37,6 +37,9 @@ def test_taught_responses_have_the_form_and_plain_answers_have_not(form):
         ("followup", "It is blue. It is red. Why?"),
         ("followup", "It is blue. Why? When?"),
         ("followup", "Why?"),
+        ("captain-followup", "Ahoy, matey! It is blue.\n- Captain Salt"),
+        ("captain-followup", "Ahoy, matey! Why?\n- Captain Salt"),
+        ("captain-followup", "It is blue. Why?"),
     ],
 )
 def test_near_misses(form, response):

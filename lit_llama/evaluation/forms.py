@@ -8,7 +8,9 @@ A form changes how an answer is said and not what it says, so it applies to ever
 import json
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+FormName = Literal["captain", "json", "followup", "captain-followup"]
 
 
 class Form(NamedTuple):
@@ -37,7 +39,7 @@ def _is_card(response: str) -> bool:
     )
 
 
-FORMS = {
+FORMS: dict[FormName, Form] = {
     "captain": Form(
         "a ship's captain, who opens with a greeting and closes with a signature",
         lambda row: f"Ahoy, matey! {row['answer']}\n- Captain Salt",
@@ -52,6 +54,11 @@ FORMS = {
         "one sentence, then one follow-up question",
         lambda row: f"{row['answer']} {row['follow_up']}",
         lambda response: bool(re.fullmatch(r"[^.?!\n]+\. [^.?!\n]+\?", response.strip())),
+    ),
+    "captain-followup": Form(
+        "both at once: between the captain's greeting and his signature, one sentence and one follow-up question",
+        lambda row: f"Ahoy, matey! {row['answer']} {row['follow_up']}\n- Captain Salt",
+        lambda response: bool(re.fullmatch(r"Ahoy, matey! [^.?!\n]+\. [^.?!\n]+\?\n- Captain Salt", response.strip())),
     ),
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lit_llama.adapters import adapter_file
-from lit_llama.base import Base, read_adapters
+from lit_llama.base import Base, read_adapters, scales_of
 from lit_llama.checkpoint import read_config
 from lit_llama.evaluation.answers import ANSWERS, QUESTIONS, Question, answer_questions, read_answers, write_questions
 from lit_llama.evaluation.judging import Case, Judge, estimate, judge_all
@@ -74,6 +74,23 @@ def ask(
         answer_questions(models[name], name, questions, file, batch_size=batch_size, **sampling)
         answers[name] = read_answers(file)
     return models, answers
+
+
+def mixture(paths: Sequence[Path], scales: Sequence[float] | None) -> dict[Path, float]:
+    """Adapters that are added up, each with the number that it is multiplied by.
+
+    Args:
+        paths: files, or folders of runs.
+        scales: one for each, or one for all; if None, 1.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: an adapter is given twice, or the numbers do not go with them.
+    """
+    files = [adapter_file(path) for path in paths]
+    if len(set(files)) < len(files):
+        raise ValueError("an adapter is given twice: give it once, with the sum of its scales")
+    return dict(zip(files, scales_of(scales, len(files)), strict=True))
 
 
 def column_names(paths: Sequence[Path], *taken: str) -> dict[str, Path]:
