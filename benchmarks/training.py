@@ -2,6 +2,7 @@
 
     python benchmarks/training.py --data_dir data/demo
     python benchmarks/training.py --data_dir data/alpaca --engine aligner-1 --engine peft-lora-8
+    python benchmarks/training.py --row_tokens 256 --micro_batch_size 8 --engine aligner-1 --engine aligner-1-compiled
 
 Each engine has a process of its own; they take turns, in which each trains on the same micro batches, with an optimizer
 step after each. PEFT and LitGPT work as they usually do: all logits are computed, padding is masked.
@@ -10,6 +11,7 @@ step after each. PEFT and LitGPT work as they usually do: all logits are compute
 |---|---|
 | `aligner-N`, `llama_adapter-N`, `lora-R`, `bias` | this project, padded; N prefix tokens, rank R |
 | `aligner-N-packed`, ... | the same with `--pack` |
+| `aligner-N-compiled`, ... | the same with `--compile`; compiled in the first round, which is not counted |
 | `peft-lora-R` | PEFT's LoRA of q and v, on transformers |
 | `peft-adaption-N` | PEFT's LLaMA-Adapter, in all layers but the first two |
 | `peft-beft` | PEFT's vector on the output of v |
@@ -17,6 +19,7 @@ step after each. PEFT and LitGPT work as they usually do: all logits are compute
 """
 
 import gc
+import itertools
 import multiprocessing
 import statistics
 import subprocess
@@ -28,6 +31,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,7 +42,7 @@ from lit_llama.base import open_base
 from lit_llama.bias import Bias
 from lit_llama.checkpoint import read_config
 from lit_llama.config import LLaMAConfig
-from lit_llama.data import Example, collate, open_data, step_batches
+from lit_llama.data import Example, TokenDataset, collate, open_data, step_batches
 from lit_llama.devices.precision import PRECISIONS, Precision, default_dtype
 from lit_llama.files import require_extra
 from lit_llama.llama_adapter import LLaMAAdapter
@@ -69,6 +73,7 @@ def main(
     micro_batches: int = 6,
     rounds: int = 3,
     max_seq_length: int = 512,
+    row_tokens: int | None = None,
     precision: Precision = "auto",
 ) -> None:
     """Measure.
@@ -81,6 +86,8 @@ def main(
         micro_batches: number of forwards in a turn.
         rounds: number of turns of each engine.
         max_seq_length: number of tokens of the longest example that is accepted.
+        row_tokens: number of tokens of each row, cut from the examples joined one after the other; if not given, a row
+            is an example with its own length.
         precision: number format of the base model; "auto" is bf16-true where GPU or CPU compute in it and 32-true
             elsewhere.
     """
@@ -88,8 +95,12 @@ def main(
     dtype = PRECISIONS[precision] or default_dtype(device)
     config = read_config(checkpoint_dir)
     _, (train, _) = open_data(checkpoint_dir, data_dir, max_seq_length)
-    chosen = step_batches(train, 0, micro_batch_size * micro_batches, micro_batch_size, 0)
-    batches = [[example for index in indices for example in train[index]] for indices in chosen]
+    if row_tokens is None:
+        chosen = step_batches(train, 0, micro_batch_size * micro_batches, micro_batch_size, 0)
+        batches = [[example for index in indices for example in train[index]] for indices in chosen]
+    else:
+        rows = equal_rows(train, row_tokens, micro_batch_size * micro_batches)
+        batches = [rows[i : i + micro_batch_size] for i in range(0, len(rows), micro_batch_size)]
     tokens = sum(len(example.ids) for batch in batches for example in batch)
     scored = sum(int(example.scored.sum()) for batch in batches for example in batch)
     rate = product_rate(device, dtype)
@@ -123,6 +134,17 @@ def main(
         )  # fmt: skip
     header = ["engine", "trainable", "tokens/s", "MB above the model", "GFLOP needed per token", "share of the rate"]
     print(markdown([*header, f"{first} : engine"], rows))
+
+
+def equal_rows(dataset: TokenDataset, length: int, count: int) -> list[Example]:
+    """Rows of one length, cut from the examples joined one after the other, again from the first where they run out."""
+    joined: list[Example] = []
+    for index in itertools.cycle(range(len(dataset))):
+        joined += dataset[index]
+        if sum(len(example.ids) for example in joined) >= length * count:
+            break
+    ids, scored = (np.concatenate(parts)[: length * count] for parts in zip(*joined, strict=True))
+    return [Example(ids[i : i + length], scored[i : i + length]) for i in range(0, length * count, length)]
 
 
 def needed_arithmetic(name: str, config: LLaMAConfig, tokens: int, scored: int) -> float:
@@ -231,7 +253,7 @@ def open_engine(
     if name.startswith("litgpt-"):
         return litgpt_engine(int(name.rpartition("-")[2]), checkpoint_dir, dtype, device)
     kind, *more = name.split("-")
-    pack = more[-1:] == ["packed"]
+    pack = "packed" in more
     size = int(more[0]) if more and more[0].isdecimal() else 0
     config = read_config(checkpoint_dir)
     made: dict[str, Callable[[], nn.Module]] = {
@@ -244,6 +266,8 @@ def open_engine(
         raise ValueError(f"there is no engine of this name; there are {', '.join(ENGINES)}")
     precision = next(name for name, one in PRECISIONS.items() if one == dtype)
     model, adapter = open_base(checkpoint_dir, precision=precision, device=device).model, made[kind]().to(device)
+    if "compiled" in more:
+        model.compile_blocks()
 
     def loss(examples: Sequence[Example]) -> Tensor:
         sums = supervised_loss(model, adapter, collate(examples, pack).to(device))  # type: ignore[arg-type]
