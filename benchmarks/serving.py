@@ -178,7 +178,7 @@ def to(url: str, path: str, body: dict[str, Any] | None = None) -> urllib.reques
     headers = {"Content-Type": "application/json"}
     if os.environ.get("ALIGNER_API_KEY"):
         headers["Authorization"] = f"Bearer {os.environ['ALIGNER_API_KEY']}"
-    return urllib.request.Request(url + path, body and json.dumps(body).encode(), headers)
+    return urllib.request.Request(url + path, json.dumps(body).encode() if body else None, headers)
 
 
 def speed(what: str, replies: list[Reply], seconds: float) -> str:

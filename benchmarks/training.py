@@ -264,7 +264,7 @@ def open_engine(
     }
     if kind not in made:
         raise ValueError(f"there is no engine of this name; there are {', '.join(ENGINES)}")
-    precision = next(name for name, one in PRECISIONS.items() if one == dtype)
+    precision: Precision = next(found for found, one in PRECISIONS.items() if one == dtype)
     model, adapter = open_base(checkpoint_dir, precision=precision, device=device).model, made[kind]().to(device)
     if "compiled" in more:
         model.compile_blocks()

@@ -116,7 +116,7 @@ def main(
     torch.manual_seed(seed)
     refused = {"scale_range": "a dial is trained by finetune/aligner.py, for example on the answers in --data_dir"}
     sizes: dict[str, Any] = {"length": aligner_length} if method == "aligner" else {}
-    conditions, plan, adapter, context, questions, pattern, _ = build_all(
+    setup, plan, adapter, context, questions, pattern, _ = build_all(
         lambda: Conditions(**conditions).without(refused),
         lambda: Plan(
             learning_rate=learning_rate, decay=decay, batch_size=batch_size, micro_batch_size=micro_batch_size,
@@ -130,7 +130,7 @@ def main(
         lambda: check_teacher(system_prompt_file, teacher_adapter, answers, temperature, max_new_tokens),
     )  # fmt: skip
 
-    fabric, base, objective = conditions.open(checkpoint_dir, None, plan, out_dir)
+    fabric, base, objective = setup.open(checkpoint_dir, None, plan, out_dir)
     teacher = base.with_adapter(teacher_adapter, teacher_scale)
     generation = {"max_new_tokens": max_new_tokens, "batch_size": answer_batch_size}
     sampling = {"answers": answers, "temperature": temperature, "seed": seed}
@@ -151,9 +151,9 @@ def main(
     measured = objective.measured(DISTILLATION_METRICS)
     plan = find_learning_rate(
         fabric, adapter, optimizer, loss, train, tokenizer, plan.for_items(len(train)),
-        measured=measured, resume_dir=conditions.resume_dir(out_dir),
+        measured=measured, resume_dir=setup.resume_dir(out_dir),
     )  # fmt: skip
-    run_folder = conditions.run_folder(out_dir, student, options, objective, {"teacher": teacher.identity})
+    run_folder = setup.run_folder(out_dir, student, options, objective, {"teacher": teacher.identity})
     progress = fit(
         fabric, adapter, optimizer, loss, train, validation, plan, run_folder,
         measured=measured, show_answers=show_answers,

@@ -112,7 +112,7 @@ def main(
     refused = {"scale_range": "a pair does not say what lies between its responses"}
     if cache_reference:
         refused["also_adapter"] = "what --cache_reference keeps does not depend on it"
-    conditions, plan, coefficients, _, start = build_all(
+    setup, plan, coefficients, _, start = build_all(
         lambda: Conditions(**conditions).without(refused),
         lambda: Plan(
             learning_rate=learning_rate, decay=decay, batch_size=batch_size, micro_batch_size=micro_batch_size,
@@ -129,10 +129,10 @@ def main(
     tokenizer, (train, validation) = open_data(checkpoint_dir, data_dir, max_seq_length, kind="pairs")
     plan = plan.for_items(len(train))
 
-    fabric, base, objective = conditions.open(checkpoint_dir, train.header["prompt_style"], plan, out_dir)
+    fabric, base, objective = setup.open(checkpoint_dir, train.header["prompt_style"], plan, out_dir)
     start.join(base.model, fabric.device)
     if cache_reference:
-        bits = conditions.machine.quantize
+        bits = setup.machine.quantize
         for dataset in (train, validation):
             dataset.reference = cached_reference(
                 fabric, base.model, start.reference, dataset, data_dir, micro_batch_size, quantize=bits
@@ -151,9 +151,9 @@ def main(
 
     plan = find_learning_rate(
         fabric, policy, optimizer, measure, train, tokenizer, plan,
-        around=3e-3, measured=objective.measured(PREFERENCE_METRICS), resume_dir=conditions.resume_dir(out_dir),
+        around=3e-3, measured=objective.measured(PREFERENCE_METRICS), resume_dir=setup.resume_dir(out_dir),
     )  # fmt: skip
-    folder = conditions.run_folder(out_dir, base, options | coefficients, objective, start.fingerprints)
+    folder = setup.run_folder(out_dir, base, options | coefficients, objective, start.fingerprints)
     fit(
         fabric, policy, optimizer, measure, train, validation, plan, folder,
         measured=objective.measured(PREFERENCE_METRICS), show_answers=show_answers,

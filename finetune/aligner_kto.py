@@ -100,7 +100,7 @@ def main(
     refused = {"scale_range": "an answer does not say what lies between good and bad"}
     if cache_reference:
         refused["also_adapter"] = "what --cache_reference keeps does not depend on it"
-    conditions, plan, _, start = build_all(
+    setup, plan, _, start = build_all(
         lambda: Conditions(**conditions).without(refused),
         lambda: Plan(
             learning_rate=learning_rate, decay=decay, batch_size=batch_size, micro_batch_size=micro_batch_size,
@@ -114,10 +114,10 @@ def main(
     tokenizer, (train, validation) = open_data(checkpoint_dir, data_dir, max_seq_length, kind="unpaired")
     plan = plan.for_items(len(train))
 
-    fabric, base, objective = conditions.open(checkpoint_dir, train.header["prompt_style"], plan, out_dir)
+    fabric, base, objective = setup.open(checkpoint_dir, train.header["prompt_style"], plan, out_dir)
     start.join(base.model, fabric.device)
     if cache_reference:
-        bits = conditions.machine.quantize
+        bits = setup.machine.quantize
         for dataset in (train, validation):
             dataset.reference = cached_reference(
                 fabric, base.model, start.reference, dataset, data_dir, micro_batch_size, quantize=bits
@@ -137,6 +137,7 @@ def main(
         reference_point = max(0.0, means["log_ratio"])
 
     def measure(batch: Batch) -> LossSums:
+        assert batch.wanted is not None
         answers = logprobs(batch.part(0, per_item=2))
         sums = kto_loss(*answers, batch.wanted, reference_point, beta, good_weight, bad_weight)
         return objective.keep(sums, policy, batch, per_item=True)
@@ -147,9 +148,9 @@ def main(
     plan = find_learning_rate(
         fabric, policy, optimizer, measure, train, tokenizer, plan,
         around=3e-3, measured=objective.measured(UNPAIRED_METRICS), look_ahead=take_reference_point,
-        resume_dir=conditions.resume_dir(out_dir),
+        resume_dir=setup.resume_dir(out_dir),
     )  # fmt: skip
-    folder = conditions.run_folder(out_dir, base, options, objective, start.fingerprints)
+    folder = setup.run_folder(out_dir, base, options, objective, start.fingerprints)
     fit(
         fabric, policy, optimizer, measure, train, validation, plan, folder,
         measured=objective.measured(UNPAIRED_METRICS), look_ahead=take_reference_point, show_answers=show_answers,

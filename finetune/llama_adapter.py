@@ -81,7 +81,7 @@ def main(
     """
     options = dict(locals())
     torch.manual_seed(seed)
-    conditions, plan, adapter = build_all(
+    setup, plan, adapter = build_all(
         lambda: Conditions(**conditions),
         lambda: Plan(
             learning_rate=learning_rate, decay=decay, batch_size=batch_size, micro_batch_size=micro_batch_size,
@@ -95,7 +95,7 @@ def main(
     tokenizer, (train, validation) = open_data(checkpoint_dir, data_dir, max_seq_length)
     plan = plan.for_items(len(train))
 
-    fabric, base, objective = conditions.open(checkpoint_dir, train.header["prompt_style"], plan, out_dir)
+    fabric, base, objective = setup.open(checkpoint_dir, train.header["prompt_style"], plan, out_dir)
     adapter.to(fabric.device)
     optimizer = torch.optim.AdamW(adapter.parameters(), weight_decay=weight_decay)
 
@@ -107,9 +107,9 @@ def main(
 
     plan = find_learning_rate(
         fabric, adapter, optimizer, loss, train, tokenizer, plan,
-        measured=objective.measured(), resume_dir=conditions.resume_dir(out_dir),
+        measured=objective.measured(), resume_dir=setup.resume_dir(out_dir),
     )  # fmt: skip
-    folder = conditions.run_folder(out_dir, base, options, objective)
+    folder = setup.run_folder(out_dir, base, options, objective)
     fit(
         fabric, adapter, optimizer, loss, train, validation, plan, folder,
         measured=objective.measured(), show_answers=show_answers,

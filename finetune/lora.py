@@ -79,7 +79,7 @@ def main(
     """
     options = dict(locals())
     torch.manual_seed(seed)
-    conditions, plan, lora = build_all(
+    setup, plan, lora = build_all(
         lambda: Conditions(**conditions),
         lambda: Plan(
             learning_rate=learning_rate, decay=decay, batch_size=batch_size, micro_batch_size=micro_batch_size,
@@ -91,7 +91,7 @@ def main(
     tokenizer, (train, validation) = open_data(checkpoint_dir, data_dir, max_seq_length)
     plan = plan.for_items(len(train))
 
-    fabric, base, objective = conditions.open(checkpoint_dir, train.header["prompt_style"], plan, out_dir)
+    fabric, base, objective = setup.open(checkpoint_dir, train.header["prompt_style"], plan, out_dir)
     lora.to(fabric.device)
     optimizer = torch.optim.AdamW(lora.parameters(), weight_decay=weight_decay)
 
@@ -103,9 +103,9 @@ def main(
 
     plan = find_learning_rate(
         fabric, lora, optimizer, loss, train, tokenizer, plan,
-        around=3e-3, measured=objective.measured(), resume_dir=conditions.resume_dir(out_dir),
+        around=3e-3, measured=objective.measured(), resume_dir=setup.resume_dir(out_dir),
     )  # fmt: skip
-    folder = conditions.run_folder(out_dir, base, options, objective)
+    folder = setup.run_folder(out_dir, base, options, objective)
     fit(
         fabric, lora, optimizer, loss, train, validation, plan, folder,
         measured=objective.measured(), show_answers=show_answers,

@@ -169,20 +169,19 @@ def adapter_file(path: Path | str) -> Path:
     return path / found[0]
 
 
-def load_adapter(path: Path | str, method: Method | None = None) -> AnyAdapter:
+def load_adapter(path: Path | str) -> AnyAdapter:
     """Load an adapter for use: this project's file of any method, or an Aligner of the authors'.
 
     PEFT's folders need the base model's sizes as well: see `read_adapter` and `lit_llama.base.open_base`.
 
     Args:
         path: the file, or the folder of its training run.
-        method: the only one that is accepted.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, not an adapter, or of another method.
+        ValueError: it is damaged, or not an adapter.
     """
-    return read_adapter(path, method)[0]
+    return read_adapter(path)[0]
 
 
 def adapter_info(path: Path | str) -> AdapterInfo:
@@ -197,7 +196,6 @@ def adapter_info(path: Path | str) -> AdapterInfo:
 
 def read_adapter(
     path: Path | str,
-    method: Method | None = None,
     model: LLaMA | None = None,
     allow_other_base: bool = False,
     config: LLaMAConfig | None = None,
@@ -206,21 +204,18 @@ def read_adapter(
 
     Args:
         path: the file, or the folder of its training run.
-        method: the only one that is accepted.
         model: the base model that it must belong to, see `check_base`; any base if None.
         allow_other_base: accept an adapter that was trained on other weights of the same sizes, with a warning.
         config: configuration of the base model, which PEFT's folders need; the configuration of `model` if not given.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, not an adapter, of another method, or of another base.
+        ValueError: it is damaged, not an adapter, or of another base.
     """
     path = adapter_file(path)
     config = model.config if config is None and model is not None else config
 
     def check(info: AdapterInfo, shapes: Mapping[str, Sequence[int]]) -> AnyAdapter:
-        if method is not None and info.method != method:
-            raise ValueError(f"{path} is of method {info.method!r}, expected {method!r}")
         adapter = _matching(path, info, shapes)
         if model is not None:
             check_base(path, info, model, allow_other_base)

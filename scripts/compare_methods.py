@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_llama.adapters import adapter_info, load_adapter
+from lit_llama.adapters import read_adapter
 from lit_llama.base import open_base
 from lit_llama.data import open_data
 from lit_llama.data_writing import hold_out
@@ -243,9 +243,9 @@ def train_once(name: str, rate: float, seed: int, folder: Path, settings: dict[s
     if status:  # it diverged
         row |= {"trainable_parameters": 0, "validation_loss": math.inf}
     else:
-        adapter = load_adapter(adapter_path)
+        adapter, info = read_adapter(adapter_path)
         row["trainable_parameters"] = sum(parameter.numel() for parameter in adapter.parameters())
-        row["validation_loss"] = adapter_info(adapter_path).validation_loss
+        row["validation_loss"] = info.validation_loss
         row |= {"seconds": float(steps[-1]["seconds"]), "adapter_path": str(adapter_path)}
     write_json(done, {"options": options, "row": row})
     return row
@@ -253,7 +253,7 @@ def train_once(name: str, rate: float, seed: int, folder: Path, settings: dict[s
 
 def add_compliance(
     rows: list[dict[str, Any]],
-    form: str,
+    form: FormName,
     questions: list[str],
     style_name: str,
     checkpoint_dir: Path,

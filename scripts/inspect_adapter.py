@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from lit_llama.adapters import AdapterInfo, adapter_file, adapter_info, load_adapter, read_adapter
+from lit_llama.adapters import AdapterInfo, adapter_file, read_adapter
 from lit_llama.aligner import Aligner
 from lit_llama.checkpoint import load_base
 from lit_llama.figures import picture
@@ -43,9 +43,13 @@ def main(
     paths = [adapter_file(path) for path in adapter_path]
     if len(paths) > 2:
         raise ValueError(f"--adapter_path was given {len(paths)} times: give one Aligner, or two to compare them")
-    aligners = [load_adapter(path, "aligner") for path in paths]
-    for path, aligner in zip(paths, aligners, strict=True):
-        print(describe(path, adapter_info(path), aligner))
+    aligners = []
+    for path in paths:
+        aligner, info = read_adapter(path)
+        if not isinstance(aligner, Aligner):
+            raise ValueError(f"{path} is of the method {info.method!r}; only an Aligner can be inspected")
+        aligners.append(aligner)
+        print(describe(path, info, aligner))
         if checkpoint_dir is not None:
             print(describe_nearest(path, aligner, checkpoint_dir, nearest, allow_other_base))
     if len(aligners) == 2:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from lit_llama.adapters import adapter_info, load_adapter, save_adapter
+from lit_llama.adapters import read_adapter, save_adapter
+from lit_llama.base import scales_of
 from lit_llama.config import LLaMAConfig
 from lit_llama.files import shareable_path
 from lit_llama.model import LLaMA
@@ -39,11 +40,8 @@ def main(
     """
     if output_path.exists() and not overwrite:
         raise ValueError(f"{output_path} exists already; --overwrite replaces it")
-    scales = adapter_scale or [1.0]
-    if len(scales) not in (1, len(adapter_path)):
-        raise ValueError(f"{len(scales)} scales for {len(adapter_path)} adapters: give one for each, or one for all")
-    scales *= len(adapter_path) // len(scales)
-    infos = [adapter_info(path) for path in adapter_path]
+    scales = scales_of(adapter_scale, len(adapter_path))
+    adapters, infos = zip(*map(read_adapter, adapter_path), strict=True)
     if len({(info.base_fingerprint, info.base_name) for info in infos}) > 1:
         raise ValueError(
             f"the adapters were trained on different base models: {', '.join(info.base_name for info in infos)}"
@@ -53,12 +51,12 @@ def main(
     with torch.device("meta"):
         base = LLaMA(LLaMAConfig(name=first.base_name, vocab_size=1, **sizes))  # for its sizes and fingerprint alone
     base.fingerprint = first.base_fingerprint
-    adapters = [load_adapter(path) for path in adapter_path]
+    make_one = getattr(adapters[0], "merged", None)
     if len(adapters) == 1:
         merged = adapters[0]
         merged.scale_(scales[0])
-    elif len({type(adapter) for adapter in adapters}) == 1 and hasattr(adapters[0], "merged"):
-        merged = adapters[0].merged(base.config, list(zip(adapters, scales, strict=True)))
+    elif len({type(adapter) for adapter in adapters}) == 1 and make_one is not None:
+        merged = make_one(base.config, list(zip(adapters, scales, strict=True)))
     else:
         raise ValueError(
             f"{', '.join(info.method for info in infos)}: only several LoRAs, or several biases, can become one. "

@@ -214,7 +214,7 @@ def read_with_vllm() -> None:
     import json
     import sys
 
-    import vllm
+    import vllm  # type: ignore[import-not-found]
 
     folder, asked, answered = sys.argv[1:]
     with open(asked) as file:

@@ -51,7 +51,7 @@ def test_file(tmp_path, tiny_model):
     adapter = LLaMAAdapter(tiny_model.config, 3, 1)
     torch.nn.init.normal_(adapter.gates)
     save_adapter(tmp_path / "adapter.safetensors", adapter, tiny_model)
-    loaded = load_adapter(tmp_path / "adapter.safetensors", "llama_adapter")
+    loaded = load_adapter(tmp_path / "adapter.safetensors")
     ids = torch.arange(9)[None]
     assert torch.equal(tiny_model(ids, loaded), tiny_model(ids, adapter))
 

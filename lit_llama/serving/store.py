@@ -176,7 +176,7 @@ class AdapterStore:
     def _read(self, name: str, stamp: Stamp) -> StoredAdapter:
         path = self.folder / f"{name}.safetensors"
         try:
-            adapter, info = read_adapter(path, None, self._model, self._allow_other_base)
+            adapter, info = read_adapter(path, self._model, self._allow_other_base)
             if self._quantize is None:
                 check_bits(path, info, "none")
             values = torch.cat([tensor.flatten() for tensor in adapter.state_dict().values()])
