@@ -24,7 +24,7 @@ from lit_llama.model import LLaMA
 from lit_llama.seam import Adapter
 
 if TYPE_CHECKING:  # takes seconds to import, which --help should not cost
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 
 class PolicyAndReference(NamedTuple):

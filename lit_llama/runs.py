@@ -28,7 +28,7 @@ from lit_llama.plan import Plan
 from lit_llama.states import Progress, last_state, load_state, save_state
 
 if TYPE_CHECKING:  # takes seconds to import, which --help should not cost
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 SAVE_SECONDS = 600  # between states, however long a step takes
 WRITTEN = r".+\.safetensors|state-\d+\.pt|metrics\.csv|loss\.png|hyperparameters\.yaml"
@@ -309,7 +309,7 @@ def write_hyperparameters(path: Path, hyperparameters: dict[str, Any], fabric: F
         "repeat with": " ".join(again),
         "commit": commit,
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "lightning", "tokenizers", "safetensors", "numpy")},
+        **{name: version(name) for name in ("torch", "lightning-fabric", "tokenizers", "safetensors", "numpy")},
         "device": f"{fabric.world_size} x {device or platform.machine()} ({fabric.device.type})",
         "platform": platform.platform(),
     }

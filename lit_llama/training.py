@@ -25,7 +25,7 @@ from lit_llama.runs import Run
 from lit_llama.states import Progress
 
 if TYPE_CHECKING:  # takes seconds to import, which --help should not cost
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 FEW_ITEMS = 20  # of a validation split
 

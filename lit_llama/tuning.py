@@ -36,7 +36,7 @@ from lit_llama.tokenizer import Tokenizer
 from lit_llama.training import LookAhead, Loss, Say, fit, write_line
 
 if TYPE_CHECKING:  # takes seconds to import, which --help should not cost
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 RATES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1e0]
 SPLITS = "train", "validation"
@@ -99,7 +99,7 @@ def train(
         ValueError: an option is out of range, or there is nothing to train on.
         FloatingPointError: training diverged.
     """
-    from lightning.fabric import Fabric  # takes seconds, which --help should not cost
+    from lightning_fabric import Fabric  # takes seconds, which --help should not cost
 
     plan = Plan(
         learning_rate=learning_rate,

@@ -200,7 +200,7 @@ SIGNALLED = """
 import os, pathlib, signal, sys, time, torch
 sys.path.insert(0, {root!r} + "/finetune")
 import aligner
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from lit_llama.script.command_line import run
 other = int(os.environ.get("LOCAL_RANK", 0)) == 1
 file = pathlib.Path(__file__)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from conftest import GOLDEN, load_script
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 
 from lit_llama.adapters import adapter_info, load_adapter, save_adapter
 from lit_llama.aligner import Aligner

@@ -83,7 +83,7 @@ def test_every_option_is_explained():
 
 
 SLOW_MODULES = (
-    "lightning|transformers|peft|matplotlib|lm_eval|datasets|litserve|fastapi|huggingface_hub|torchao|bitsandbytes|openai"
+    "lightning_fabric|transformers|peft|matplotlib|lm_eval|datasets|litserve|fastapi|huggingface_hub|torchao|bitsandbytes|openai"
     "|torch._dynamo|torch._inductor|torch.distributed.fsdp|torch.distributed.tensor|torch.distributed.checkpoint"
 )
 

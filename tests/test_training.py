@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from conftest import load_script
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -316,7 +316,7 @@ def test_a_run_can_be_repeated_from_its_own_output(command, base_dir, data_dir, 
     options = {"checkpoint_dir": base_dir, "data_dir": data_dir, "max_steps": 2, "warmup_steps": 1, "resume": "true"}
     assert command("finetune/aligner.py", out_dir=first, learning_rate=0.01, **options)[0] == 0
     text = (first / "hyperparameters.yaml").read_text()
-    for name in ("commit", "torch", "lightning", "python", "device"):
+    for name in ("commit", "torch", "lightning-fabric", "python", "device"):
         assert f"# {name}: " in text
     assert yaml.safe_load(text)["learning_rate"] == 0.01
     status, _, err = command("finetune/aligner.py", config=first / "hyperparameters.yaml", out_dir=second)

@@ -18,7 +18,7 @@ from conftest import ROOT, load_script
 finetune = load_script("finetune/aligner.py").main
 _context = multiprocessing.get_context("forkserver")
 _IMPORTED = (
-    "pytest transformers matplotlib.pyplot lightning.fabric torch._dynamo torch.distributed.tensor "
+    "pytest transformers matplotlib.pyplot lightning_fabric torch._dynamo torch.distributed.tensor "
     "torch.distributed.fsdp lit_llama.script.command_line lit_llama.training"
 )
 _context.set_forkserver_preload(_IMPORTED.split())

@@ -15,7 +15,7 @@ from lit_llama.runs import RunFolder
 from lit_llama.script.machine import Machine
 
 if TYPE_CHECKING:  # takes seconds to import, which --help should not cost
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 
 class Conditions:

@@ -16,8 +16,8 @@ from lit_llama.locks import check_not_owned
 from lit_llama.states import last_state
 
 if TYPE_CHECKING:  # takes seconds to import, which --help should not cost
-    from lightning.fabric import Fabric
-    from lightning.fabric.loggers.logger import Logger
+    from lightning_fabric import Fabric
+    from lightning_fabric.loggers.logger import Logger
     from torch.distributed.device_mesh import DeviceMesh
 
 
@@ -43,11 +43,11 @@ def launch(
     Raises:
         ValueError: there are not as many devices, or another run has the folder.
     """
-    from lightning.fabric import Fabric
-    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-    from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+    from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
 
     environments = TorchElasticEnvironment.detect(), SLURMEnvironment.detect(), "LT_CLI_USED" in os.environ
     if num_nodes > 1 and not any([*environments, "MASTER_ADDR" in os.environ]):
@@ -93,7 +93,7 @@ def join_processes() -> None:
 
     They share work, not a model: each has it whole.
     """
-    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+    from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
     if not TorchElasticEnvironment.detect():
         return
@@ -125,16 +125,15 @@ def make_loggers(names: Sequence[str], out_dir: Path, resume: bool) -> list[Logg
     for name in names:
         if name == "tensorboard":
             require_extra("tensorboard", "tensorboard")
-            from lightning.fabric.loggers.tensorboard import TensorBoardLogger
+            from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
             state = last_state(out_dir) if resume else None
             purge: dict[str, Any] = {} if state is None else {"purge_step": int(state.stem.rpartition("-")[2]) + 1}
             loggers.append(TensorBoardLogger(out_dir, name="tensorboard", version="", **purge))
         elif name == "wandb":
             require_extra("wandb", "wandb")
-            from lightning.pytorch.loggers import WandbLogger  # Fabric's loggers have the same face
-
-            loggers.append(WandbLogger(name=out_dir.name, save_dir=out_dir, project="aligner"))
+            wandb = require_extra("pytorch_lightning.loggers", "wandb").WandbLogger  # which Fabric takes as well
+            loggers.append(wandb(name=out_dir.name, save_dir=out_dir, project="aligner"))
         else:
             raise ValueError(f"--logger {name}: there are tensorboard and wandb; metrics.csv is always on")
     return loggers

@@ -15,7 +15,7 @@ from lit_llama.training import write_line
 
 # Annotations are not postponed here: to read the options' types, the parser would import what follows for them.
 if TYPE_CHECKING:  # takes seconds to import, which --help should not cost
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
     from torch.distributed.device_mesh import DeviceMesh
 
 

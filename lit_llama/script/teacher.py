@@ -29,7 +29,7 @@ from lit_llama.sampling import GREEDY_BELOW
 from lit_llama.script.questions import Question
 
 if TYPE_CHECKING:  # takes seconds to import, which --help should not cost
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 
 def check_teacher(
