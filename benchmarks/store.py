@@ -13,7 +13,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from lit_llama.adapters import save_adapter
@@ -22,6 +21,7 @@ from lit_llama.checkpoint import read_config
 from lit_llama.model import LLaMA
 from lit_llama.script.command_line import run
 from lit_llama.serving.store import AdapterStore
+from lit_llama.shapes import without_values
 
 
 def main(
@@ -35,7 +35,7 @@ def main(
         length: prefix tokens N of each.
     """
     config = read_config(checkpoint_dir)
-    with torch.device("meta"):
+    with without_values():
         base = LLaMA(config)
     base.fingerprint = "random"
     aligner = Aligner(config, length)

@@ -30,6 +30,7 @@ from lit_llama.lora import LoRA
 from lit_llama.model import LLaMA
 from lit_llama.prompts import PromptStyle
 from lit_llama.safetensors_file import Header, finite, read_tensors
+from lit_llama.shapes import without_values
 from lit_llama.tensor_files import check_shape, refuse_names
 
 FORMAT_VERSION = 1
@@ -330,7 +331,7 @@ def adapter_without_values(method: str, sizes: Mapping[str, Any], place: str = "
     base = {name: value for name, value in sizes.items() if name in LLaMAConfig.__dataclass_fields__}
     own = {name: value for name, value in sizes.items() if name not in base}
     try:
-        with torch.device("meta"):
+        with without_values():
             return build(LLaMAConfig(**base), **own)
     except (ValueError, RuntimeError) as error:  # torch knows no tensors of 2**63 bytes
         raise ValueError(f"{place}: {error}") from None

@@ -58,7 +58,8 @@ class Aligner(nn.Module):
         self.prompt_only = positions == "prompt"
         if self.prompt_only:  # a file that does not say it means all
             self.sizes["positions"] = positions
-        self.tokens = nn.Parameter(init_std * torch.randn(length, config.n_embd, dtype=torch.float32))
+        tokens = torch.empty(length, config.n_embd, dtype=torch.float32)
+        self.tokens = nn.Parameter(nn.init.normal_(tokens, std=init_std))
         self.gates = nn.Parameter(torch.zeros(config.n_layer - start_layer, config.n_head, dtype=torch.float32))
 
     def layer(self, index: int) -> LayerAdapter:

@@ -24,6 +24,7 @@ from lit_llama.fields import check_object, naming, take
 from lit_llama.files import read_json
 from lit_llama.formats.hf_weights import HF_CONFIG_FILE, open_hf, read_hf_config
 from lit_llama.model import LLaMA, parameter_shapes
+from lit_llama.shapes import without_values
 from lit_llama.tensor_files import TensorFiles, check_shape, refuse_names, weight_files
 from lit_llama.tokenizer import TOKENIZER_FILES
 
@@ -163,7 +164,7 @@ def load_base(
     """
     path, device = Path(path), torch.device(device)
     config, tensors = open_weights(path, config)
-    with torch.device("meta"):
+    with without_values():
         model = LLaMA(config)
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     if expected.keys() != tensors.keys():
@@ -199,7 +200,7 @@ def model_without_weights(config: LLaMAConfig, tensors: Mapping[str, Tensor]) ->
         config: configuration of the model.
         tensors: its weights by their Lit-LLaMA names; a few values of each are read.
     """
-    with torch.device("meta"):
+    with without_values():
         model = LLaMA(config)
     model.fingerprint = base_fingerprint(tensors)
     return model

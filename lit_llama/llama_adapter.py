@@ -55,7 +55,8 @@ class LLaMAAdapter(nn.Module):
         if self.prompt_only:  # a file that does not say it means all
             self.sizes["positions"] = positions
         layers = config.n_layer - start_layer
-        self.tokens = nn.Parameter(init_std * torch.randn(layers, length, config.n_embd, dtype=torch.float32))
+        tokens = torch.empty(layers, length, config.n_embd, dtype=torch.float32)
+        self.tokens = nn.Parameter(nn.init.normal_(tokens, std=init_std))
         self.gates = nn.Parameter(torch.zeros(layers, config.n_head, dtype=torch.float32))
 
     def layer(self, index: int) -> LayerAdapter:

@@ -33,6 +33,7 @@ from lit_llama.seam import (
     after_prompt,
     updated,
 )
+from lit_llama.shapes import without_values
 
 # The attention's parameters whose rows stand in the order of the rotary pairs, and how many of the parts that each is
 # stacked of do so: of q, k and v the first two.
@@ -383,5 +384,5 @@ class RMSNorm(nn.Module):
 
 def parameter_shapes(config: LLaMAConfig) -> dict[str, torch.Size]:
     """Name and shape of each parameter, in the model's order."""
-    with torch.device("meta"):
+    with without_values():
         return {name: parameter.shape for name, parameter in LLaMA(config).named_parameters()}

@@ -36,6 +36,7 @@ from lit_llama.formats.names import pairs_from_halves
 from lit_llama.model import LLaMA
 from lit_llama.script.command_line import run
 from lit_llama.seam import Adapter
+from lit_llama.shapes import without_values
 
 BIASES = {"v": "blk.{}.attn_v.bias", "o": "blk.{}.attn_output.bias"}
 # By the architecture of the source, that of the new file, and the projections whose biases llama.cpp reads there.
@@ -71,7 +72,7 @@ def main(
     weights = GGUFTensors(reader)
     config = config_from_gguf(fields, weights, gguf_path.stem, gguf_path)
     tensors = lit_tensors(fields, weights, config, gguf_path.name)
-    with torch.device("meta"):
+    with without_values():
         base = LLaMA(config)
     base.fingerprint = base_fingerprint(tensors)
     adapter, _ = open_adapters(base, adapter_path, adapter_scale, allow_other_base)

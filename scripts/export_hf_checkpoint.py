@@ -29,6 +29,7 @@ from lit_llama.formats.tokenizer_files import write_for_transformers
 from lit_llama.model import LLaMA
 from lit_llama.script.command_line import run
 from lit_llama.script.readme import write_readme
+from lit_llama.shapes import without_values
 from lit_llama.tokenizer import Tokenizer
 
 
@@ -63,7 +64,7 @@ def main(
     paths = adapter_path or []
     config, tensors = open_weights(checkpoint_dir)
     base_name = base_name or config.name or checkpoint_dir.name
-    with torch.device("meta"):
+    with without_values():
         base = LLaMA(config)
     base.fingerprint = base_fingerprint(tensors) if paths else ""
     adapter, infos = open_adapters(base, paths, adapter_scale, allow_other_base)

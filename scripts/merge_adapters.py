@@ -13,14 +13,13 @@ answer with any number of them at once.
 import sys
 from pathlib import Path
 
-import torch
-
 from lit_llama.adapters import read_adapter, save_adapter
 from lit_llama.base import scales_of
 from lit_llama.config import LLaMAConfig
 from lit_llama.files import shareable_path
 from lit_llama.model import LLaMA
 from lit_llama.script.command_line import run
+from lit_llama.shapes import without_values
 
 
 def main(
@@ -48,7 +47,7 @@ def main(
         )
     first = infos[0]
     sizes = {name: size for name, size in first.config.items() if name in LLaMAConfig.__dataclass_fields__}
-    with torch.device("meta"):
+    with without_values():
         base = LLaMA(LLaMAConfig(name=first.base_name, vocab_size=1, **sizes))  # for its sizes and fingerprint alone
     base.fingerprint = first.base_fingerprint
     make_one = getattr(adapters[0], "merged", None)

@@ -44,7 +44,7 @@ def test_the_whole_way_by_subprocess(hf_checkpoint, tmp_path):
     """Convert, prepare, fine-tune, generate, each as its own process, from nothing but files."""
 
     def call(script, *options):
-        command = [sys.executable, ROOT / script, *options]
+        command = [sys.executable, "-X", "importtime", ROOT / script, *options]
         return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
 
     (tmp_path / "data.jsonl").write_text('{"instruction": "Say hi.", "output": "hi hi hi"}\n' * 8)
@@ -58,6 +58,8 @@ def test_the_whole_way_by_subprocess(hf_checkpoint, tmp_path):
     adapter = ("--aligner_path", "out/aligner.safetensors")
     result = call("generate/aligner.py", *base, *adapter, "--prompt", "Say hi.", "--max_new_tokens", "5")
     assert re.search(r"\d tokens, [\d.]+ tokens/s, [\d.]+ GB of", result.stderr)
+    assert "import time" in result.stderr
+    assert "torch._dynamo" not in result.stderr  # it would be half of the time
     aligner = load_adapter(tmp_path / "out" / "aligner.safetensors")
     tokenizer, model = Tokenizer(tmp_path / "base"), load_base(tmp_path / "base")
     style = prompt_style("alpaca", tokenizer)  # the style of training is the default

@@ -24,6 +24,7 @@ from lit_llama.config import LLaMAConfig
 from lit_llama.devices.quantization import is_quantized
 from lit_llama.model import CausalSelfAttention, LLaMA
 from lit_llama.seam import NO_UPDATES, PROJECTIONS, Adapter, LayerAdapter, Update
+from lit_llama.shapes import without_values
 
 MODULES = {"o": "attn.c_proj", "gate": "mlp.c_fc1", "up": "mlp.c_fc2", "down": "mlp.c_proj"}  # q, k, v: attn.c_attn
 
@@ -133,7 +134,7 @@ def _attention(config: LLaMAConfig, tensors: Mapping[str, Tensor], index: int) -
     """A layer's attention in float32; it may have biases that were merged into it and that no configuration knows."""
     layer = f"transformer.h.{index}.attn."
     has = {name: f"{layer}{module}.bias" in tensors for name, module in (("qkv_bias", "c_attn"), ("o_bias", "c_proj"))}
-    with torch.device("meta"):
+    with without_values():
         attention = CausalSelfAttention(replace(config, **has), index)
     attention.load_state_dict({name: tensors[layer + name].float() for name in attention.state_dict()}, assign=True)
     return attention
