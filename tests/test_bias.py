@@ -71,7 +71,7 @@ def test_fresh_is_the_base_bit_for_bit_and_merged_the_same(tiny_model, target, t
     assert torch.equal(tiny_model(ids, Bias(tiny_model.config, target)), base)
     bias = random_bias(tiny_model.config, target)
     save_adapter(tmp_path / "bias.safetensors", bias, tiny_model)
-    loaded = load_adapter(tmp_path / "bias.safetensors", "bias")
+    loaded = load_adapter(tmp_path / "bias.safetensors")
     expected = tiny_model(ids, bias)
     assert torch.equal(tiny_model(ids, loaded), expected)
     half, whole = (tiny_model(ids, WeightedSum((bias, scale))) for scale in (0.5, 1.0))
@@ -153,7 +153,7 @@ def test_merged_by_the_script(tmp_path, base_dir, biases, command):
         status, _, err = command("scripts/merge_adapters.py", *arguments, output_path=merged)
         assert status == 0, err
         expected = model(ids, WeightedSum((load_adapter(file), 1.5), (load_adapter(other), -0.5)))
-        torch.testing.assert_close(model(ids, load_adapter(merged, "bias")), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model(ids, load_adapter(merged)), expected, atol=1e-5, rtol=0)
         assert adapter_info(merged).prompt_style == "chat"
         scaled = tmp_path / f"scaled-{target}.safetensors"
         assert command("scripts/merge_adapters.py", adapter_path=file, adapter_scale=0.25, output_path=scaled)[0] == 0

@@ -141,7 +141,7 @@ def test_cached_generation_is_the_merged_models(tiny_model):
 def test_file(tmp_path, tiny_model):
     lora = random_lora(tiny_model.config, r=2, alpha=3, dropout=0.1, targets=["down", "q"])
     save_adapter(tmp_path / "lora.safetensors", lora, tiny_model)
-    loaded = load_adapter(tmp_path / "lora.safetensors", "lora")
+    loaded = load_adapter(tmp_path / "lora.safetensors")
     assert loaded.sizes == lora.sizes
     ids = torch.arange(9)[None]
     assert torch.equal(tiny_model(ids, loaded), tiny_model(ids, lora))

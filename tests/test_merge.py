@@ -33,7 +33,7 @@ def test_loras_side_by_side(tmp_path, model, command):
     arguments = [f"--adapter_path={file}" for file in files] + ["--adapter_scale=1.5", "--adapter_scale=-0.5"]
     status, _, err = command(SCRIPT, *arguments, output_path=tmp_path / "both.safetensors")
     assert status == 0, err
-    merged = load_adapter(tmp_path / "both.safetensors", "lora")
+    merged = load_adapter(tmp_path / "both.safetensors")
     assert (merged.sizes["r"], merged.sizes["targets"]) == (6, ["q", "v", "down"])
     ids = torch.randint(4, 390, (2, 20))
     expected = model(ids, WeightedSum((load_adapter(files[0]), 1.5), (load_adapter(files[1]), -0.5)))
