@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # takes seconds to import, which --help should not cost
     from lightning_fabric import Fabric
 
 SAVE_SECONDS = 600  # between states, however long a step takes
+PICTURE_SECONDS = 10  # between two pictures of a run, each of which takes up to half a second
 WRITTEN = r".+\.safetensors|state-\d+\.pt|metrics\.csv|loss\.png|hyperparameters\.yaml"
 MAY_CHANGE = {  # on resuming; everything else changes the result
     "checkpoint_dir",
@@ -190,10 +191,14 @@ class RunFolder(Run):
             self._title = run_title(adapter, self._hyperparameters)
             self._last_saved = time.monotonic()
             keep_until = None if state is None else progress.step
+            self._last_drawn, self._is_drawn = time.monotonic(), True
             with MetricsFile(
                 self.out_dir / "metrics.csv", measured, keep_until, fabric.is_global_zero
             ) as self._metrics:
-                yield progress
+                try:
+                    yield progress
+                finally:
+                    self._draw()
             fabric.barrier()  # a process that ends early may take the one that saves with it
 
     def _own_identity(self) -> dict[str, Any]:
@@ -204,8 +209,15 @@ class RunFolder(Run):
         self._metrics.write(row)
         step = int(row["step"])
         self._fabric.log_dict({name: value for name, value in row.items() if name != "step"}, step=step)
-        if self._fabric.is_global_zero and "validation_loss" in row and step > 0:
+        if "validation_loss" in row and step > 0:
+            self._is_drawn = False
+            if time.monotonic() - self._last_drawn > PICTURE_SECONDS:
+                self._draw()
+
+    def _draw(self) -> None:
+        if self._fabric.is_global_zero and not self._is_drawn:
             plot_metrics(self._metrics.rows, self._measured, self._title, self.out_dir / "loss.png")
+            self._last_drawn, self._is_drawn = time.monotonic(), True
 
     def keep_best(self, adapter: AnyAdapter, progress: Progress) -> None:
         if self._fabric.is_global_zero:

@@ -158,6 +158,7 @@ def test_a_write_that_fails_half_way_leaves_the_last_state(base_dir, data_dir, t
         with pytest.raises(OSError, match="No space left"):
             finetune(**values)
     assert [path.name for path in sorted(tmp_path.glob("*state*"))] == ["state-00000009.pt", "state-00000012.pt"]
+    assert (tmp_path / "loss.png").is_file()  # of the validations until then
     finetune(**values, resume=True)
     assert_same_run(tmp_path, uninterrupted)
 
