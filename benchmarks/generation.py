@@ -22,12 +22,15 @@ have the same. The wheels of xllamacpp for Linux are built for AVX2, without the
 the machine itself may use.
 """
 
+import functools
+import multiprocessing
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,9 +42,9 @@ from lit_llama.base import open_base
 from lit_llama.checkpoint import read_config
 from lit_llama.config import LLaMAConfig
 from lit_llama.decoder import Decoder, GenerationRequest
-from lit_llama.devices.precision import Precision
+from lit_llama.devices.precision import PRECISIONS, Precision, default_dtype
 from lit_llama.files import require_extra
-from lit_llama.formats.llama_cpp import LlamaCpp
+from lit_llama.formats.llama_cpp import Continuation, LlamaCpp
 from lit_llama.lora import LoRA
 from lit_llama.script.command_line import run
 from lit_llama.seam import Adapter
@@ -188,10 +191,8 @@ def speed(prompts: list[list[int]], new_tokens: int, prefill: float, decode: flo
 def transformers_engine(checkpoint_dir: Path, precision: Precision) -> Engine:
     """transformers' `generate`, timed whole and with one new token alone."""
     transformers = require_extra("transformers", "export")
-    dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
-    device = "cpu"
-    if torch.cuda.is_available():
-        device, dtype = "cuda", torch.bfloat16 if precision == "auto" else dtype
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = PRECISIONS[precision] or default_dtype(device)
     with tempfile.TemporaryDirectory() as folder:
         script = Path(__file__).parents[1] / "scripts" / "export_hf_checkpoint.py"
         options = [f"--checkpoint_dir={checkpoint_dir}", f"--output_dir={folder}/export"]
@@ -220,14 +221,29 @@ def transformers_engine(checkpoint_dir: Path, precision: Precision) -> Engine:
 
 
 def llama_cpp_engine(path: Path) -> Engine:
-    """llama.cpp, on as many threads as torch has, by its own clock."""
-    llama_cpp = LlamaCpp(path, threads=torch.get_num_threads())
+    """llama.cpp, on as many threads as torch has, by its own clock.
+
+    In a process of its own: both use GNU's OpenMP, which lets threads sleep at every barrier if the process has more of
+    them than there are cores, so that torch would decode at half its speed.
+    """
+    process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
 
     def measure(prompts: list[list[int]], new_tokens: int) -> Speed:
-        told = llama_cpp.complete(prompts[0], new_tokens, likeliest=0, fresh=True)
+        told = process.submit(continued, path, torch.get_num_threads(), prompts[0], new_tokens).result()
         return speed(prompts[:1], new_tokens, told.prefill_seconds, told.decode_seconds)
 
     return measure
+
+
+def continued(path: Path, threads: int, prompt: list[int], new_tokens: int) -> Continuation:
+    """What llama.cpp makes of a prompt."""
+    return opened(path, threads).complete(prompt, new_tokens, likeliest=0, fresh=True)
+
+
+@functools.cache
+def opened(path: Path, threads: int) -> LlamaCpp:
+    """llama.cpp with a file open."""
+    return LlamaCpp(path, threads=threads)
 
 
 if __name__ == "__main__":
