@@ -40,11 +40,19 @@ def _run(target: Callable[..., None], options: dict[str, Any]) -> None:
         os._exit(130)
 
 
-def run_script(path: str, *arguments: str, processes: int = 1) -> list[subprocess.CompletedProcess[str]]:
+def run_script(
+    path: str, *arguments: str, processes: int = 1, before: Callable[[], None] | None = None
+) -> list[subprocess.CompletedProcess[str]]:
     """Run a script with command-line options to its end, in so many processes that work together.
 
     It is what `python` or `torchrun --nproc_per_node` do, without the seconds that Python needs to import everything.
     Several processes find each other as torchrun's do, through a store whose port the system chooses.
+
+    Args:
+        path: the script's, from the root of the repo.
+        arguments: its options.
+        processes: how many.
+        before: called in each process before the script.
 
     Returns:
         What each process said, and how it ended.
@@ -60,7 +68,7 @@ def run_script(path: str, *arguments: str, processes: int = 1) -> list[subproces
         for rank in range(processes):
             said = [Path(folder) / f"{rank}.{name}" for name in ("out", "err")]
             one = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})
-            process = _context.Process(target=_run_script, args=(str(ROOT / path), arguments, one, said))
+            process = _context.Process(target=_run_script, args=(str(ROOT / path), arguments, one, said, before))
             process.start()
             started.append((process, said))
         ended = []
@@ -72,13 +80,21 @@ def run_script(path: str, *arguments: str, processes: int = 1) -> list[subproces
         return ended
 
 
-def _run_script(path: str, arguments: tuple[str, ...], environment: Mapping[str, str], said: list[Path]) -> None:
+def _run_script(
+    path: str,
+    arguments: tuple[str, ...],
+    environment: Mapping[str, str],
+    said: list[Path],
+    before: Callable[[], None] | None,
+) -> None:
     for descriptor, file in enumerate(said, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
     os.environ.update(environment)
     torch.set_num_threads(1)
     sys.argv = [path, *arguments]
     sys.path.insert(0, str(Path(path).parent))
+    if before is not None:
+        before()
     try:
         runpy.run_path(path, run_name="__main__")
     finally:
