@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import openai
 import pytest
@@ -65,19 +65,16 @@ class Server:
         return status, "".join(self.lines)
 
 
-@contextmanager
-def served(*arguments, **options):
-    """A running server, which must end in order and without a traceback."""
-    server = Server(*arguments, **options)
-    try:
-        yield server
+def end_by_sigterm(server):
+    """Tell it to end until it has, which must be in order and without a traceback, however often it is told."""
+    while server.process.poll() is None:
         server.process.terminate()
-        status, said = server.wait()
-        assert status == 143
-        assert "Traceback" not in said
-        assert "leaked" not in said
-    finally:
-        server.process.kill()
+        with suppress(subprocess.TimeoutExpired):
+            server.process.wait(0.05)
+    status, said = server.wait()
+    assert status == 143
+    assert "Traceback" not in said
+    assert "leaked" not in said
 
 
 def raw(url, *pieces, key=KEY, host=None, path="/v1/chat/completions", method="POST", length=None, **headers):
@@ -124,10 +121,15 @@ def adapter_dir(base_dir, tmp_path_factory):
 @pytest.fixture(scope="module")
 def url(base_dir, adapter_dir):
     options = {"max_rows": 4, "max_waiting": 8, "max_length": 200, "max_body_bytes": 20_000}
-    with served(
-        base_dir, adapter_dir, "--allowed_origin=http://localhost:3000", "--allowed_host=my-machine", **options
-    ) as server:
+    more = "--allowed_origin=http://localhost:3000", "--allowed_host=my-machine"
+    server = Server(base_dir, adapter_dir, *more, **options)
+    try:
         yield server.url
+        stream = client(server.url).chat.completions.create(model="base", messages=user("x"), stream=True)
+        next(iter(stream))  # it ends while an answer is on its way
+        end_by_sigterm(server)
+    finally:
+        server.process.kill()
 
 
 def expected(base_dir, messages, adapter=None, n=12):
@@ -439,7 +441,7 @@ def test_any_address_and_wildcards():
 
 
 def test_connections_without_a_request_are_closed(monkeypatch):
-    """A header that does not come, or not whole, in a first request or a later one."""
+    """A header that does not come, or not whole, in a first request or a later one, alone or with the one before."""
     monkeypatch.setattr("lit_llama.serving.http.HEAD_SECONDS", 0.01)
 
     async def app(scope, receive, send):
@@ -450,6 +452,8 @@ def test_connections_without_a_request_are_closed(monkeypatch):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         for piece in pieces:
             writer.write(piece)
+            if piece == whole:
+                await reader.readuntil(b"ok")
         return await asyncio.wait_for(reader.read(), 60)
 
     async def main():
@@ -457,17 +461,22 @@ def test_connections_without_a_request_are_closed(monkeypatch):
         serving = asyncio.create_task(server.serve([listener]))
         while not server.started:
             await asyncio.sleep(0)
-        answers = [await last_bytes(), await last_bytes(b"GET / HT"), await last_bytes(whole, b"GET")]
+        answers = [
+            await last_bytes(),
+            await last_bytes(b"GET / HT"),
+            await last_bytes(whole, b"GET"),
+            await last_bytes(whole + b"GET"),
+        ]
         server.should_exit = True
         await serving
         return answers
 
     whole = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
-    config = uvicorn.Config(app, http=_Connection, ws="none", lifespan="off", log_config=None)
+    config = uvicorn.Config(app, http=_Connection, ws="none", lifespan="off", log_config=None, timeout_keep_alive=1)
     listener, address = bind("127.0.0.1", 0)
     port = int(address.rpartition(":")[2])
-    nothing, begun, answered = asyncio.run(main())
-    assert nothing == begun == b""
+    *rest, answered = asyncio.run(main())
+    assert rest == [b""] * 3
     assert answered.endswith(b"ok")
 
 
@@ -499,21 +508,27 @@ def test_clients_that_leave_make_room(url, base_dir):
     assert ask(url, "base", "x").message.content == expected(base_dir, user("x"))
 
 
-def test_a_full_queue_and_slow_requests(base_dir, adapter_dir):
-    with served(base_dir, adapter_dir, max_rows=1, max_waiting=1, timeout=0.2, docs=True) as server:
-        url = server.url
-        statuses = set()
-        while 429 not in statuses:  # who comes while two others are being answered, or wait, which they do not for long
-            with concurrent.futures.ThreadPoolExecutor(6) as pool:
-                asked = [pool.submit(ask, url, "base", "x", max_tokens=200) for _ in range(6)]
-                ended = concurrent.futures.as_completed(asked)
-                statuses |= {getattr(future.exception(), "status_code", 200) for future in ended}
-        assert statuses <= {200, 429, 504}
-        status, _, body = raw(url, b"{", length=1_000)
-        assert (status, body["error"]["message"]) == (408, "the body did not come within 0.2 seconds")
-        for path in ("/openapi.json", "/docs"):
-            with urllib.request.urlopen(url + path) as response:
-                assert response.status == 200
+@pytest.fixture(scope="module")
+def small_server(base_dir, adapter_dir):
+    server = Server(base_dir, adapter_dir, max_rows=1, max_waiting=1, timeout=0.2, docs=True)
+    yield server
+    server.process.kill()
+
+
+def test_a_full_queue_and_slow_requests(small_server):
+    url = small_server.url
+    statuses = set()
+    while 429 not in statuses:  # who comes while two others are being answered, or wait, which they do not for long
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            asked = [pool.submit(ask, url, "base", "x", max_tokens=200) for _ in range(6)]
+            ended = concurrent.futures.as_completed(asked)
+            statuses |= {getattr(future.exception(), "status_code", 200) for future in ended}
+    assert statuses <= {200, 429, 504}
+    status, _, body = raw(url, b"{", length=1_000)
+    assert (status, body["error"]["message"]) == (408, "the body did not come within 0.2 seconds")
+    for path in ("/openapi.json", "/docs"):
+        with urllib.request.urlopen(url + path) as response:
+            assert response.status == 200
 
 
 def test_the_servers_temperature_is_that_of_requests_that_do_not_say():
@@ -525,21 +540,9 @@ def test_the_servers_temperature_is_that_of_requests_that_do_not_say():
     assert temperature(temperature=1, top_p=0) == 0
 
 
-@pytest.mark.parametrize("moment", ["the model is being loaded", "ready at "])
-def test_sigterm_ends_it_once_however_often_it_comes(base_dir, adapter_dir, moment):
-    """While the model is loaded, and while an answer is on its way."""
-    server = Server(base_dir, adapter_dir, until=moment)
-    if moment == "ready at ":
-        stream = client(server.url).chat.completions.create(model="base", messages=user("x"), stream=True)
-        next(iter(stream))
-    while server.process.poll() is None:
-        server.process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            server.process.wait(0.05)
-    status, said = server.wait()
-    assert status == 143
-    assert "Traceback" not in said
-    assert "leaked" not in said
+def test_sigterm_ends_it_while_the_model_is_loaded(base_dir, adapter_dir):
+    """While an answer is on its way, it ends the server of the other tests."""
+    end_by_sigterm(Server(base_dir, adapter_dir, until="the model is being loaded"))
 
 
 def test_a_signal_waits_until_the_worker_has_started():
@@ -570,11 +573,10 @@ def test_ctrl_c_ends_it_once(base_dir, adapter_dir):
     assert "Traceback" not in said
 
 
-def test_no_process_outlives_the_other(base_dir, adapter_dir):
+def test_no_process_outlives_the_other(small_server, base_dir, adapter_dir):
     """Whichever is killed: what holds stderr after that would keep `wait` from returning."""
-    server = Server(base_dir, adapter_dir)
-    server.process.kill()
-    assert server.wait()[0] == -signal.SIGKILL
+    small_server.process.kill()
+    assert small_server.wait()[0] == -signal.SIGKILL
 
     server = Server(base_dir, adapter_dir)
     listing = subprocess.run(
