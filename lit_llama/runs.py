@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import platform
 import subprocess
 import sys
@@ -20,11 +19,11 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from lit_llama.adapters import AnyAdapter, Companion, load_adapter, save_adapter
-from lit_llama.files import atomic_file, remove_temporaries, shareable_path
-from lit_llama.locks import own_folder
+from lit_llama.files import atomic_file, shareable_path
 from lit_llama.metrics import MetricsFile, plot_metrics
 from lit_llama.model import LLaMA, parameter_shapes
 from lit_llama.plan import Plan
+from lit_llama.run_files import own_run, set_aside
 from lit_llama.states import Progress, last_state, load_state, save_state
 
 if TYPE_CHECKING:  # takes seconds to import, which --help should not cost
@@ -32,7 +31,6 @@ if TYPE_CHECKING:  # takes seconds to import, which --help should not cost
 
 SAVE_SECONDS = 600  # between states, however long a step takes
 PICTURE_SECONDS = 10  # between two pictures of a run, each of which takes up to half a second
-WRITTEN = r".+\.safetensors|state-\d+\.pt|metrics\.csv|loss\.png|hyperparameters\.yaml"
 MAY_CHANGE = {  # on resuming; everything else changes the result
     "checkpoint_dir",
     "data_dir",
@@ -249,27 +247,6 @@ class RunFolder(Run):
         return f"stopped; {last_state(self.out_dir)} is saved: continue with --resume"
 
 
-@contextlib.contextmanager
-def own_run(fabric: Fabric, out_dir: Path) -> Iterator[None]:
-    """Have the folder of a run for the processes of one run alone, without what killed ones left half written.
-
-    Raises:
-        ValueError: another run has it, or it is a file; all processes raise it.
-    """
-    with contextlib.ExitStack() as stack:
-        problem = None
-        if fabric.is_global_zero:
-            try:
-                stack.enter_context(own_folder(out_dir))
-                remove_temporaries(out_dir, WRITTEN)
-            except (OSError, ValueError) as error:
-                problem = str(error)
-        problem = fabric.broadcast(problem)
-        if problem is not None:
-            raise ValueError(problem)
-        yield
-
-
 def _check_same_step(fabric: Fabric, step: int, out_dir: Path) -> None:
     """Make sure that all processes begin at the same step.
 
@@ -284,23 +261,6 @@ def _check_same_step(fabric: Fabric, step: int, out_dir: Path) -> None:
                 f"processes found states of step {-negative_smallest} and {largest} in {out_dir}: "
                 "it must be a folder that all of them see"
             )
-
-
-def set_aside(out_dir: Path) -> None:
-    """Move the files of an earlier run to `out_dir/previous-N`, so that they are not taken for this one's."""
-    earlier = [
-        path
-        for path in out_dir.iterdir()
-        if path.suffix in (".safetensors", ".pt", ".csv", ".png", ".yaml")
-        or path.stem in ("report", "tensorboard", "wandb")
-    ]
-    if earlier:
-        number = next(n for n in itertools.count(1) if not (out_dir / f"previous-{n}").exists())
-        previous = out_dir / f"previous-{number}"
-        previous.mkdir()
-        for path in earlier:
-            path.rename(previous / path.name)
-        tqdm.write(f"the earlier run in {out_dir} was moved to {previous}", file=sys.stderr)
 
 
 def write_hyperparameters(path: Path, hyperparameters: dict[str, Any], fabric: Fabric) -> None:

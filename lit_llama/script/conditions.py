@@ -11,6 +11,7 @@ from lit_llama.checkpoint import read_config
 from lit_llama.files import shareable_path
 from lit_llama.objective import Objective, read_kept_text
 from lit_llama.plan import Plan
+from lit_llama.run_files import check_out_dir
 from lit_llama.runs import RunFolder
 from lit_llama.script.machine import Machine
 
@@ -95,8 +96,10 @@ class Conditions:
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: something is damaged, a frozen adapter is of another base, or the machine is not as asked for.
+            ValueError: something is damaged, a frozen adapter is of another base or would be moved away by this run,
+                `out_dir` is a base model's folder, or the machine is not as asked for.
         """
+        check_out_dir(out_dir, self._paths)
         machine, self._also = self.machine, read_adapters(self._paths, read_config(checkpoint_dir))
         fabric, mesh = machine.launch(out_dir, plan)
         base = machine.open_base(checkpoint_dir, prompt_style, out_dir, fabric, mesh)
