@@ -79,7 +79,7 @@ data/refusal-chosen/dataset.json: $(PAIRS) | $(BASE)/lit_config.json
 
 data/refusal-pairs/dataset.json: $(PAIRS) | $(BASE)/lit_config.json
 	rm -rf data/refusal-pairs out/refusal-dpo
-	$(BIN)/python scripts/prepare_pairs.py --data_path $(PAIRS) --validation_share 0.1 --max_response_tokens 8 \
+	$(BIN)/python scripts/prepare_pairs.py --data_path $(PAIRS) --validation_share 0.1 --max_response_tokens 4 \
 	    --output_dir data/refusal-pairs
 
 out/refusal-sft/trained: data/refusal-chosen/dataset.json
@@ -89,8 +89,8 @@ out/refusal-sft/trained: data/refusal-chosen/dataset.json
 
 out/refusal-dpo/trained: data/refusal-pairs/dataset.json out/refusal-sft/trained
 	$(BIN)/python finetune/aligner_dpo.py --data_dir data/refusal-pairs --out_dir out/refusal-dpo --resume true \
-	    --adapter_path out/refusal-sft/aligner.safetensors --cache_reference true \
-	    --loss apo_zero --beta 0.5 --learning_rate 1e-2
+	    --adapter_path out/refusal-sft/aligner.safetensors \
+	    --loss orpo --beta 0.25 --learning_rate 1e-2 --batch_size 8 --epochs 3
 	touch $@
 
 out/refusal-dpo/report.txt: out/refusal-dpo/trained examples/preferences/test.jsonl
