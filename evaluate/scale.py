@@ -21,16 +21,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from lit_llama.base import Base
-from lit_llama.data import TokenDataset, collate
+from lit_llama.data import Example, TokenDataset, collate
 from lit_llama.evaluation.answers import read_test_questions
 from lit_llama.evaluation.forms import FORMS, FormName
 from lit_llama.figures import picture
 from lit_llama.files import atomic_file, read_text, write_json
-from lit_llama.losses import divergence, supervised_loss
+from lit_llama.losses import supervised_loss, text_divergence
 from lit_llama.script.command_line import run
 from lit_llama.script.evaluation import ask, mixture
 from lit_llama.tables import markdown
@@ -74,7 +75,7 @@ def main(
     rows: list[dict[str, float]] = []
     for s, (name, said) in zip(scale, texts.items(), strict=True):
         loss = {} if data_dir is None else {"validation_loss": validation_loss(models[name], data_dir)}
-        cost = {} if text_path is None else {"divergence": text_divergence(models[name], text_path)}
+        cost = {} if text_path is None else {"divergence": divergence_on(models[name], text_path)}
         shares = {one: sum(map(FORMS[one].check, said)) / len(said) for one in form}
         rows.append({"scale": s, **loss, **cost, **shares})
     write(out_dir, rows, [question.turns[0] for question in questions], texts)
@@ -98,17 +99,17 @@ def validation_loss(base: Base, data_dir: Path, batch_size: int = 4) -> float:
 
 
 @torch.no_grad()
-def text_divergence(base: Base, path: Path, window: int = 256) -> float:
+def divergence_on(base: Base, path: Path, window: int = 256) -> float:
     """The mean divergence of the base with its adapter from the base alone on a text, in nats per token."""
     ids = base.tokenizer.encode(read_text(path), bos=True)
     if len(ids) < 2:
         raise ValueError(f"{path} holds no text")
-    total = 0.0
-    for i in tqdm(range(0, len(ids), window), desc="text", leave=False):
-        part = torch.tensor([ids[i : i + window]], device=base.device)
-        before, after = (base.model.hidden_states(part, adapter)[0] for adapter in (None, base.adapter))
-        total += float(divergence(base.model, before, after).sum())
-    return total / len(ids)
+    parts = [np.array(ids[i : i + window]) for i in range(0, len(ids), window)]
+    nats = []
+    for part in tqdm(parts, desc="text", leave=False):
+        text = collate([Example(part, np.ones(len(part), dtype=bool))]).to(base.device)
+        nats += text_divergence(base.model, None, base.adapter, text).tolist()
+    return statistics.mean(nats)
 
 
 def in_words(rows: list[dict[str, float]]) -> list[str]:

@@ -128,6 +128,13 @@ class Batch(NamedTuple):
         ids, scored = (torch.cat(row[0].split(self.lengths)[own])[None] for row in (self.ids, self.scored))
         return part._replace(ids=ids, scored=scored, lengths=self.lengths[own])
 
+    def padded(self, multiple: int) -> "Batch":
+        """With more padding, so that `multiple` divides the number of positions; a packed batch has none."""
+        more = -self.ids.size(1) % multiple
+        if self.lengths is not None or more == 0:
+            return self
+        return self._replace(ids=F.pad(self.ids, (0, more)), scored=F.pad(self.scored, (0, more)))
+
     def scored_lengths(self) -> Tensor:
         """Scored tokens of each example, (E)."""
         rows = self.scored.unbind() if self.lengths is None else self.scored[0].split(self.lengths)

@@ -70,11 +70,42 @@ def _scored_logprobs(model: LLaMA, adapter: Adapter | None, batch: Batch) -> Ten
     return token_logprobs(model, scored_hidden_states(model, adapter, batch), batch.ids[batch.scored])
 
 
-def scored_hidden_states(model: LLaMA, adapter: Adapter | None, batch: Batch) -> Tensor:
-    """Hidden states (n, C) at the positions whose next tokens are scored."""
+def scored_hidden_states(model: LLaMA, adapter: Adapter | None, batch: Batch, prompt: Tensor | None = None) -> Tensor:
+    """Hidden states (n, C) at the positions whose next tokens are scored.
+
+    Args:
+        model: the base model.
+        adapter: what is added to it, if anything.
+        batch: examples, padded or packed; of a compiled model, padded to its lengths.
+        prompt: bool (B, T), the positions of the prompt; if None, those before an example's first scored token.
+    """
+    batch = batch.padded(model.length_multiple)
     if adapter is not None:
-        adapter = OnPrompt(adapter, batch.prompt())
+        adapter = OnPrompt(adapter, batch.prompt() if prompt is None else prompt)
     return model.hidden_states(batch.ids, adapter, at=batch.predicts_scored(), lengths=batch.lengths)
+
+
+def text_divergence(model: LLaMA, before: Adapter | None, after: Adapter | None, text: Batch) -> Tensor:
+    """Divergence of what a model says of plain text with an adapter from what it says without.
+
+    Text has no prompt. So what acts on a prompt alone acts on the first half of each piece, and what is left of it in
+    the second half is a part of the divergence.
+
+    Args:
+        model: the base model.
+        before: what is added to it without the adapter, if anything; gets no gradient.
+        after: what is added to it with the adapter.
+        text: pieces of text, all of whose tokens are scored.
+
+    Returns:
+        KL(before || after) at each scored token (n), float32, in nats.
+    """
+    text = text.padded(model.length_multiple)
+    at = torch.arange(text.ids.size(1), device=text.ids.device)
+    half = at < text.per_position(text.scored_lengths() // 2 + 1)  # (B, T)
+    with torch.no_grad():
+        wanted = scored_hidden_states(model, before, text, half)
+    return divergence(model, wanted, scored_hidden_states(model, after, text, half))
 
 
 def token_logprobs(model: LLaMA, hidden: Tensor, tokens: Tensor) -> Tensor:

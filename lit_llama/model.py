@@ -70,7 +70,7 @@ class LLaMA(nn.Module):
         super().__init__()
         self.config = config
         self.fingerprint = ""  # of the weights; set by whoever loads them
-        self.length_multiple = 1  # that sequences are padded to, see `compile_blocks`
+        self.length_multiple = 1  # of sequences for training, see `compile_blocks`
         self.compiled: Callable[..., Tensor] | None = None  # `forward` for decoding, see `lit_llama.devices.layouts`
         self.transformer = Transformer(config)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -138,12 +138,9 @@ class LLaMA(nn.Module):
         Raises:
             ValueError: more positions than the model's window.
         """
-        T = ids.size(1)
-        longest = max(lengths) if lengths else T
+        longest = max(lengths) if lengths else ids.size(1)
         if longest > self.config.block_size:
             raise ValueError(f"sequence of {longest} tokens exceeds the model's window of {self.config.block_size}")
-        if cache is None and lengths is None:
-            ids = F.pad(ids, (0, -T % self.length_multiple))  # which nothing before it sees
         layout = self._layout(ids, cache, positions, lengths)
         x = self.transformer.wte(ids)  # (B, T, C)
         for i, block in enumerate(self.transformer.h):
@@ -153,8 +150,7 @@ class LLaMA(nn.Module):
             else:
                 added = LayerAdapter() if adapter is None else adapter.layer(i)
             x = block(x, layout, added, layer_cache)
-        x = x[:, :T] if at is None else x[:, :T][at]  # (B, T, C) or (n, C)
-        return self.transformer.ln_f(x)
+        return self.transformer.ln_f(x if at is None else x[at])  # (B, T, C) or (n, C)
 
     def head(self, x: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C)."""
@@ -205,7 +201,8 @@ class LLaMA(nn.Module):
     def compile_blocks(self) -> None:
         """From now on let a compiled function compute each block, apart from generation.
 
-        It is made when it is first used, and again for other shapes; so sequences are padded to few lengths.
+        It is made when it is first used, and again for other shapes; so batches are to be padded to few lengths, see
+        `lit_llama.data.Batch.padded`.
         """
         self.length_multiple = 64
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)

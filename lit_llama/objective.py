@@ -34,6 +34,7 @@ from lit_llama.losses import (
     divergence,
     scored_hidden_states,
     supervised_loss,
+    text_divergence,
     token_logprobs,
 )
 from lit_llama.model import LLaMA
@@ -164,11 +165,10 @@ class Objective:
             drawn = [self.kept.held_out[int(number * len(self.kept.held_out))] for number in numbers]
         else:
             drawn = [self.kept.pieces[int(number * len(self.kept.pieces))] for number in numbers]
-        text = collate(drawn).to(self.model.device)
+        text = collate(drawn).padded(self.model.length_multiple).to(self.model.device)
         if self.scale_range is not None and batch.step is not None:
             adapter = PerPosition(adapter, text.per_position(self._scales(batch)))
-        before, after = self._hidden(text, adapter)
-        nats = divergence(self.model, before, after)  # (n)
+        nats = text_divergence(self.model, self.before, self.together(adapter), text)  # (n)
         means = torch.stack([part.mean() for part in nats.split(text.scored_lengths().tolist())])  # (E)
         weights = batch.scored_lengths()
         if per_item:
@@ -180,18 +180,15 @@ class Objective:
 
     def _dialled(self, adapter: Adapter, batch: Batch, scales: Tensor) -> LossSums:
         """The cross-entropy with the mixture of what was said before and what the examples say."""
+        batch = batch.padded(self.model.length_multiple)
         scaled = PerPosition(adapter, batch.per_position(scales))
-        before, after = self._hidden(batch, scaled)
+        with torch.no_grad():
+            before = scored_hidden_states(self.model, self.before, batch)
+        after = scored_hidden_states(self.model, self.together(scaled), batch)
         share = batch.per_position(scales.clamp(0, 1))[batch.scored]  # (n)
         form = -token_logprobs(self.model, after, batch.ids[batch.scored])
         loss = share * form + (1 - share) * divergence(self.model, before, after)
         return LossSums({"loss": loss.sum()}, batch.scored.sum())
-
-    def _hidden(self, batch: Batch, adapter: Adapter) -> tuple[Tensor, Tensor]:
-        """Hidden states (n, C) that predict the scored tokens, without the adapter and with it."""
-        with torch.no_grad():
-            before = scored_hidden_states(self.model, self.before, batch)
-        return before, scored_hidden_states(self.model, self.together(adapter), batch)
 
     def _scales(self, batch: Batch) -> Tensor:
         """The scale of each example, (E)."""

@@ -10,9 +10,10 @@ from conftest import load_script, random_aligner
 from test_combine import random_lora
 
 from lit_llama.adapters import adapter_fingerprint, adapter_info, load_adapter
+from lit_llama.aligner import Aligner
 from lit_llama.base import open_base
 from lit_llama.bias import Bias
-from lit_llama.combine import PerPosition, WeightedSum
+from lit_llama.combine import OnPrompt, PerPosition, WeightedSum
 from lit_llama.data import Example as One
 from lit_llama.data import collate
 from lit_llama.losses import supervised_loss
@@ -125,6 +126,26 @@ def test_kept_text_adds_its_divergence(tiny_model):
     torch.testing.assert_close(found.metrics["loss"], alone + 2 * kept, atol=1e-3, rtol=1e-4)
     fresh = objective.supervised(load_fresh(tiny_model), batch)
     assert abs(float(fresh.metrics["kept"].detach())) < 1e-3, "an adapter that adds nothing diverges nowhere"
+
+
+@torch.no_grad()
+def test_kept_text_is_half_a_prompt(tiny_model):
+    """A prefix for the prompt alone acts on the first half of each piece, and the second half shows what it left."""
+    aligner, batch = Aligner(tiny_model.config, 2, 1, positions="prompt"), training_batch([0, 1, 2])
+    aligner.load_state_dict(random_aligner(tiny_model.config, 2).state_dict())
+    objective = Objective(tiny_model, 1, kept=kept_text())
+    found = objective.supervised(aligner, batch).metrics["kept"]
+    kept = 0
+    for number, scored in zip(objective._draws(batch)[:, 1], batch.scored_lengths(), strict=True):
+        ids = torch.from_numpy(objective.kept.pieces[int(6 * number)].ids)[None]
+        half = torch.arange(ids.size(1))[None] < (ids.size(1) + 1) // 2
+        before, after = (
+            torch.distributions.Categorical(logits=tiny_model(ids, one)[0, :-1])
+            for one in (None, OnPrompt(aligner, half))
+        )
+        kept = kept + scored * torch.distributions.kl_divergence(before, after).mean()
+    torch.testing.assert_close(found, kept, atol=1e-3, rtol=1e-4)
+    assert found > 1
 
 
 def load_fresh(model):
