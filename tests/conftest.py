@@ -49,6 +49,9 @@ precision.CPU_INSTRUCTIONS.clear()
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# Waiting for a disk is a third of a training run here, and nothing that tests write has to survive a loss of power.
+os.fsync = lambda descriptor: None
+
 # Files whose tests take longest: `make test` hands out files in this order, so that none of them is left for the end.
 LONGEST = ("resume", "serve", "distributed", "harness", "scripts", "inference", "writing", "compare", "dpo", "package")
 
@@ -94,6 +97,12 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return status, out, err
 
     return call
+
+
+@pytest.fixture
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where matplotlib is not installed: a picture takes most of the time of a small run."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
 
 
 @pytest.fixture(scope="session")

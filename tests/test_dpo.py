@@ -164,7 +164,7 @@ def test_starts_at_log_2(run_dpo, base_dir, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in PAIR_LOSSES if name != "sigmoid"])
-def test_the_other_losses(run_dpo, name, monkeypatch):
+def test_the_other_losses(run_dpo, without_pictures, name, monkeypatch):
     """Each is learned from the data, asks a reference if it has one, and records the coefficients that it used."""
     asked = []
     monkeypatch.setitem(
@@ -180,7 +180,7 @@ def test_the_other_losses(run_dpo, name, monkeypatch):
         assert (rows[0]["validation_accuracy"], rows[0]["validation_margin"]) == (0.5, 0)
 
 
-def test_validation_measures_all_pairs(run_dpo, base_dir, pairs_dir, tmp_path):
+def test_validation_measures_all_pairs(run_dpo, without_pictures, base_dir, pairs_dir, tmp_path):
     """By hand over the whole validation set, an Aligner against the base, micro batches of unequal size."""
     torch.manual_seed(0)
     model = load_base(base_dir)
@@ -224,7 +224,7 @@ def test_validation_measures_all_pairs(run_dpo, base_dir, pairs_dir, tmp_path):
     assert found == pytest.approx(expected, abs=1e-4, rel=1e-4)
 
 
-def test_one_copy_of_the_base(run_dpo, monkeypatch, tmp_path, base_dir):
+def test_one_copy_of_the_base(run_dpo, without_pictures, monkeypatch, tmp_path, base_dir):
     """The reference is an Aligner of its own, and what is loaded is loaded once and stays as it is."""
     models = []
     monkeypatch.setattr(
@@ -240,7 +240,7 @@ def test_one_copy_of_the_base(run_dpo, monkeypatch, tmp_path, base_dir):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_cached_reference_gives_the_same(run_dpo, base_dir, pairs_dir, tmp_path, monkeypatch):
+def test_cached_reference_gives_the_same(run_dpo, without_pictures, base_dir, pairs_dir, tmp_path, monkeypatch):
     plain, _ = run_dpo("plain")
     cached, folder = run_dpo("cached", cache_reference=True)
     files = sorted(pairs_dir.glob("reference-*.safetensors"))
@@ -292,7 +292,7 @@ def test_cache_is_keyed_by_what_it_depends_on(base_dir, pairs_dir, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["llama_adapter", "lora"])
-def test_the_other_methods(run_dpo, base_dir, method, tmp_path):
+def test_the_other_methods(run_dpo, without_pictures, base_dir, method, tmp_path):
     """From a new adapter and from a file, with the file as its reference, resumed to the bit."""
     rows, folder = run_dpo("new", method=method)
     assert rows[0]["validation_loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -308,7 +308,7 @@ def test_the_other_methods(run_dpo, base_dir, method, tmp_path):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_resuming_from_another_start_is_refused(run_dpo, base_dir, tmp_path):
+def test_resuming_from_another_start_is_refused(run_dpo, without_pictures, base_dir, tmp_path):
     config = load_base(base_dir).config
     for name in "ab":
         save_adapter(tmp_path / f"{name}.safetensors", Aligner(config, 1))
@@ -317,7 +317,7 @@ def test_resuming_from_another_start_is_refused(run_dpo, base_dir, tmp_path):
         run_dpo(adapter_path=tmp_path / "b.safetensors", resume=True)
 
 
-def test_dropout_is_not_the_references(run_dpo, base_dir, tmp_path):
+def test_dropout_is_not_the_references(run_dpo, without_pictures, base_dir, tmp_path):
     lora = LoRA(load_base(base_dir).config, dropout=0.5)
     for parameter in lora.parameters():
         torch.nn.init.normal_(parameter, std=0.1)

@@ -56,7 +56,8 @@ class Endpoint:
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        polling = {"poll_interval": 0.01}  # seconds, until it sees that it is to end
+        threading.Thread(target=self.server.serve_forever, kwargs=polling, daemon=True).start()
 
 
 @pytest.fixture

@@ -135,7 +135,7 @@ def test_starts_at_a_half_and_learns(run_kto, tmp_path):
     assert rows[0]["validation_loss"] == pytest.approx(0.5 * (1.2 + 0.6) / 2, abs=1e-6)
 
 
-def test_validation_by_hand(run_kto, started, base_dir, answers_dir):
+def test_validation_by_hand(run_kto, without_pictures, started, base_dir, answers_dir):
     """The reference point is that of the whole validation set, whatever the micro batches, and is not below zero."""
     options, start = started
     [first, *_], _ = run_kto(max_steps=1, micro_batch_size=2, beta=0.2, **options)
@@ -163,7 +163,7 @@ def test_validation_by_hand(run_kto, started, base_dir, answers_dir):
     assert first["validation_bad_reward"] == pytest.approx(0.2 * scores[~wanted].mean().item(), abs=1e-4)
 
 
-def test_the_reference_point_is_that_of_the_step(run_kto, started):
+def test_the_reference_point_is_that_of_the_step(run_kto, without_pictures, started):
     """Other micro batches, packed ones and a cached reference train the same adapter."""
     options, _ = started
     options |= {"beta": 0.5, "eval_interval": 3}
@@ -183,7 +183,7 @@ def test_the_reference_point_is_that_of_the_step(run_kto, started):
             torch.testing.assert_close(found[name][key], expected, atol=2e-4, rtol=0)
 
 
-def test_resumed_to_the_bit(run_kto, started):
+def test_resumed_to_the_bit(run_kto, without_pictures, started):
     options, _ = started
     options |= {"save_interval": 2, "max_steps": 4}
     _, whole = run_kto("whole", **options)
@@ -194,7 +194,7 @@ def test_resumed_to_the_bit(run_kto, started):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_learning_rate_auto_keeps_good_and_bad_apart(run_kto, capsys):
+def test_learning_rate_auto_keeps_good_and_bad_apart(run_kto, without_pictures, capsys):
     """A part of the training answers is held out, with what each is."""
     rows, _ = run_kto(learning_rate="auto", max_steps=10)
     assert "--learning_rate auto takes" in capsys.readouterr().err

@@ -57,11 +57,26 @@ def open_gguf(path: Path) -> tuple[Any, dict[str, Any]]:
     check_file(path)
     try:
         _check_lengths(path)
-        reader = gguf.GGUFReader(path)
+        reader = _plain(gguf.GGUFReader)(path)
         return reader, {name: field.contents() for name, field in reader.fields.items()}
     except Exception as error:  # on junk the library raises errors of any kind
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not a complete GGUF file ({reason})") from None
+
+
+def _plain(reader: Any) -> Any:
+    """`gguf.GGUFReader` with the file as a plain array, as slices of a `numpy.memmap` take most of its time."""
+
+    class Reader(reader):
+        @property
+        def data(self) -> np.ndarray:
+            return self._data
+
+        @data.setter
+        def data(self, mapped: np.memmap) -> None:
+            self._data = np.asarray(mapped)
+
+    return Reader
 
 
 _BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of a value, by its type
