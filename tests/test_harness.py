@@ -1,5 +1,6 @@
 """The harness's own `hf` model on an export, against ours; and local copies of data."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -21,6 +22,20 @@ from lit_llama.evaluation.harness import HarnessModel
 from lit_llama.evaluation.tasks import load_tasks, local_copy, random_questions
 
 TEXT = "the cat sat on a mat and 12 dogs ran to 3 houses of the old king"
+
+
+def index_few_tasks():
+    """The harness reads thousands of files for the index of all its tasks; these are those of the tests."""
+    folders = [Path(lm_eval.tasks.__file__).parent / name for name in ("mmlu", "gsm8k", "arc")]
+    few = functools.partial(TaskManager, include_path=folders, include_defaults=False)
+    lit_llama.evaluation.tasks.TaskManager = few
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_tasks():
+    index_few_tasks()
+    yield
+    lit_llama.evaluation.tasks.TaskManager = TaskManager
 
 
 @pytest.fixture(scope="module")
@@ -188,13 +203,6 @@ def test_script_resumes(command, long_base, aligner_path, data, tmp_path, chat, 
     monkeypatch.setattr(HarnessModel, "_logits", None)
     monkeypatch.setattr("lit_llama.evaluation.harness.complete", None)
     assert command("evaluate/harness.py", **options)[1] == out
-
-
-def index_few_tasks():
-    """The harness reads thousands of files for the index of all its tasks; these are those of the two asked for."""
-    folders = [Path(lm_eval.tasks.__file__).parent / name for name in ("mmlu", "gsm8k")]
-    few = TaskManager(include_path=folders, include_defaults=False)
-    lit_llama.evaluation.tasks.task_manager = lambda: few
 
 
 def test_two_processes_find_what_one_does(command, long_base, data, tmp_path):
