@@ -157,7 +157,7 @@ def test_a_lora_goes_out_and_comes_back(tmp_path, base_dir, command):
     save_adapter(file, lora, model, prompt_style="alpaca")
     options = {"checkpoint_dir": base_dir, "adapter_path": file, "output_dir": tmp_path / "mine", "format": "peft"}
     assert command(SCRIPT, **options)[0] == 0
-    back, info = read_adapter(tmp_path / "mine", "lora", model)
+    back, info = read_adapter(tmp_path / "mine", model=model)
     assert adapter_fingerprint(back) == adapter_fingerprint(lora)
     assert (info.base_fingerprint, info.prompt_style) == (model.fingerprint, "alpaca")
 
