@@ -115,7 +115,7 @@ class Batch(NamedTuple):
         return self._replace(**{name: value.to(device) for name, value in values if isinstance(value, Tensor)})
 
     def part(self, place: int, per_item: int) -> "Batch":
-        """The examples at one place of each item, as if there were no others.
+        """The examples at one place of each item, as if there were no others, without padding that only these need.
 
         Args:
             place: their place in the item, counted from 0.
@@ -124,7 +124,10 @@ class Batch(NamedTuple):
         own = slice(place, None, per_item)
         part = self if self.reference is None else self._replace(reference=self.reference[own])
         if self.lengths is None:
-            return part._replace(ids=self.ids[own], scored=self.scored[own])
+            ids, scored = self.ids[own], self.scored[own]
+            columns = scored.any(0).nonzero()
+            length = int(columns[-1]) + 1 if len(columns) else 1  # what follows the last scored token is padding
+            return part._replace(ids=ids[:, :length], scored=scored[:, :length])
         ids, scored = (torch.cat(row[0].split(self.lengths)[own])[None] for row in (self.ids, self.scored))
         return part._replace(ids=ids, scored=scored, lengths=self.lengths[own])
 
@@ -160,17 +163,8 @@ class Batch(NamedTuple):
         return values.repeat_interleave(torch.tensor(self.lengths, device=values.device))[None]
 
     def of_two(self) -> "tuple[Batch, Batch]":
-        """The first and the second examples of items of two, without positions that only the other ones need."""
-        return self._every_second(0), self._every_second(1)
-
-    def _every_second(self, start: int) -> "Batch":
-        if self.lengths is None:
-            ids, scored = self.ids[start::2], self.scored[start::2]
-            columns = scored.any(0).nonzero()
-            length = int(columns[-1]) + 1 if len(columns) else 1  # what follows the last scored token is padding
-            return self._replace(ids=ids[:, :length], scored=scored[:, :length])
-        ids, scored = (torch.cat(tensor[0].split(self.lengths)[start::2])[None] for tensor in (self.ids, self.scored))
-        return self._replace(ids=ids, scored=scored, lengths=self.lengths[start::2])
+        """The first and the second examples of items of two."""
+        return self.part(0, per_item=2), self.part(1, per_item=2)
 
 
 def collate(examples: Sequence[Example], pack: bool = False) -> Batch:

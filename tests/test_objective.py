@@ -145,7 +145,7 @@ def test_kept_text_is_half_a_prompt(tiny_model):
         )
         kept = kept + scored * torch.distributions.kl_divergence(before, after).mean()
     torch.testing.assert_close(found, kept, atol=1e-3, rtol=1e-4)
-    assert found > 1
+    assert found > 0.1
 
 
 def load_fresh(model):

@@ -29,13 +29,13 @@ def test_divergence_on_a_text_is_torchs(base_dir, aligner_path, tmp_path):
     parts = [torch.tensor([ids[i : i + 40]]) for i in range(0, len(ids), 40)]
     total = sum(
         float(torch.distributions.kl_divergence(*(
-            torch.distributions.Categorical(logits=base.model(part, adapter)) for adapter in (None, base.adapter)
+            torch.distributions.Categorical(logits=base.model(part, one)[0, :-1]) for one in (None, base.adapter)
         )).sum())
         for part in parts
     )  # fmt: skip
-    found = scale.text_divergence(base, tmp_path / "text.txt", window=40)
-    assert found == pytest.approx(total / len(ids), rel=1e-4)
+    found = scale.divergence_on(base, tmp_path / "text.txt", window=40)
+    assert found == pytest.approx(total / (len(ids) - len(parts)), rel=1e-4)
     assert found > 0.001
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ValueError, match="holds no text"):
-        scale.text_divergence(base, tmp_path / "empty.txt")
+        scale.divergence_on(base, tmp_path / "empty.txt")
