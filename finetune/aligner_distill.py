@@ -26,7 +26,7 @@ from lit_llama.script.conditions import Conditions
 from lit_llama.script.distillation_report import compare, write_report
 from lit_llama.script.machine import build_all
 from lit_llama.script.questions import read_context, read_questions
-from lit_llama.script.teacher import check_teacher, teach
+from lit_llama.script.teacher import check_teacher, teach, that_fit
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.training import fit
 from lit_llama.tuning import find_learning_rate
@@ -39,6 +39,7 @@ def main(
     teacher_scale: list[float] | None = None,
     questions_file: Path = Path("examples/questions.jsonl"),
     take_answers: bool = False,
+    prompt_style: str | None = None,
     data_dir: Path = Path("data/distill"),
     out_dir: Path = Path("out/distill"),
     answers: int = 1,
@@ -127,11 +128,14 @@ def main(
         lambda: read_context(system_prompt_file),
         lambda: read_questions(questions_file, Tokenizer(checkpoint_dir), take_answers, validation_share, seed),
         lambda: search_pattern(matches),
-        lambda: check_teacher(system_prompt_file, teacher_adapter, answers, temperature, max_new_tokens),
+        lambda: check_teacher(
+            system_prompt_file, teacher_adapter, answers, temperature, max_new_tokens, take_answers, asked
+        ),
     )  # fmt: skip
 
-    fabric, base, objective = setup.open(checkpoint_dir, None, plan, out_dir)
+    fabric, base, objective = setup.open(checkpoint_dir, prompt_style, plan, out_dir)
     teacher = base.with_adapter(teacher_adapter, teacher_scale)
+    questions = that_fit(fabric, teacher, context, questions, max_new_tokens)
     generation = {"max_new_tokens": max_new_tokens, "batch_size": answer_batch_size}
     sampling = {"answers": answers, "temperature": temperature, "seed": seed}
     folder = teach(fabric, teacher, context, questions, data_dir, **sampling, **generation)
@@ -162,7 +166,7 @@ def main(
     run_folder.restore_best(adapter.eval())
     found = compare(student, teacher, context, questions, pattern, most=asked, **generation)
     if fabric.is_global_zero:
-        print(write_report(found, progress, out_dir), end="")
+        print(write_report(found, progress, checkpoint_dir, out_dir), end="")
 
 
 if __name__ == "__main__":

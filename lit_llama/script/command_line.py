@@ -6,6 +6,7 @@ Generated text goes to stdout, everything else to stderr.
 
 import importlib
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -20,6 +21,7 @@ from lit_llama.checkpoint import verify_base
 from lit_llama.script.errors import explain
 from lit_llama.script.parser import parse
 
+DEMO_BASE = Path("checkpoints/SmolLM2-135M-Instruct")  # what scripts take if no base model is given
 DEBUG = "ALIGNER_DEBUG"  # the environment variable that asks for tracebacks
 
 
@@ -69,6 +71,19 @@ def _verify(checkpoint_dir: Path | None) -> None:
         count = verify_base(checkpoint_dir)
         if count:
             print(f"{checkpoint_dir}: {count} files are what the conversion wrote", file=sys.stderr)
+
+
+def try_next(checkpoint_dir: Path, *commands: str) -> list[str]:
+    """The last lines of a report: what to run next on the same base model.
+
+    Args:
+        checkpoint_dir: folder of the base model.
+        commands: each begins with the name of a script, which has the option --checkpoint_dir.
+    """
+    python = ".venv/bin/python" if Path(sys.prefix) == Path.cwd() / ".venv" else "python"
+    base = "" if checkpoint_dir == DEMO_BASE else f" --checkpoint_dir {shlex.quote(str(checkpoint_dir))}"
+    scripts = (command.partition(" ") for command in commands)
+    return ["", "Try next:", *(f"  {python} {script}{base} {options}" for script, _, options in scripts)]
 
 
 def peak_memory() -> str:
