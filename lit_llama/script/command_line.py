@@ -22,6 +22,7 @@ from lit_llama.script.errors import explain
 from lit_llama.script.parser import parse
 
 DEMO_BASE = Path("checkpoints/SmolLM2-135M-Instruct")  # what scripts take if no base model is given
+DIVERGED = 3  # exit status of training whose loss or gradient is no longer finite
 DEBUG = "ALIGNER_DEBUG"  # the environment variable that asks for tracebacks
 
 
@@ -29,8 +30,9 @@ def run(main: Callable[..., Any]) -> None:
     """Call `main` with each of its keywords as a command-line option, and exit.
 
     A user's error (`ValueError`, `OSError`, ...) becomes one line on stderr and exit status 1; so do a lack of memory,
-    with what to lower, and an unexpected error. Every script has the options `--threads` and `--debug`, those that
-    open a base model have `--verify`; see `lit_llama.script.parser` for how options are written.
+    with what to lower, and an unexpected error. Training that diverged has a status of its own, `DIVERGED`. Every
+    script has the options `--threads` and `--debug`, those that open a base model have `--verify`; see
+    `lit_llama.script.parser` for how options are written.
 
     Args:
         main: the script's function; the docstring of its module becomes the help's description.
@@ -61,7 +63,7 @@ def run(main: Callable[..., Any]) -> None:
         if os.environ.get(DEBUG, "0") != "0":
             traceback.print_exc()
         print(f"error: {explain(error, options)}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(DIVERGED if isinstance(error, FloatingPointError) else 1)
 
 
 def _verify(checkpoint_dir: Path | None) -> None:
