@@ -49,7 +49,7 @@ def main(
     validation_share: float = 0.1,
     method: Method = "aligner",
     aligner_length: int = 1,
-    learning_rate: float | Literal["auto"] = 3e-2,
+    learning_rate: float | Literal["auto"] | None = None,
     decay: Decay = "linear",
     weight_decay: float = 0.02,
     batch_size: int = 4,
@@ -91,8 +91,9 @@ def main(
             splits.
         method: method of the new adapter; all but an Aligner have their default sizes.
         aligner_length: number of prefix tokens N of a new Aligner.
-        learning_rate: peak of the learning rate, reached at the end of warm-up; "auto" tries a few for a few steps on a
-            part of the training examples kept apart, and takes the best.
+        learning_rate: peak of the learning rate, reached at the end of warm-up; if not given, 3e-2 for aligner and
+            llama_adapter, 1e-2 for bias, 3e-3 for lora; "auto" tries a few around that for a few steps on a part of the
+            training examples kept apart, and takes the best.
         decay: how the learning rate falls from the peak: "linear" to zero, or "none".
         weight_decay: weight decay of AdamW.
         batch_size: number of answers per optimizer step, over all devices.

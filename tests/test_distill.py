@@ -216,6 +216,13 @@ def test_the_report_counts_what_the_prompt_costs(distil, options, base_dir, caps
     assert f"{tokens} tokens, {size:,} bytes of cache" in capsys.readouterr().out
 
 
+def test_a_lora_learns_at_the_rate_of_a_lora(distil, options):
+    """The rate that was taken is what the adapter's file and the table of metrics say."""
+    distil(max_steps=1, method="lora", decay="none", warmup_steps=0)
+    assert adapter_info(options["out_dir"]).hyperparameters["learning_rate"] == 3e-3
+    assert float(metrics(options["out_dir"])[1]["learning_rate"]) == 3e-3
+
+
 def test_prompts_of_a_prepared_data_set_are_asked(distil, options, base_dir, tmp_path):
     rows = [{"instruction": question, "output": "?"} for question in QUESTIONS]
     (tmp_path / "alpaca.json").write_text(json.dumps(rows))
