@@ -80,6 +80,9 @@ def main(
             "messages", perhaps with a "split"; or the folder of a tokenised data set, whose prompts are taken.
         take_answers: take the answers in --questions_file, which may be a file of answers in --data_dir, and let the
             teacher answer nothing itself.
+        prompt_style: how a prompt is written for the model: "chat" (the model's own template), "chat-thinking-on" or
+            "chat-thinking-off" (the same where it has a switch for that), "alpaca", "metamath", "beaver", "hh" or
+            "none"; if not given, as the teacher's first adapter was trained, and for a base model alone "chat".
         data_dir: folder in which the teacher's answers are kept, in files named by a hash of what made them: another
             run with the same teacher and prompt does not wait for them again.
         out_dir: folder for the adapter, its training states, metrics, pictures and the report.
