@@ -41,8 +41,8 @@ def main(
     data_dir: Path = Path("data/pairs"),
     out_dir: Path = Path("out/dpo"),
     adapter_path: Path | None = None,
-    method: Method = "aligner",
-    aligner_length: int = 1,  # paper: 1 and 10
+    method: Method | None = None,  # aligner
+    aligner_length: int | None = None,  # 1; paper: 1 and 10
     reference_path: Path | None = None,
     cache_reference: bool = False,
     loss: PairLoss = "sigmoid",
@@ -73,8 +73,8 @@ def main(
         data_dir: folder of the tokenised pairs.
         out_dir: folder for the adapter, its training states, metrics and their picture.
         adapter_path: adapter to start from, of any method; if not given, a new one.
-        method: method of a new adapter; all but an Aligner have their default sizes.
-        aligner_length: number of prefix tokens N of a new Aligner.
+        method: method of a new adapter, "aligner" if not given; all but an Aligner have their default sizes.
+        aligner_length: number of prefix tokens N of a new Aligner, 1 if not given.
         reference_path: adapter that the policy is held to, or "base" for the base model alone; if not given, the one
             that training starts from.
         cache_reference: compute the reference's log-probabilities once, and keep them in --data_dir.
@@ -129,13 +129,11 @@ def main(
     tokenizer, (train, validation) = open_data(checkpoint_dir, data_dir, max_seq_length, kind="pairs")
     plan = plan.for_items(len(train))
 
-    fabric, base, objective = setup.open(checkpoint_dir, train.header["prompt_style"], plan, out_dir)
-    start.join(base.model, fabric.device)
+    fabric, base, objective = setup.open(checkpoint_dir, train.header["prompt_style"], plan, out_dir, start.read)
     if cache_reference:
-        bits = setup.machine.quantize
         for dataset in (train, validation):
             dataset.reference = cached_reference(
-                fabric, base.model, start.reference, dataset, data_dir, micro_batch_size, quantize=bits
+                fabric, base.model, start.reference, dataset, data_dir, micro_batch_size
             )
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=weight_decay)
 
@@ -153,7 +151,7 @@ def main(
         fabric, policy, optimizer, measure, train, tokenizer, plan,
         around=3e-3, measured=objective.measured(PREFERENCE_METRICS), resume_dir=setup.resume_dir(out_dir),
     )  # fmt: skip
-    folder = setup.run_folder(out_dir, base, options | coefficients, objective, start.fingerprints)
+    folder = setup.run_folder(out_dir, base, options | coefficients | start.kind, objective, start.fingerprints)
     fit(
         fabric, policy, optimizer, measure, train, validation, plan, folder,
         measured=objective.measured(PREFERENCE_METRICS), show_answers=show_answers,

@@ -102,6 +102,24 @@ class AdapterInfo:
         return self.hyperparameters.get("quantize")
 
 
+def new_adapter(config: LLaMAConfig, method: Method, aligner_length: int | None = None) -> AnyAdapter:
+    """A new adapter with the default sizes of its method.
+
+    Args:
+        config: configuration of the base model.
+        method: a key of `METHODS`.
+        aligner_length: number of prefix tokens, of an Aligner alone; 1 if not given.
+
+    Raises:
+        ValueError: another method is given a number of tokens, or an Aligner one below 1.
+    """
+    if aligner_length is None:
+        return METHODS[method](config)
+    if method != "aligner":
+        raise ValueError(f"--aligner_length is the length of an Aligner, and --method is {method}: leave it out")
+    return Aligner(config, aligner_length)
+
+
 class OpenedBase(Protocol):
     """The part of `lit_llama.base.Base` that an adapter's file records."""
 
@@ -361,25 +379,6 @@ def check_base(path: Path, info: AdapterInfo, model: LLaMA, allow_other_base: bo
         if not allow_other_base:
             raise ValueError(f"{message}; --allow_other_base uses it all the same")
         warnings.warn(message, stacklevel=2)
-
-
-def check_bits(path: Path, info: AdapterInfo, bits: str) -> None:
-    """Make sure that an adapter is used on a base that is quantised as the one that it was trained on.
-
-    Args:
-        path: file of the adapter, for messages.
-        info: what that says about itself.
-        bits: how the base is quantised, or "none", if nobody chose that for this adapter.
-
-    Raises:
-        ValueError: the adapter was trained on a base that was quantised in another way.
-    """
-    trained = info.quantize or "none"
-    if trained != bits:
-        raise ValueError(
-            f"{path} was trained on a base with --quantize {trained}, and this base has {bits}: give --quantize "
-            f"{trained} to use it as it was trained, or --quantize {bits} to use it on this base all the same"
-        )
 
 
 def adapter_fingerprint(adapter: AnyAdapter) -> str:

@@ -7,7 +7,6 @@ base.with_adapter("out/other").generate(["Why is the sky blue?", "What is rain?"
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,77 +14,29 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import torch
 
-from lit_llama.adapters import AdapterInfo, AnyAdapter, adapter_fingerprint, check_base, check_bits, read_adapter
+from lit_llama.adapters import AdapterInfo
 from lit_llama.checkpoint import load_base, read_config
-from lit_llama.combine import WeightedSum
-from lit_llama.config import LLaMAConfig
 from lit_llama.devices.layouts import WeightOnly, compile_decoding, lay_out, quantize_for_inference
 from lit_llama.devices.precision import PRECISIONS, Precision, default_dtype
-from lit_llama.devices.quantization import Quantize
 from lit_llama.generation import respond, stream_text
 from lit_llama.model import LLaMA
 from lit_llama.prompts import Message, PromptStyle, chosen_style
 from lit_llama.seam import Adapter
+from lit_llama.together import (
+    AdapterLike,
+    Bits,
+    ReadAdapter,
+    add_up,
+    check_adapters,
+    infos_of,
+    read_adapters,
+    scales_of,
+    trained_bits,
+)
 from lit_llama.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # slow to import, which --help should not be
     from torch.distributed.device_mesh import DeviceMesh
-
-Bits = Quantize | WeightOnly | Literal["none"]  # of a base's weights
-
-
-@dataclass(frozen=True)
-class ReadAdapter:
-    """An adapter, and its file with what that says, if it comes from one.
-
-    Args:
-        adapter: the adapter.
-        name: for reports.
-        content: what tells it from others.
-        path: its file or run folder.
-        info: what the file says.
-    """
-
-    adapter: Adapter
-    name: str
-    content: str
-    path: Path | None = None
-    info: AdapterInfo | None = None
-
-
-def read_adapters(
-    adapters: AdapterLike | Sequence[AdapterLike] | None, config: LLaMAConfig | None = None
-) -> list[ReadAdapter]:
-    """Read adapters from their files, for several bases with different ones of them.
-
-    Args:
-        adapters: file or run folder of an adapter, or an adapter itself, or several; what was read already stays as it
-            is.
-        config: configuration of the base model, which PEFT's folders need.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is damaged.
-    """
-    if adapters is None:
-        return []
-    read = []
-    for one in adapters if isinstance(adapters, Sequence) and not isinstance(adapters, str) else [adapters]:
-        if isinstance(one, ReadAdapter):
-            read.append(one)
-        elif isinstance(one, str | Path):
-            adapter, info = read_adapter(Path(one), config=config)
-            content = adapter_fingerprint(adapter)[:16]
-            read.append(ReadAdapter(adapter, f"{one} ({content[:8]})", content, Path(one), info))
-        elif isinstance(one, AnyAdapter):
-            content = adapter_fingerprint(one)[:16]
-            read.append(ReadAdapter(one, f"{one.method} ({content[:8]})", content))
-        else:
-            read.append(ReadAdapter(one, type(one).__name__, f"{type(one).__name__} {id(one)}"))
-    return read
-
-
-AdapterLike = Path | str | Adapter | ReadAdapter
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +97,7 @@ class Base:
                 are too many or too few scales.
         """
         read = read_adapters(adapter, self.model.config)
-        infos = _infos(read)
+        infos = infos_of(read)
         keeps_style = self.asked_style is not None or (read and not infos)
         if not read and self.tokenizer.chat_template is None:  # next to an adapter, the base is asked as that is
             keeps_style = True
@@ -155,26 +106,18 @@ class Base:
 
     def _with(self, read: list[ReadAdapter], scale: float | Sequence[float] | None, style: PromptStyle) -> Base:
         scales = scales_of(scale, len(read))
-        warn_of_missing(read)
+        bits = self.quantize if self.asked_quantize is None else None
+        check_adapters(read, self.model, bits, allow_other_base=self.allow_other_base)
         for one in read:
-            self._check(one)
             if isinstance(one.adapter, torch.nn.Module):
                 one.adapter.to(self.device).eval()
-        adapter = _add_up(read, scales)
+        adapter = add_up(read, scales)
         times = ["" if s == 1 else f" x {s:g}" for s in scales]
         names = [self.model.config.name, *(one.name + x for one, x in zip(read, times, strict=True))]
         parts = [self.weights, *(one.content + x for one, x in zip(read, times, strict=True)), style.fingerprint]
         return replace(
-            self, adapter=adapter, style=style, name=" + ".join(names), identity=", ".join(parts), infos=_infos(read)
+            self, adapter=adapter, style=style, name=" + ".join(names), identity=", ".join(parts), infos=infos_of(read)
         )
-
-    def _check(self, one: ReadAdapter) -> None:
-        """Refuse an adapter that does not belong to this base."""
-        if isinstance(one.adapter, AnyAdapter):
-            info = one.info or AdapterInfo(one.adapter.method, one.adapter.sizes)
-            check_base(one.path or Path(one.name), info, self.model, self.allow_other_base)
-        if one.info is not None and self.asked_quantize is None:
-            check_bits(one.path or Path(one.name), one.info, self.quantize)
 
     @overload
     def generate(self, prompts: str, *, stream: Literal[False] = False, **sampling: Any) -> str: ...
@@ -251,7 +194,7 @@ def open_base(
     tokenizer.check_vocabulary(config.vocab_size)
     read = read_adapters(adapter_path, config)  # refused before the base is loaded
     scales_of(adapter_scale, len(read))
-    infos = _infos(read)
+    infos = infos_of(read)
     style = style_of(prompt_style, infos[0].style if infos else None, tokenizer)
     bits = quantize or trained_bits({one.name: one.info for one in read if one.info is not None})
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -288,71 +231,6 @@ def _load(
     return model
 
 
-def open_adapters(
-    model: LLaMA,
-    adapters: AdapterLike | Sequence[AdapterLike] | None,
-    scale: float | Sequence[float] | None = None,
-    allow_other_base: bool = False,
-) -> tuple[Adapter | None, tuple[AdapterInfo, ...]]:
-    """Adapters to be folded into a base model that is itself not opened, as exports do it weight by weight.
-
-    Args:
-        model: the base model, perhaps without its weights, but with their fingerprint.
-        adapters: file or run folder of an adapter, or an adapter itself; several are added up.
-        scale: what each is multiplied by: one for each, or one for all; 1 if not given.
-        allow_other_base: accept adapters of other weights of the same sizes, with a warning.
-
-    Returns:
-        The adapter, if there is one, and what the files say.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is damaged or of another base, or there are too many or too few scales.
-    """
-    read = read_adapters(adapters, model.config)
-    warn_of_missing(read)
-    for one in read:
-        if one.info is not None:
-            check_base(one.path or Path(one.name), one.info, model, allow_other_base)
-    return _add_up(read, scales_of(scale, len(read))), _infos(read)
-
-
-def warn_of_missing(read: Sequence[ReadAdapter]) -> None:
-    """Say which adapters some of these were trained on top of, if they are not there."""
-    there = {one.content for one in read}
-    for one in read:
-        for companion in one.info.also if one.info is not None else ():
-            if companion.fingerprint not in there:
-                warnings.warn(
-                    f"{one.name} was trained on top of {companion.name} (scale {companion.scale:g}): add that adapter, "
-                    "as it learned only what is missing there",
-                    stacklevel=2,
-                )
-
-
-def _add_up(read: Sequence[ReadAdapter], scales: Sequence[float]) -> Adapter | None:
-    """One adapter alone as it is, several or scaled ones as a sum."""
-    if len(read) == 1 and scales[0] == 1:
-        return read[0].adapter
-    return WeightedSum(*((one.adapter, s) for one, s in zip(read, scales, strict=True))) if read else None
-
-
-def _infos(read: Sequence[ReadAdapter]) -> tuple[AdapterInfo, ...]:
-    return tuple(one.info for one in read if one.info is not None)
-
-
-def scales_of(scale: float | Sequence[float] | None, count: int) -> list[float]:
-    """A scale for each of some adapters, from one for each, or one for all, or none, which is 1."""
-    if scale is None:
-        return [1.0] * count
-    scales = [float(scale)] if isinstance(scale, int | float) else [float(one) for one in scale]
-    if count == 0:
-        raise ValueError("there is a scale but no adapter that it could scale")
-    if len(scales) not in (1, count):
-        raise ValueError(f"{len(scales)} scales for {count} adapters: give one for each, or one for all")
-    return scales * (count // len(scales))
-
-
 def style_of(asked: str | None, trained: str | None, tokenizer: Tokenizer) -> PromptStyle:
     """The rule for prompts: what was asked for, or the first adapter's training, or the base's own template.
 
@@ -365,19 +243,3 @@ def style_of(asked: str | None, trained: str | None, tokenizer: Tokenizer) -> Pr
         ValueError: there is no such style, or the base's chat template fails.
     """
     return chosen_style(asked, trained, tokenizer, "none" if tokenizer.chat_template is None else "chat")
-
-
-def trained_bits(infos: dict[str, AdapterInfo]) -> Bits:
-    """The number of bits of the bases that adapters were trained on.
-
-    Args:
-        infos: what each adapter's file says, by its name.
-
-    Raises:
-        ValueError: they differ.
-    """
-    bits: dict[str, Any] = {name: info.quantize or "none" for name, info in infos.items()}
-    if len(set(bits.values())) > 1:
-        found = ", ".join(f"{name}: {value}" for name, value in bits.items())
-        raise ValueError(f"the adapters were trained with different --quantize ({found}): give the one to use here")
-    return next(iter(bits.values()), "none")

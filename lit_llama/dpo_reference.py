@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -15,13 +15,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_llama.adapters import METHODS, AdapterInfo, AnyAdapter, Method, adapter_fingerprint, check_base, read_adapter
+from lit_llama.adapters import AnyAdapter, Method, adapter_fingerprint, new_adapter
+from lit_llama.aligner import Aligner
 from lit_llama.checkpoint import read_config
 from lit_llama.data import Batch, TokenDataset, by_length
+from lit_llama.devices.quantization import bits_of
 from lit_llama.files import atomic_file
 from lit_llama.losses import response_logprobs
 from lit_llama.model import LLaMA
 from lit_llama.seam import Adapter
+from lit_llama.together import ReadAdapter, read_adapters
 
 if TYPE_CHECKING:  # takes seconds to import, which --help should not cost
     from lightning_fabric import Fabric
@@ -32,58 +35,63 @@ class PolicyAndReference(NamedTuple):
 
     Args:
         policy: the adapter that is trained.
-        reference: the adapter that it is held to; None for the base model alone.
-        files: those that they were read from, with what each says about itself.
+        reference: the adapter that it is held to, which stays as it is; None for the base model alone.
+        read: both, with what their files say if they come from files.
         fingerprints: hashes of both, by name, for the record of a run.
     """
 
     policy: AnyAdapter
     reference: AnyAdapter | None
-    files: list[tuple[Path, AdapterInfo]]
+    read: list[ReadAdapter]
     fingerprints: dict[str, str]
 
-    def join(self, model: LLaMA, device: torch.device) -> None:
-        """Move both to the base model's device; raises ValueError if they do not belong to that base model."""
-        for path, info in self.files:
-            check_base(path, info, model)
-        self.policy.to(device)
-        if self.reference is not None:
-            self.reference.to(device).requires_grad_(False)
+    @property
+    def kind(self) -> dict[str, str | int | None]:
+        """The options `method` and `aligner_length` as the policy has them, for the record of a run."""
+        length = self.policy.sizes["length"] if isinstance(self.policy, Aligner) else None
+        return {"method": self.policy.method, "aligner_length": length}
 
 
 def read_policy_and_reference(
-    checkpoint_dir: Path, adapter_path: Path | None, reference_path: Path | None, method: Method, aligner_length: int
+    checkpoint_dir: Path,
+    adapter_path: Path | None,
+    reference_path: Path | None,
+    method: Method | None,
+    aligner_length: int | None,
 ) -> PolicyAndReference:
-    """What preference tuning starts from.
+    """What preference tuning starts from. Whether it belongs to the base model is checked where that is opened.
 
     Args:
         checkpoint_dir: folder of the base model.
         adapter_path: file of the policy at the start; None for a new adapter.
         reference_path: file of the reference, or "base" for the base model alone; None for the policy at its start.
-        method: method of a new adapter.
-        aligner_length: number of prefix tokens of a new Aligner.
+        method: method of a new adapter; an Aligner if not given.
+        aligner_length: number of prefix tokens of a new Aligner; 1 if not given.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a file is damaged, or the adapter does not fit the base model.
+        ValueError: a file is damaged, or it holds another adapter than the options ask for.
     """
+    config = read_config(checkpoint_dir)
+    new = None if adapter_path else new_adapter(config, method or "aligner", aligner_length)
+    read = read_adapters(adapter_path or new, config)
     reference_path = reference_path or adapter_path or Path("base")
-    config, files = read_config(checkpoint_dir), []
-    if adapter_path is None:
-        sizes: dict[str, Any] = {"length": aligner_length} if method == "aligner" else {}
-        policy = METHODS[method](config, **sizes)
-    else:
-        policy, info = read_adapter(adapter_path, config=config)
-        files.append((adapter_path, info))
-    reference = None
     if reference_path != Path("base"):
-        reference, info = read_adapter(reference_path, config=config)
-        files.append((reference_path, info))
+        read += read_adapters(reference_path, config)
+    policy, reference = read[0].adapter, read[1].adapter if read[1:] else None
+    assert isinstance(policy, AnyAdapter)
+    assert isinstance(reference, AnyAdapter | None)
     fingerprints = {
         "start": "new" if adapter_path is None else adapter_fingerprint(policy),
-        "reference": "base" if reference is None else adapter_fingerprint(reference),
+        "reference": "base" if reference is None else adapter_fingerprint(reference.requires_grad_(False)),
     }
-    return PolicyAndReference(policy, reference, files, fingerprints)
+    start = PolicyAndReference(policy, reference, read, fingerprints)
+    for name, asked in {"method": method, "aligner_length": aligner_length}.items():
+        if asked not in (None, found := start.kind[name]):
+            raise ValueError(
+                f"--{name} {asked} is for a new adapter, and that of {adapter_path} has {found or 'none'}: leave it out"
+            )
+    return start
 
 
 @torch.no_grad()
@@ -99,7 +107,6 @@ def cached_reference(
     dataset: TokenDataset,
     folder: Path,
     micro_batch_size: int,
-    quantize: str | None = None,
 ) -> Tensor:
     """The reference's log-probabilities, from a file in `folder` or computed and written there.
 
@@ -113,7 +120,6 @@ def cached_reference(
         dataset: the pairs.
         folder: folder of the file.
         micro_batch_size: pairs per forward.
-        quantize: how the base is quantised.
 
     Returns:
         (items, 2) float32, on the CPU: chosen and rejected.
@@ -121,7 +127,7 @@ def cached_reference(
     key = {
         "base": model.fingerprint,
         "dtype": str(model.dtype),
-        "quantize": quantize,
+        "quantize": bits_of(model),
         "reference": None if reference is None else adapter_fingerprint(reference),
         "data": dataset.sha256,
         "pairs": len(dataset),

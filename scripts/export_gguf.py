@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_llama.base import open_adapters
 from lit_llama.checkpoint import base_fingerprint
 from lit_llama.config import LLaMAConfig
 from lit_llama.files import atomic_file, require_extra
@@ -37,6 +36,7 @@ from lit_llama.model import LLaMA
 from lit_llama.script.command_line import run
 from lit_llama.seam import Adapter
 from lit_llama.shapes import without_values
+from lit_llama.together import open_adapters
 
 BIASES = {"v": "blk.{}.attn_v.bias", "o": "blk.{}.attn_output.bias"}
 # By the architecture of the source, that of the new file, and the projections whose biases llama.cpp reads there.

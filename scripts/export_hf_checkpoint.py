@@ -18,7 +18,6 @@ from typing import Literal
 
 import torch
 
-from lit_llama.base import open_adapters
 from lit_llama.checkpoint import base_fingerprint, open_weights
 from lit_llama.conversion import copy_tokenizer
 from lit_llama.devices.precision import DType
@@ -30,6 +29,7 @@ from lit_llama.model import LLaMA
 from lit_llama.script.command_line import run
 from lit_llama.script.readme import write_readme
 from lit_llama.shapes import without_values
+from lit_llama.together import open_adapters
 from lit_llama.tokenizer import Tokenizer
 
 

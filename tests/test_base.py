@@ -8,12 +8,13 @@ import torch
 from conftest import load_script, make_hf_checkpoint, random_aligner
 
 from lit_llama.adapters import load_adapter, save_adapter
-from lit_llama.base import open_base, read_adapters
+from lit_llama.base import open_base
 from lit_llama.checkpoint import load_base
 from lit_llama.combine import WeightedSum
 from lit_llama.generation import generate
 from lit_llama.lora import LoRA
 from lit_llama.prompts import Message, prompt_style
+from lit_llama.together import read_adapters
 
 PROMPTS = ["Count to 3.", "Why?", "Name three rivers, please."]
 

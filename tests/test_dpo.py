@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import yaml
 from conftest import GOLDEN, load_script
 from lightning_fabric import Fabric
 
-from lit_llama.adapters import adapter_info, load_adapter, save_adapter
+from lit_llama.adapters import Companion, adapter_info, load_adapter, save_adapter
 from lit_llama.aligner import Aligner
 from lit_llama.base import open_base
 from lit_llama.checkpoint import load_base
@@ -266,8 +267,8 @@ def test_cache_is_keyed_by_what_it_depends_on(base_dir, pairs_dir, tmp_path):
     other = Aligner(model.config, 1)
     other.load_state_dict({**aligner.state_dict(), "gates": aligner.gates + 1e-3})
 
-    def ask(model=model, reference=None, dataset=train, quantize=None):
-        values = cached_reference(fabric, model, reference, dataset, tmp_path, 2, quantize)
+    def ask(model=model, reference=None, dataset=train):
+        values = cached_reference(fabric, model, reference, dataset, tmp_path, 2)
         return values, len(list(tmp_path.iterdir()))
 
     first, count = ask()
@@ -279,7 +280,7 @@ def test_cache_is_keyed_by_what_it_depends_on(base_dir, pairs_dir, tmp_path):
             {"reference": other},
             {"dataset": validation},
             {"model": load_base(base_dir, torch.bfloat16)},
-            {"quantize": "int8"},
+            {"model": load_base(base_dir, quantize="int8")},
         ],
         start=2,
     ):
@@ -355,3 +356,50 @@ def test_supervised_data_are_refused(command, base_dir, data_dir, tmp_path):
     )
     assert status == 1
     assert "holds examples for supervised tuning, expected pairs" in err
+
+
+def test_start_and_reference_belong_to_the_base_as_it_is(run_dpo, base_dir, tmp_path):
+    """They were trained on a quantised base, on top of another adapter."""
+    model, paths = load_base(base_dir), {name: tmp_path / f"{name}.safetensors" for name in ("style", "top")}
+    save_adapter(paths["style"], Aligner(model.config, 2), model)
+    companion = Companion("style", adapter_info(paths["style"]).fingerprint[:16], 1.0)
+    save_adapter(paths["top"], Aligner(model.config), model, also=[companion], hyperparameters={"quantize": "nf4"})
+    for options in ({"adapter_path": paths["top"]}, {"reference_path": paths["top"]}):
+        with pytest.raises(ValueError, match="trained on a base with --quantize nf4, and this base has none"):
+            run_dpo(**options)
+    with pytest.warns(UserWarning, match=r"top\.safetensors .* was trained on top of style \(scale 1\): use both"):
+        _, alone = run_dpo("alone", adapter_path=paths["top"], quantize="none", max_steps=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*on top of")
+        _, both = run_dpo(
+            "both", adapter_path=paths["top"], also_adapter=[paths["style"]], quantize="none", max_steps=1
+        )
+    infos = [adapter_info(folder) for folder in (alone, both)]
+    assert [info.quantize for info in infos] == [None, None]
+    assert [[one.fingerprint for one in info.also] for info in infos] == [[], [companion.fingerprint]]
+
+
+def test_a_run_does_not_start_from_its_own_folder(run_dpo, base_dir, tmp_path):
+    """Where a run writes its adapter, which would be the start when it is resumed."""
+    model = load_base(base_dir)
+    save_adapter(tmp_path / "dpo/aligner.safetensors", Aligner(model.config), model)
+    for name in ("adapter_path", "reference_path"):
+        with pytest.raises(ValueError, match="the folder of this run, which would move it away"):
+            run_dpo(**{name: tmp_path / "dpo"})
+    assert [path.name for path in (tmp_path / "dpo").iterdir()] == ["aligner.safetensors"]
+
+
+def test_options_of_a_new_adapter_are_not_for_another(run_dpo, base_dir, tmp_path):
+    model = load_base(base_dir)
+    save_adapter(tmp_path / "a.safetensors", Aligner(model.config, 2), model)
+    for options, message in (
+        ({"method": "lora"}, "--method lora is for a new adapter, and that of .* has aligner: leave it out"),
+        ({"aligner_length": 9}, "--aligner_length 9 is for a new adapter, and that of .* has 2: leave it out"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_dpo(adapter_path=tmp_path / "a.safetensors", **options)
+    with pytest.raises(ValueError, match="--aligner_length is the length of an Aligner, and --method is lora"):
+        run_dpo(method="lora", aligner_length=3)
+    _, folder = run_dpo(adapter_path=tmp_path / "a.safetensors", max_steps=1)
+    recorded = adapter_info(folder).hyperparameters
+    assert (recorded["method"], recorded["aligner_length"]) == ("aligner", 2)

@@ -164,8 +164,7 @@ def test_a_lora_goes_out_and_comes_back(tmp_path, base_dir, command):
 
 def test_preferences_start_from_a_folder_of_peft(tmp_path, hf_checkpoint, base_dir):
     save_with_peft(hf_checkpoint, tmp_path, peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    start = read_policy_and_reference(base_dir, tmp_path, None, "aligner", 1)
-    start.join(load_base(base_dir), torch.device("cpu"))
+    start = read_policy_and_reference(base_dir, tmp_path, None, None, None)
     assert (start.policy.method, start.reference.method) == ("lora", "lora")
     assert start.policy is not start.reference
 

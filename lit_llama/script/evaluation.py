@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lit_llama.adapters import adapter_file
-from lit_llama.base import Base, read_adapters, scales_of
+from lit_llama.base import Base
 from lit_llama.checkpoint import read_config
 from lit_llama.evaluation.answers import ANSWERS, QUESTIONS, Question, answer_questions, read_answers, write_questions
 from lit_llama.evaluation.judging import Case, Judge, estimate, judge_all
 from lit_llama.script.opening import open_model
+from lit_llama.together import read_adapters, scales_of
 
 Answers = dict[int | str, list[str]]  # by the question's id, a text for each turn
 

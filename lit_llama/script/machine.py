@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lit_llama.base import Base, open_base
 from lit_llama.devices.precision import PRECISIONS, Precision, what_auto_takes
@@ -26,7 +26,8 @@ class Machine:
     Args:
         precision: number format of the base model; "auto" is bf16-true where GPU or CPU compute in it and 32-true
             elsewhere, and says which it takes.
-        quantize: number of bits in which the base's blocks are kept: 4 ("nf4") or 8 ("int8"); if not given, all.
+        quantize: number of bits in which the base's blocks are kept: 4 ("nf4") or 8 ("int8"); if not given, all, and
+            adapters that were trained on a quantised base are refused, which "none" accepts.
         activation_checkpointing: compute activations again for the backward pass instead of keeping them, which takes
             less memory and more time.
         compile: let a compiler make the computation of each block, which takes a minute or more for each new length of
@@ -43,7 +44,7 @@ class Machine:
     """
 
     precision: Precision = "auto"
-    quantize: Quantize | None = None
+    quantize: Quantize | Literal["none"] | None = None
     activation_checkpointing: bool = False
     compile: bool = False
     devices: int = 1
@@ -59,11 +60,12 @@ class Machine:
             for name in ("devices", "num_nodes", "save_interval")
             if getattr(self, name) < 1
         ]
+        given = {name for name, value in vars(self).items() if value not in (False, None, "none")}
         pairs = ("quantize", "shard_base"), ("compile", "quantize"), ("compile", "shard_base")
         problems += [
             f"--{one} and --{other} do not go together: leave out one of them"
             for one, other in pairs
-            if getattr(self, one) and getattr(self, other)
+            if {one, other} <= given
         ]
         if problems:
             raise ValueError("; ".join(problems))

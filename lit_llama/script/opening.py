@@ -11,9 +11,10 @@ from typing import Literal, get_args
 
 import torch
 
-from lit_llama.base import AdapterLike, Base, Bits, open_base
+from lit_llama.base import Base, open_base
 from lit_llama.devices.layouts import WeightOnly
 from lit_llama.devices.precision import Precision, what_auto_takes
+from lit_llama.together import AdapterLike, Bits
 
 
 def open_model(

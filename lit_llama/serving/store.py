@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_llama.adapters import FORMER_METHODS, METHODS, AnyAdapter, adapter_without_values, check_bits, read_adapter
+from lit_llama.adapters import FORMER_METHODS, METHODS, AnyAdapter, adapter_without_values
 from lit_llama.model import LLaMA
+from lit_llama.together import Bits, check_adapters, read_adapters
 
 Stamp = tuple[int, int, int]
 RUN_FILES = (*METHODS, *FORMER_METHODS)  # what a run's adapter is called in the run's folder, without .safetensors
@@ -72,7 +73,9 @@ class AdapterStore:
         FileNotFoundError: there is no such folder.
     """
 
-    def __init__(self, folder: Path, model: LLaMA, allow_other_base: bool = False, quantize: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, model: LLaMA, allow_other_base: bool = False, quantize: Bits | None = None
+    ) -> None:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder of adapters")
         self.folder = folder
@@ -176,14 +179,16 @@ class AdapterStore:
     def _read(self, name: str, stamp: Stamp) -> StoredAdapter:
         path = self.folder / f"{name}.safetensors"
         try:
-            adapter, info = read_adapter(path, self._model, self._allow_other_base)
-            if self._quantize is None:
-                check_bits(path, info, "none")
-            values = torch.cat([tensor.flatten() for tensor in adapter.state_dict().values()])
+            [one] = read_adapters(path, self._model.config)
+            bits = "none" if self._quantize is None else None
+            check_adapters([one], self._model, bits, allow_other_base=self._allow_other_base)
+            assert isinstance(one.adapter, AnyAdapter)
+            assert one.info is not None
+            values = torch.cat([tensor.flatten() for tensor in one.adapter.state_dict().values()])
         except Exception as error:  # a fault of any kind in one file must not stop the others
             # Those who ask are told of the name that they know, not of the folder.
             return StoredAdapter(stamp, error=str(error).replace(str(path), path.name) or type(error).__name__)
-        kind = Kind(info.method, info.config, info.style)
+        kind = Kind(one.info.method, one.info.config, one.info.style)
         return StoredAdapter(stamp, self._kinds.setdefault(json.dumps(kind), kind), values)
 
 

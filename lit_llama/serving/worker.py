@@ -23,13 +23,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from tqdm import tqdm
 
-from lit_llama.base import Bits, open_base
+from lit_llama.base import open_base
 from lit_llama.combine import WeightedSum
 from lit_llama.decoder import Decoder, GenerationRequest, check_request
 from lit_llama.devices.precision import Precision
 from lit_llama.model import LLaMA
 from lit_llama.seam import Adapter
 from lit_llama.serving.store import AdapterStore
+from lit_llama.together import Bits
 
 PROMPT_TOKENS = 512  # padding included, that are read between two tokens of the other rows, unless one prompt has more
 ENDING = "the server is ending: try again later"
