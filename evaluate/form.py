@@ -6,7 +6,6 @@ Writes `report.json` and `report.txt` to `--out_dir` and prints the latter. Answ
 same command goes on where it was interrupted.
 """
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from lit_llama.evaluation.answers import read_test_questions
 from lit_llama.evaluation.forms import FORMS, FormName
 from lit_llama.files import atomic_file, write_json
 from lit_llama.model import parameter_shapes
-from lit_llama.script.command_line import peak_memory, run
+from lit_llama.script.command_line import DEMO_BASE, peak_memory, run, try_next
 from lit_llama.script.evaluation import ask, mixture
 from lit_llama.tables import side_by_side
 
@@ -66,6 +65,7 @@ def main(
         **facts(models["aligned"], time.perf_counter() - started),
         "adapter_bytes": sum(file.stat().st_size for file in aligned),
         "adapters": {str(file): scale for file, scale in aligned.items()},
+        "checkpoint_dir": str(options.get("checkpoint_dir", DEMO_BASE)),
         "out_dir": str(out_dir),
         "answers": rows,
     }
@@ -118,16 +118,14 @@ def render(report: dict[str, Any], shown: int = 5) -> str:
     if any(scale != 1 for scale in report["adapters"].values()):
         asked += "".join(f" --adapter_scale {scale:g}" for scale in report["adapters"].values())
     other = next(name for name in FORMS if name != report["form"])
-    python = ".venv/bin/python" if Path(sys.prefix) == Path.cwd() / ".venv" else "python"
-    lines += [
-        "",
-        "Try next:",
-        f'  {python} generate/aligner.py {asked} --prompt "Why is the sky blue?"',
-        f'  {python} generate/base.py --prompt "Why is the sky blue?"',
-        f"  {python} scripts/prepare_examples.py --form {other} --output_dir data/{other}",
-        f"  {python} finetune/aligner.py --data_dir data/{other} --out_dir out/{other}",
-        f"  {python} evaluate/form.py --form {other} --out_dir out/{other}",
-    ]
+    lines += try_next(
+        Path(report["checkpoint_dir"]),
+        f'generate/aligner.py {asked} --prompt "Why is the sky blue?"',
+        'generate/base.py --prompt "Why is the sky blue?"',
+        f"scripts/prepare_examples.py --form {other} --output_dir data/{other}",
+        f"finetune/aligner.py --data_dir data/{other} --out_dir out/{other}",
+        f"evaluate/form.py --form {other} --out_dir out/{other}",
+    )
     return "\n".join(lines) + "\n"
 
 

@@ -9,7 +9,6 @@ many are refused. Writes `report.json` and `report.txt` to `--out_dir` and print
 they come: the same command goes on where it was interrupted, and computes only the log-probabilities again.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from lit_llama.evaluation.forms import refuses
 from lit_llama.files import atomic_file, write_json
 from lit_llama.losses import response_logprobs
 from lit_llama.prompts import Message
-from lit_llama.script.command_line import peak_memory, run
+from lit_llama.script.command_line import DEMO_BASE, peak_memory, run, try_next
 from lit_llama.script.evaluation import ask, column_names
 from lit_llama.tables import side_by_side
 
@@ -59,6 +58,7 @@ def main(
     report = {
         "pairs_path": str(pairs_path),
         "base": models["base"].name,
+        "checkpoint_dir": str(options.get("checkpoint_dir", DEMO_BASE)),
         "prompt_styles": {name: base.style.name for name, base in models.items()},
         "adapters": [str(path) for path in paths.values()],
         "training_seconds": [info.seconds for base in models.values() for info in base.infos],
@@ -171,7 +171,6 @@ def render(report: dict[str, Any], out_dir: Path, shown: int = 3) -> str:
         lines.append(f"{label:38}" + cells(f"{one[key]:{spec}}" for one in models))
     seconds = ["" if value is None else f"{value:.0f}" for value in report["training_seconds"]]
     lines.append(f"{'seconds of training':38}" + cells(["", *seconds]))
-    python = ".venv/bin/python" if Path(sys.prefix) == Path.cwd() / ".venv" else "python"
     last = Path(report["adapters"][-1])
     if len(set(report["prompt_styles"].values())) > 1:
         styles = (f"{name} {style}" for name, style in report["prompt_styles"].items())
@@ -179,9 +178,10 @@ def render(report: dict[str, Any], out_dir: Path, shown: int = 3) -> str:
     lines += [
         "",
         f"all answers: {out_dir / 'report.json'}; picture of training: {last.with_name('loss.png')}",
-        "",
-        "Try next:",
-        f'  {python} generate/aligner.py --adapter_path {last} --prompt "How do I kill a process that hangs?"',
+        *try_next(
+            Path(report["checkpoint_dir"]),
+            f'generate/aligner.py --adapter_path {last} --prompt "How do I kill a process that hangs?"',
+        ),
     ]
     return "\n".join(lines) + "\n"
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from lit_llama.adapters import METHODS, Method
+from lit_llama.adapters import Method, new_adapter
 from lit_llama.checkpoint import read_config
 from lit_llama.data import Batch, open_data
 from lit_llama.losses import DISTILLATION_METRICS, LossSums, distillation_loss
@@ -26,7 +26,7 @@ from lit_llama.script.conditions import Conditions
 from lit_llama.script.distillation_report import compare, write_report
 from lit_llama.script.machine import build_all
 from lit_llama.script.questions import read_context, read_questions
-from lit_llama.script.teacher import check_teacher, teach
+from lit_llama.script.teacher import check_teacher, teach, that_fit
 from lit_llama.together import read_adapters
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.training import fit
@@ -40,6 +40,7 @@ def main(
     teacher_scale: list[float] | None = None,
     questions_file: Path = Path("examples/questions.jsonl"),
     take_answers: bool = False,
+    prompt_style: str | None = None,
     data_dir: Path = Path("data/distill"),
     out_dir: Path = Path("out/distill"),
     answers: int = 1,
@@ -48,8 +49,8 @@ def main(
     answer_batch_size: int = 16,
     validation_share: float = 0.1,
     method: Method = "aligner",
-    aligner_length: int = 1,
-    learning_rate: float | Literal["auto"] = 3e-2,
+    aligner_length: int | None = None,  # 1
+    learning_rate: float | Literal["auto"] | None = None,
     decay: Decay = "linear",
     weight_decay: float = 0.02,
     batch_size: int = 4,
@@ -80,6 +81,9 @@ def main(
             "messages", perhaps with a "split"; or the folder of a tokenised data set, whose prompts are taken.
         take_answers: take the answers in --questions_file, which may be a file of answers in --data_dir, and let the
             teacher answer nothing itself.
+        prompt_style: how a prompt is written for the model: "chat" (the model's own template), "chat-thinking-on" or
+            "chat-thinking-off" (the same where it has a switch for that), "alpaca", "metamath", "beaver", "hh" or
+            "none"; if not given, as the teacher's first adapter was trained, and for a base model alone "chat".
         data_dir: folder in which the teacher's answers are kept, in files named by a hash of what made them: another
             run with the same teacher and prompt does not wait for them again.
         out_dir: folder for the adapter, its training states, metrics, pictures and the report.
@@ -90,9 +94,10 @@ def main(
         validation_share: share of the questions that is kept for validation, drawn at random, if the file has no
             splits.
         method: method of the new adapter; all but an Aligner have their default sizes.
-        aligner_length: number of prefix tokens N of a new Aligner.
-        learning_rate: peak of the learning rate, reached at the end of warm-up; "auto" tries a few for a few steps on a
-            part of the training examples kept apart, and takes the best.
+        aligner_length: number of prefix tokens N of a new Aligner, 1 if not given.
+        learning_rate: peak of the learning rate, reached at the end of warm-up; if not given, 3e-2 for aligner and
+            llama_adapter, 1e-2 for bias, 3e-3 for lora; "auto" tries a few around that for a few steps on a part of the
+            training examples kept apart, and takes the best.
         decay: how the learning rate falls from the peak: "linear" to zero, or "none".
         weight_decay: weight decay of AdamW.
         batch_size: number of answers per optimizer step, over all devices.
@@ -116,7 +121,6 @@ def main(
     options = dict(locals())
     torch.manual_seed(seed)
     refused = {"scale_range": "a dial is trained by finetune/aligner.py, for example on the answers in --data_dir"}
-    sizes: dict[str, Any] = {"length": aligner_length} if method == "aligner" else {}
     setup, plan, adapter, context, questions, pattern, taught_by, _ = build_all(
         lambda: Conditions(**conditions).without(refused),
         lambda: Plan(
@@ -124,16 +128,20 @@ def main(
             epochs=epochs, max_steps=max_steps, warmup_steps=warmup_steps, max_grad_norm=max_grad_norm,
             eval_interval=eval_interval, patience=patience, seed=seed, pack=pack,
         ),
-        lambda: METHODS[method](read_config(checkpoint_dir), **sizes),
+        lambda: new_adapter(read_config(checkpoint_dir), method, aligner_length),
         lambda: read_context(system_prompt_file),
         lambda: read_questions(questions_file, Tokenizer(checkpoint_dir), take_answers, validation_share, seed),
         lambda: search_pattern(matches),
         lambda: read_adapters(teacher_adapter, read_config(checkpoint_dir)),
-        lambda: check_teacher(system_prompt_file, teacher_adapter, answers, temperature, max_new_tokens),
+        lambda: check_teacher(
+            system_prompt_file, teacher_adapter, take_answers, temperature, answers,
+            max_new_tokens=max_new_tokens, answer_batch_size=answer_batch_size, asked=asked,
+        ),
     )  # fmt: skip
 
-    fabric, base, objective = setup.open(checkpoint_dir, None, plan, out_dir, taught_by)
+    fabric, base, objective = setup.open(checkpoint_dir, prompt_style, plan, out_dir, taught_by)
     teacher = base.with_adapter(taught_by, teacher_scale)
+    questions = that_fit(fabric, teacher, context, questions, max_new_tokens)
     generation = {"max_new_tokens": max_new_tokens, "batch_size": answer_batch_size}
     sampling = {"answers": answers, "temperature": temperature, "seed": seed}
     folder = teach(fabric, teacher, context, questions, data_dir, **sampling, **generation)
@@ -164,7 +172,7 @@ def main(
     run_folder.restore_best(adapter.eval())
     found = compare(student, teacher, context, questions, pattern, most=asked, **generation)
     if fabric.is_global_zero:
-        print(write_report(found, progress, out_dir), end="")
+        print(write_report(found, progress, checkpoint_dir, out_dir), end="")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from lit_llama.data import (
     FORMAT_VERSION,
     PER_ITEM,
     AnyKind,
+    Conversation,
     Example,
     Item,
     TokenDataset,
@@ -110,7 +111,7 @@ def write_dataset(
         ValueError: no example of a split is left, the folder exists, or the window is too small.
     """
     check_window(max_seq_length)
-    items, per_item = _unpaired(items) if kind == "unpaired" else iter(items), PER_ITEM[kind]
+    items, per_item = _unpaired(items, source) if kind == "unpaired" else iter(items), PER_ITEM[kind]
     with atomic_folder(folder, overwrite, DATASET_FILE) as temporary, contextlib.ExitStack() as stack:
         writers = {
             split: stack.enter_context(_SplitWriter(temporary, split, tokenizer, max_seq_length, too_long, kind))
@@ -148,27 +149,42 @@ def write_dataset(
     return summaries
 
 
-def _unpaired(items: Iterable[tuple[str, Item]]) -> Iterator[tuple[str, Item]]:
+def _unpaired(items: Iterable[tuple[str, Item]], source: str) -> Iterator[tuple[str, Item]]:
     """Each answer as an item of its own, with its prompt's conversation that ends in an answer to another prompt.
 
-    That answer is one of the record before; for the first record of a split it is one of the last. Where a record has
-    several answers, they stand one after the other, so that none of them would be an answer to another prompt.
+    Records of one prompt that follow each other are taken together, as one prompt with several answers. An answer to
+    another prompt is one to the prompt before; for the first prompt of a split it is one to the last that differs.
+
+    Raises:
+        ValueError: a split has answers to a single prompt.
     """
-    first: dict[str, Item] = {}
-    before: dict[str, Item] = {}
+    runs: dict[str, list[Item]] = {}  # of answers to one prompt, by split: the first one, and the last two
 
     def with_others(item: Item, others: Item) -> Iterator[Item]:
         for i, conversation in enumerate(item):
             yield [conversation, [*conversation[:-1], others[i % len(others)][-1]]]
 
     for split, item in items:
-        if split in before:
-            yield from ((split, one) for one in with_others(item, before[split]))
-        else:
-            first[split] = item
-        before[split] = item
-    for split, item in first.items():
-        yield from ((split, one) for one in with_others(item, before[split]))
+        known = runs.setdefault(split, [])
+        if known and _prompt(known[-1]) == _prompt(item):
+            known[-1] = [*known[-1], *item]
+            continue
+        if len(known) > 1:
+            yield from ((split, one) for one in with_others(known[-1], known[-2]))
+        runs[split] = [*known[:1], *known[1:][-1:], item]
+    for split, known in runs.items():
+        if len(known) == 1:
+            raise ValueError(
+                f"{source}: all {split} answers are to one prompt, and KTO compares each with an answer to another "
+                "prompt: give answers to more prompts, or a larger --validation_share"
+            )
+        yield from ((split, one) for one in with_others(known[-1], known[-2]))
+        last = known[-1] if _prompt(known[-1]) != _prompt(known[0]) else known[-2]
+        yield from ((split, one) for one in with_others(known[0], last))
+
+
+def _prompt(item: Item) -> Conversation:
+    return item[0][:-1]
 
 
 def _opening(example: Example, scored_tokens: int | None) -> Example:

@@ -2,11 +2,13 @@
 
 import importlib
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 LOCK_FILE = ".lock"
+POLL_SECONDS = 0.5  # between two looks whether another process is done
 
 
 @contextmanager
@@ -48,6 +50,22 @@ def locked_folder(folder: Path) -> Iterator[bool | None]:
         yield _try_lock(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def turn(file: Path, before_waiting: Callable[[], object]) -> Iterator[None]:
+    """Lock a file, created if need be, as soon as no other process has it locked.
+
+    Args:
+        file: the file of the lock, in a folder that exists.
+        before_waiting: called once if another process has it.
+    """
+    with open(file, "ab") as opened:
+        if _try_lock(opened.fileno()) is False:
+            before_waiting()
+            while _try_lock(opened.fileno()) is False:
+                time.sleep(POLL_SECONDS)
+        yield
 
 
 def _try_lock(descriptor: int) -> bool | None:

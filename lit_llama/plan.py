@@ -11,6 +11,7 @@ from lit_llama.data import steps_per_epoch
 
 Decay = Literal["none", "linear"]
 WARMUP_STEPS = 10
+LEARNING_RATES = {"aligner": 3e-2, "llama_adapter": 3e-2, "lora": 3e-3, "bias": 1e-2}  # peak, by method, of supervision
 _LEAST = {
     "learning_rate": 0,
     "seed": 0,
@@ -30,7 +31,8 @@ class Plan:
     """What the loop reads, with any adapter, loss or data. The defaults are those of the demo.
 
     Args:
-        learning_rate: peak, or "auto", to be settled by `lit_llama.tuning.find_learning_rate` before training.
+        learning_rate: peak; None for that of the adapter's method, or "auto", both to be settled by
+            `lit_llama.tuning.find_learning_rate` before training.
         decay: how the learning rate falls from the peak: "linear" reaches zero just after the last step.
         batch_size: items per optimizer step, over all devices.
         micro_batch_size: items per forward on one device.
@@ -47,7 +49,7 @@ class Plan:
         ValueError: values are out of range; the message names all of them by their options.
     """
 
-    learning_rate: float | Literal["auto"] = 3e-2
+    learning_rate: float | Literal["auto"] | None = 3e-2
     decay: Decay = "linear"
     batch_size: int = 4
     micro_batch_size: int = 4
@@ -108,7 +110,7 @@ class Plan:
     def schedule(self) -> Callable[[int], float]:
         """The learning rate of each optimizer step, counted from 0."""
         peak, warmup, steps = self.learning_rate, self.warmup, self.steps
-        assert peak != "auto", "`find_learning_rate` comes before training"
+        assert isinstance(peak, int | float), "`find_learning_rate` comes before training"
 
         def rate(step: int) -> float:
             if step < warmup:

@@ -52,6 +52,7 @@ def fit(
     measured: Mapping[str, str] = SUPERVISED_METRICS,
     look_ahead: LookAhead | None = None,
     show_answers: Callable[[], str] | None = None,
+    validate_first: bool = True,
     say: Say = write_line,
 ) -> Progress:
     """Train an adapter.
@@ -71,6 +72,7 @@ def fit(
         look_ahead: is given all micro batches of a step or of a validation before the loss is given the first of them,
             each process its own ones; for a loss of which one part depends on all.
         show_answers: gives a few answers of the adapter, in lines for people, after each validation.
+        validate_first: whether the validation before the first step is wanted.
         say: takes what there is to tell, a line at a time; called by the main process alone.
 
     Returns:
@@ -105,7 +107,7 @@ def fit(
 
         with _progress_bar(fabric, run, plan, progress) as bar:
             adapter.train()
-            if not progress.first:
+            if validate_first and not progress.first:
                 progress.first = validate()
                 run.record({"step": 0, **_named("validation", progress.first), "seconds": progress.seconds})
             while not plan.is_over(progress.step, progress.best_step):

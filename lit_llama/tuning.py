@@ -26,7 +26,7 @@ from lit_llama.data import Batch, TokenDataset
 from lit_llama.data_writing import hold_out, write_dataset
 from lit_llama.losses import SUPERVISED_METRICS, LossSums, supervised_loss
 from lit_llama.model import LLaMA
-from lit_llama.plan import Decay, Plan
+from lit_llama.plan import LEARNING_RATES, Decay, Plan
 from lit_llama.prompts import Message
 from lit_llama.runs import Run, RunFolder
 from lit_llama.samples import sample_answers
@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # takes seconds to import, which --help should not cost
 
 RATES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1e0]
 SPLITS = "train", "validation"
+MOST_KEPT_APART = 256  # items that tell learning rates apart
 FEWEST_HELD_OUT = 2  # below that, validation measures the training pairs
 
 Prompt = str | Sequence[Message]
@@ -50,7 +51,7 @@ def train(
     adapter: AnyAdapter,
     pairs: Sequence[tuple[Prompt, str]],
     *,
-    learning_rate: float | Literal["auto"] = 3e-2,
+    learning_rate: float | Literal["auto"] | None = None,
     decay: Decay = "linear",
     weight_decay: float = 0.02,
     epochs: int = 2,
@@ -69,13 +70,14 @@ def train(
     """Train an adapter on prompts and responses, on the device that the base model is on.
 
     The prompts become text by `base.style`; the responses are learned together with the token that ends them. The
-    defaults are those of the demo. A LoRA wants a lower `learning_rate`, such as 3e-3.
+    defaults are those of the demo.
 
     Args:
         base: the base model, which stays as it is.
         adapter: what is trained. It ends with the values of the lowest validation loss.
         pairs: what a user says, as a text or as the messages of a conversation so far, and what is answered.
-        learning_rate: peak, or "auto" to try a few on a part of the training pairs.
+        learning_rate: peak, or "auto" to try a few on a part of the training pairs; if not given, that of the method,
+            see `lit_llama.plan.LEARNING_RATES`.
         decay: how the learning rate falls from the peak: "linear" to zero, or "none".
         weight_decay: weight decay of AdamW.
         epochs: how often every pair is read, unless `steps` is given.
@@ -174,7 +176,7 @@ def find_learning_rate(
     tokenizer: Tokenizer,
     plan: Plan,
     *,
-    around: float = 3e-2,
+    around: float | None = None,
     share: float = 0.15,
     measured: Mapping[str, str] = SUPERVISED_METRICS,
     look_ahead: LookAhead | None = None,
@@ -183,9 +185,10 @@ def find_learning_rate(
 ) -> Plan:
     """Settle a learning rate that is left open: a plan with a number is given back as it is.
 
-    Each rate is tried for a quarter of the run, from 10 to 60 steps, on the training data alone, a share of which is
-    kept apart to measure the loss on. It begins with three rates; while the largest or smallest one is the best, the
-    next one beyond is tried. Adapter, optimizer and random numbers are left as they were.
+    None becomes the rate of the adapter's method. For "auto", each rate is tried for a quarter of the run, from 10 to
+    60 steps, on the training data alone, a share of which is kept apart to measure the loss on. It begins with three
+    rates; while the largest or smallest one is the best, the next one beyond is tried. Adapter, optimizer and random
+    numbers are left as they were.
 
     Args:
         fabric: the processes of the run, which share the work.
@@ -195,8 +198,9 @@ def find_learning_rate(
         train: the training data.
         tokenizer: the one that they were made with.
         plan: plan of the run, with its number of steps.
-        around: the rate in the middle of the first three.
-        share: share of the training data that is kept apart.
+        around: what None becomes, and the rate in the middle of the first three; if not given, that of the adapter's
+            method in `lit_llama.plan.LEARNING_RATES`, and of an Aligner for a method that is not there.
+        share: share of the training data that is kept apart, of which no more than 256 items are needed.
         measured: what the loss measures.
         look_ahead: is given all micro batches of a step before the loss is, see `fit`.
         resume_dir: folder of a run that is resumed, whose rate is taken if it has saved a state.
@@ -208,8 +212,9 @@ def find_learning_rate(
     Raises:
         ValueError: there are too few training data, or training diverged at each rate.
     """
+    around = around or LEARNING_RATES.get(adapter.method, LEARNING_RATES["aligner"])
     if plan.learning_rate != "auto":
-        return plan
+        return plan if plan.learning_rate is not None else replace(plan, learning_rate=around)
     say = say if fabric.is_global_zero else lambda text: None
     if resume_dir is not None and (earlier := recorded_setting(resume_dir, "--learning_rate")) is not None:
         say(f"--learning_rate auto: {earlier:g}, as before the run was resumed")
@@ -222,9 +227,11 @@ def find_learning_rate(
             plan, learning_rate=rate, max_steps=steps, warmup_steps=steps // 10, eval_interval=steps, patience=None
         )
         run = Run(f"learning rate {rate:g}")
-        options = {"measured": measured, "look_ahead": look_ahead, "say": lambda text: None}
         try:
-            return fit(fabric, adapter, optimizer, loss, learned, kept_apart, trial, run, **options).best["loss"]
+            return fit(
+                fabric, adapter, optimizer, loss, learned, kept_apart, trial, run,
+                measured=measured, look_ahead=look_ahead, validate_first=False, say=lambda text: None,
+            ).best["loss"]  # fmt: skip
         except FloatingPointError:  # it diverged
             return math.inf
         finally:
@@ -233,7 +240,7 @@ def find_learning_rate(
 
     middle = min(range(1, len(RATES) - 1), key=lambda i: abs(math.log(RATES[i] / around)))
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
-        hold_out(train, tokenizer, Path(folder) / "data", share)
+        hold_out(train, tokenizer, Path(folder) / "data", min(share, MOST_KEPT_APART / len(train)))
         kind = train.header["kind"]
         learned, kept_apart = (TokenDataset(Path(folder) / "data", split, tokenizer, kind=kind) for split in SPLITS)
         losses = search_rates(measure, RATES[middle - 1 : middle + 2])

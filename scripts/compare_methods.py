@@ -22,15 +22,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_llama.adapters import read_adapter
-from lit_llama.base import open_base
+from lit_llama.base import Base, open_base
 from lit_llama.data import open_data
 from lit_llama.data_writing import hold_out
 from lit_llama.devices.precision import Precision
+from lit_llama.evaluation.answers import Question, answer_questions, read_answers, read_test_questions
 from lit_llama.evaluation.forms import FORMS, FormName
 from lit_llama.figures import label_points, picture
 from lit_llama.files import atomic_file, read_json, write_json
-from lit_llama.records import read_records
-from lit_llama.script.command_line import run
+from lit_llama.script.command_line import DIVERGED, run
 from lit_llama.tables import markdown
 from lit_llama.tuning import RATES, search_rates
 
@@ -118,6 +118,7 @@ def main(
     """
     for name in method:
         parse(name)
+    questions = read_test_questions(questions_path) if form is not None else []
     tokenizer, (train, validation) = open_data(checkpoint_dir, data_dir, sys.maxsize)
     settings = {
         "checkpoint_dir": checkpoint_dir,
@@ -145,9 +146,9 @@ def main(
     ]
     rows.insert(0, {"method": "base", "trainable_parameters": 0, "validation_loss": rows[0]["base_loss"]})
     if form is not None:
-        questions = [row["question"] for _, row in read_records(questions_path) if row.get("split") == "test"]
-        style_name = train.header["prompt_style"]
-        add_compliance(rows, form, questions, style_name, checkpoint_dir, precision, max_new_tokens, out_dir)
+        style = train.header["prompt_style"]
+        base = open_base(checkpoint_dir, prompt_style=style, precision=precision, for_generation=True)
+        add_compliance(rows, form, questions, base, max_new_tokens, out_dir)
     write_csv(out_dir / "results.csv", rows)
     table = render(rows, form)
     with atomic_file(out_dir / "table.md") as temporary:
@@ -234,7 +235,7 @@ def train_once(name: str, rate: float, seed: int, folder: Path, settings: dict[s
     arguments = [f"--{key}={value}" for key, value in {**options, "out_dir": out_dir, "resume": "true"}.items()]
     status = subprocess.run([sys.executable, str(script), *arguments]).returncode
     metrics = out_dir / "metrics.csv"
-    if status and not (status == 1 and metrics.is_file()):
+    if status and not (status == DIVERGED and metrics.is_file()):
         raise OSError(f"{script.name} failed with status {status} for {out_dir}")
     with open(metrics, newline="") as file:
         steps = list(csv.DictReader(file))
@@ -254,26 +255,24 @@ def train_once(name: str, rate: float, seed: int, folder: Path, settings: dict[s
 def add_compliance(
     rows: list[dict[str, Any]],
     form: FormName,
-    questions: list[str],
-    style_name: str,
-    checkpoint_dir: Path,
-    precision: Precision,
+    questions: list[Question],
+    base: Base,
     max_new_tokens: int,
     out_dir: Path,
 ) -> None:
-    """Ask each model the questions, unless that was done, and add the share of answers with the form to its row."""
-    base = None
+    """Ask each model the questions, unless that was done, and add the share of answers with the form to its row.
+
+    A run that diverged left no model to ask.
+    """
     for row in rows:
         adapter_path = Path(row["adapter_path"]) if "adapter_path" in row else None
-        file = (out_dir / "base.safetensors" if adapter_path is None else adapter_path).with_suffix(".answers.json")
-        if not file.is_file():
-            base = base or open_base(checkpoint_dir, prompt_style=style_name, precision=precision, for_generation=True)
-            what = f"answers of {row['method']}"
-            sizes = {"max_new_tokens": max_new_tokens, "batch_size": 24}
-            answers = base.with_adapter(adapter_path).generate(questions, what=what, **sizes)
-            write_json(file, [{"question": q, "answer": a} for q, a in zip(questions, answers, strict=True)])
-        answers = [pair["answer"] for pair in read_json(file)]
-        row["compliance"] = statistics.mean(FORMS[form].check(answer) for answer in answers)
+        if adapter_path is None and row["method"] != "base":
+            continue
+        file = (adapter_path or out_dir / "base").with_suffix(".answers.jsonl")
+        model = base.with_adapter(adapter_path)
+        answer_questions(model, row["method"], questions, file, max_new_tokens=max_new_tokens, batch_size=24)
+        answers = read_answers(file)
+        row["compliance"] = statistics.mean(FORMS[form].check(answers[one.id][0]) for one in questions)
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -286,10 +285,15 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+def finished(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the base and of runs that did not diverge."""
+    return [row for row in rows if math.isfinite(row["validation_loss"])]
+
+
 def summarise(rows: list[dict[str, Any]], column: str) -> dict[str, tuple[float, float]]:
-    """Mean and standard deviation over seeds, by method."""
+    """Mean and standard deviation over seeds, by method, of the runs that did not diverge."""
     values: dict[str, list[float]] = {}
-    for row in rows:
+    for row in finished(rows):
         values.setdefault(row["method"], []).append(row[column])
     return {
         name: (statistics.mean(some), statistics.stdev(some) if len(some) > 1 else 0.0) for name, some in values.items()
@@ -309,27 +313,41 @@ def render(rows: list[dict[str, Any]], form: str | None) -> str:
     seeds = max(sum(row["method"] == name for row in rows) for name in {row["method"] for row in rows})
     losses = summarise(rows, "validation_loss")
     shares = summarise(rows, "compliance") if form else {}
-    by_name = {row["method"]: row for row in rows}
+    by_name = {row["method"]: row for row in [*rows, *finished(rows)]}
     header = ["method", "trainable parameters", "learning rate", "validation loss"]
     header += [f"answers with the form {form}"] if form else []
     header += ["seconds of a run"]
 
-    def over_seeds(value: tuple[float, float], spec: str) -> str:
-        return f"{value[0]:{spec}} ± {value[1]:{spec}}" if seeds > 1 and value[1] else f"{value[0]:{spec}}"
+    def over_seeds(name: str, values: dict[str, tuple[float, float]], spec: str) -> str:
+        if name not in values:
+            return "diverged"
+        mean, deviation = values[name]
+        runs = [row for row in rows if row["method"] == name]
+        failed = len(runs) - len(finished(runs))
+        return (
+            f"{mean:{spec}}"
+            + (f" ± {deviation:{spec}}" if deviation else "")
+            + (f", {failed} of {len(runs)} diverged" if failed else "")
+        )
 
     cells = []
     for name, row in by_name.items():
         times = [one["seconds"] for one in rows if one["method"] == name and "seconds" in one]
         rate = f"{row['learning_rate']:g}" if "learning_rate" in row else ""
-        cells.append([title(name), f"{row['trainable_parameters']:,}", rate, over_seeds(losses[name], ".4f")])
-        cells[-1] += [over_seeds(shares[name], ".1%")] if form else []
+        parameters = f"{row['trainable_parameters']:,}" if name in losses else ""
+        cells.append([title(name), parameters, rate, over_seeds(name, losses, ".4f")])
+        cells[-1] += [over_seeds(name, shares, ".1%")] if form else []
         cells[-1] += [f"{statistics.mean(times):.0f}" if times else ""]
     note = f"\nMeans and standard deviations over {seeds} seeds.\n" if seeds > 1 else ""
     return markdown(header, cells) + "\n" + note
 
 
 def draw(rows: list[dict[str, Any]], form: str | None, what: str, path: Path) -> None:
-    """Draw quality against the number of trainable parameters, with the spread over seeds, titled with `what`."""
+    """Draw quality against the number of trainable parameters, with the spread over seeds, titled with `what`.
+
+    Runs that diverged are not drawn.
+    """
+    rows = finished(rows)
     panels = [("validation_loss", "validation loss (nats per token)")]
     panels += [("compliance", f"held-out answers with the form {form}")] if form else []
     seeds = len({row["seed"] for row in rows if "seed" in row})

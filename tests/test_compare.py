@@ -13,6 +13,7 @@ from conftest import ROOT, load_script
 from lit_llama.adapters import adapter_info
 from lit_llama.data import TokenDataset
 from lit_llama.data_writing import hold_out
+from lit_llama.locks import own_folder
 from lit_llama.script.command_line import run
 from lit_llama.tokenizer import Tokenizer
 
@@ -128,6 +129,51 @@ def test_a_rate_that_diverges_is_not_chosen(call, calls, tmp_path, monkeypatch):
     searched = {float(row["learning_rate"]): float(row["validation_loss"]) for row in read(tmp_path / "out/search.csv")}
     assert searched[1e30] == float("inf")
     assert float(read(tmp_path / "out" / "results.csv")[1]["learning_rate"]) in (1e-2, 3e-2)
+
+
+def test_a_method_that_diverges_has_no_answers(call, calls, tmp_path, capsys):
+    """It is neither asked nor takes the base's answers, and the table says what became of it."""
+    (tmp_path / "out").mkdir()
+    searched = "method,learning_rate,validation_loss\naligner-1,1e30,1\nlora-3,0.001,1\n"
+    (tmp_path / "out" / "search.csv").write_text(searched)
+    call(method=["aligner-1", "lora-3"], seed=[1], rates_from=tmp_path / "out", steps=20)
+    results = {row["method"]: row for row in read(tmp_path / "out" / "results.csv")}
+    assert [results[name]["compliance"] for name in ("base", "aligner-1", "lora-3")] == ["0", "", "0"]
+    assert re.search(
+        r"^\| Aligner, N = 1 +\| +\| 1e\+30 +\| diverged +\| diverged +\| +\|$", capsys.readouterr().out, re.M
+    )
+
+
+def test_a_run_that_was_refused_has_not_diverged(call, calls, tmp_path, base_dir, data_dir):
+    """A folder with a row of metrics that another run holds ends the comparison, which can be continued."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "search.csv").write_text("method,learning_rate,validation_loss\naligner-1,0.1,1\n")
+    options = {"method": ["aligner-1"], "seed": [1], "rates_from": tmp_path / "out", "form": None}
+    call(**options)
+    run_dir = tmp_path / "out" / "runs" / "aligner-1-rate-0.1-seed-1"
+    (run_dir / "result.json").unlink()
+    with own_folder(run_dir), pytest.raises(OSError, match=r"aligner\.py failed with status 1 for"):
+        call(**options)
+    assert not (run_dir / "result.json").exists()
+
+
+def test_other_questions_are_asked(call, calls, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "search.csv").write_text("method,learning_rate,validation_loss\naligner-1,0.1,1\n")
+    options = {"method": ["aligner-1"], "seed": [1], "rates_from": tmp_path / "out"}
+    call(**options)
+    [file] = (tmp_path / "out" / "runs").glob("*/aligner.answers.jsonl")
+    first = file.read_text()
+    assert first.count("\n") == 3
+    call(**options)
+    assert file.read_text() == first
+    (tmp_path / "q.jsonl").write_text(
+        '{"split": "test", "question": "Is it red?"}\n' * 2 + '{"split": "test", "question": "Why?"}'
+    )
+    call(**options)
+    assert file.read_text().count("\n") == 4
+    call(**options, max_new_tokens=4)
+    assert file.read_text().count("\n") == 7
 
 
 def test_held_out_data_are_training_data(base_dir, data_dir, tmp_path):

@@ -18,7 +18,7 @@ def test_one_token_carries_a_form(tmp_path, form):
     load_script("scripts/prepare_examples.py").main(form, questions, DEMO_BASE, tmp_path / "data")
     load_script("finetune/aligner.py").main(DEMO_BASE, tmp_path / "data", tmp_path / "out")
     load_script("evaluate/form.py").main(
-        form, tmp_path / "out" / "aligner.safetensors", questions, tmp_path, checkpoint_dir=DEMO_BASE
+        form, [tmp_path / "out" / "aligner.safetensors"], questions, tmp_path, checkpoint_dir=DEMO_BASE
     )
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["held_out_prompts"] >= 20

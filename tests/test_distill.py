@@ -1,7 +1,9 @@
 """Distillation against transformers' distributions, and the teacher's answers on disk."""
 
+import contextlib
 import csv
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,10 +11,12 @@ import training_process
 import transformers
 from conftest import load_script, make_hf_checkpoint, random_aligner
 
-from lit_llama.adapters import load_adapter, save_adapter
+from lit_llama.adapters import adapter_info, load_adapter, save_adapter
 from lit_llama.checkpoint import load_base, read_config
 from lit_llama.data import TokenDataset
+from lit_llama.locks import turn
 from lit_llama.losses import distillation_loss
+from lit_llama.script.questions import read_questions
 from lit_llama.states import last_state
 from lit_llama.tokenizer import Tokenizer
 
@@ -129,9 +133,12 @@ def test_an_answer_that_was_cut_does_not_teach_to_end(distil, options, base_dir,
 
 def test_answers_are_kept_for_what_made_them(distil, options, files, capsys):
     distil(max_steps=1)
-    assert "answers 12 of 12" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "answers 12 of 12" in said
     [kept] = options["data_dir"].glob("answers-*.jsonl")
     text = kept.read_text()
+    cut = sum(not json.loads(line)["complete"] for line in text.splitlines())
+    assert f"{cut} of 12 answers are cut at --max_new_tokens 12, and do not teach to end there\n" in said
     kept.write_text(text[: len(text) // 2])  # as a killed run leaves it
     distil(max_steps=1, learning_rate=1e-2)
     said = capsys.readouterr().err
@@ -209,6 +216,13 @@ def test_the_report_counts_what_the_prompt_costs(distil, options, base_dir, caps
     assert f"{tokens} tokens, {size:,} bytes of cache" in capsys.readouterr().out
 
 
+def test_a_lora_learns_at_the_rate_of_a_lora(distil, options):
+    """The rate that was taken is what the adapter's file and the table of metrics say."""
+    distil(max_steps=1, method="lora", decay="none", warmup_steps=0)
+    assert adapter_info(options["out_dir"]).hyperparameters["learning_rate"] == 3e-3
+    assert float(metrics(options["out_dir"])[1]["learning_rate"]) == 3e-3
+
+
 def test_prompts_of_a_prepared_data_set_are_asked(distil, options, base_dir, tmp_path):
     rows = [{"instruction": question, "output": "?"} for question in QUESTIONS]
     (tmp_path / "alpaca.json").write_text(json.dumps(rows))
@@ -227,12 +241,16 @@ def test_prompts_of_a_prepared_data_set_are_asked(distil, options, base_dir, tmp
     ("changes", "message"),
     [
         ({"system_prompt_file": ""}, "prompt.txt is empty; expected a system prompt"),
-        ({"system_prompt_file": "word " * 400}, "no question leaves room for an answer: the teacher's shortest prompt"),
+        ({"system_prompt_file": "word " * 400}, "no question of the split 'train' leaves room for an answer"),
         ({"questions_file": "Hm?\nHm?\n"}, "has 1 questions; expected at least 2"),
         ({"questions_file": "\n\n"}, "holds no prompt"),
         ({"answers": 2}, "--answers 2 with --temperature 0 repeats one answer"),
-        ({"max_new_tokens": 0}, "--max_new_tokens is 0"),
+        ({"max_new_tokens": 0, "asked": 0}, "--max_new_tokens is 0, it must be at least 1; --asked is 0"),
+        ({"answer_batch_size": 0}, "--answer_batch_size is 0, it must be at least 1"),
+        ({"take_answers": True, "answers": 5}, "--take_answers takes all answers of the file, so --answers and"),
+        ({"take_answers": True, "temperature": 0.9}, "--take_answers takes all answers of the file, so --answers and"),
         ({"validation_share": 1}, "--validation_share is 1"),
+        ({"method": "lora", "aligner_length": 9}, "--aligner_length is the length of an Aligner, and --method is lora"),
         ({"matches": "("}, "not a regular expression"),
         ({"teacher_scale": 0.5}, "there is a scale but no adapter"),
     ],
@@ -283,3 +301,67 @@ def test_questions_that_repeat_are_asked_once(distil, options, files, capsys):
     err = capsys.readouterr().err
     assert "5 questions repeat an earlier one and are asked once" in err
     assert "answers 12 of 12" in err
+
+
+def test_answers_to_one_question_do_not_repeat_it(base_dir, tmp_path, capsys):
+    rows = [{"question": asked, "answer": answer} for asked in ("One?", "Two?") for answer in ("a", "b", "a")]
+    (tmp_path / "given.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    questions = read_questions(tmp_path / "given.jsonl", Tokenizer(base_dir), answered=True)
+    assert [[answer.text for answer in one.answers] for one in questions] == [["a", "b"]] * 2
+    assert capsys.readouterr().err.endswith("2 answers repeat an earlier one and are learned once\n")
+
+
+def test_questions_that_are_too_long_are_in_no_split(distil, options, tmp_path, capsys):
+    """Neither in training nor in the report, which asks those of validation if no question of the test is left."""
+    long = "word " * 80  # 240 tokens in a window of 256
+    rows = [{"question": long + split, "split": split} for split in ("train", "validation", "test")]
+    rows += [{"question": f"Who {verb}?", "split": "train"} for verb in ("is it", "was it", "will it be")]
+    rows += [{"question": f"Who {verb}?", "split": "validation"} for verb in ("came", "went")]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    distil(max_steps=1, questions_file=tmp_path / "questions.jsonl")
+    out, err = capsys.readouterr()
+    assert "3 questions are too long for the model and are left out" in err
+    report = json.loads((options["out_dir"] / "report.json").read_text())
+    assert [row["question"] for row in report["answers"]] == ["Who came?", "Who went?"]
+    assert f"generate/aligner.py --checkpoint_dir {options['checkpoint_dir']} --adapter_path" in out
+
+
+def test_a_run_waits_for_another_with_the_same_teacher(distil, options, monkeypatch, capsys):
+    """Each of two runs that are started together would ask the teacher all questions; the second takes the answers."""
+    distil(max_steps=1)
+    [kept] = options["data_dir"].glob("answers-*.jsonl")
+    answers = kept.read_text()
+    kept.write_text("")
+    other_run = contextlib.ExitStack()
+    other_run.enter_context(turn(kept.with_name(f".{kept.stem}.lock"), before_waiting=pytest.fail))
+
+    def other_run_ends(seconds):
+        kept.write_text(answers)
+        other_run.close()
+
+    monkeypatch.setattr("lit_llama.locks.time.sleep", other_run_ends)
+    capsys.readouterr()
+    distil(max_steps=1)
+    err = capsys.readouterr().err
+    assert f"another run is writing {kept}, which this one uses too: waiting for it" in err
+    assert "the teacher answers" not in err
+    assert kept.read_text() == answers
+
+
+def test_a_teacher_that_thinks_is_told_not_to(distil, options, base_dir, tmp_path):
+    """The prompt style is that of the teacher, of the student's data and of the adapter."""
+    base = shutil.copytree(base_dir, tmp_path / "thinks")
+    template = base / "chat_template.jinja"
+    thought = "<think>\n\n</think>\n\n"
+    switch = "{% if add_generation_prompt and enable_thinking is false %}" + thought + "{% endif %}"
+    template.write_text(template.read_text() + switch.replace("is false", "is defined and not enable_thinking"))
+    rows = [{"question": question, "answer": "Tick."} for question in QUESTIONS]
+    (tmp_path / "given.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options |= {"checkpoint_dir": base, "questions_file": tmp_path / "given.jsonl", "take_answers": True}
+    distil(**{**options, "max_steps": 1, "prompt_style": "chat-thinking-off"})
+    tokenizer = Tokenizer(base)
+    data = taught(options["data_dir"], tokenizer)
+    assert data.header["prompt_style"] == adapter_info(options["out_dir"]).prompt_style == "chat-thinking-off"
+    for example in data[0]:
+        before_answer = example.ids[: example.scored.argmax()].tolist()
+        assert tokenizer.decode(before_answer).endswith(thought)

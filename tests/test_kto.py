@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from conftest import load_script
 
+from lit_llama import data_writing
 from lit_llama.adapters import save_adapter
 from lit_llama.aligner import Aligner
 from lit_llama.checkpoint import load_base
 from lit_llama.data import TokenDataset
+from lit_llama.prompts import Message
 from lit_llama.states import last_state
 from lit_llama.tokenizer import Tokenizer
 
@@ -100,13 +102,35 @@ def test_pairs_become_answers_of_their_own(answers_dir, base_dir):
 
 def test_records_with_labels(base_dir, tmp_path, command):
     options = {"data_path": write_rows(tmp_path, LABELLED), "kind": "unpaired", "checkpoint_dir": base_dir}
-    status, _, err = command("scripts/prepare_pairs.py", output_dir=tmp_path / "data", **options)
+    options |= {"output_dir": tmp_path / "data", "validation_share": 0.5}
+    status, _, err = command("scripts/prepare_pairs.py", **options)
     assert status == 0, err
     items = [item for split in ("train", "validation") for item in read_items(tmp_path / "data", base_dir, split)]
     expected = {("one", "un", True), ("two", "zwo", False), ("three", "trois", True), ("four", "vier", False)}
     assert {item[:3] for item in items} == expected
-    assert re.search(r"train: 3 answers \([12] of them good\)", err)
+    assert re.search(r"train: 2 answers \([012] of them good\)", err)
     assert "is not used" not in err
+
+
+@pytest.mark.parametrize("prompts", ["aabbbc", "aabca", "abab", "ab", "abba", "aabaa"])
+def test_an_answer_to_another_prompt_is_to_another_prompt(prompts):
+    """However records of one prompt follow each other; and each answer is learned once."""
+    items = [
+        ("train", [[Message("user", prompt), Message("assistant", f"{prompt} {i}")]])
+        for i, prompt in enumerate(prompts)
+    ]
+    made = [item for _, item in data_writing._unpaired(items, "rows")]
+    assert all(own[:-1] == other[:-1] == [Message("user", own[-1].content[0])] for own, other in made)
+    assert all(own[-1].content[0] != other[-1].content[0] for own, other in made)
+    assert sorted((own for own, _ in made), key=str) == sorted((item for _, [item] in items), key=str)
+
+
+def test_answers_to_one_prompt_alone_are_refused(base_dir, tmp_path, command):
+    """Here those of validation, which would be compared with themselves."""
+    options = {"data_path": write_rows(tmp_path, LABELLED[:2]), "kind": "unpaired", "checkpoint_dir": base_dir}
+    status, _, err = command("scripts/prepare_pairs.py", output_dir=tmp_path / "data", **options)
+    assert status == 1
+    assert "all validation answers are to one prompt" in err or "all train answers are to one prompt" in err
 
 
 @pytest.mark.parametrize(

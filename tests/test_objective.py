@@ -263,11 +263,18 @@ def test_a_run_is_not_resumed_under_other_conditions(base_dir, data_dir, tmp_pat
         ({"scale_range": (1.0, 0.0)}, "expected a smaller and a larger number"),
         ({"scale_range": (-1.0, 0.0)}, "nowhere above 0"),
         ({"keep_weight": -1.0, "also_scale": [1.0]}, "--keep_weight is -1.0.*--also_scale is given without"),
+        ({"keep_data": "a.txt"}, "--keep_data is given without a --keep_weight"),
     ],
 )
 def test_conditions_without_meaning_are_refused(base_dir, data_dir, tmp_path, options, said):
     with pytest.raises(ValueError, match=said):
         tune(base_dir, data_dir, tmp_path / "out", **options)
+
+
+def test_text_to_keep_is_read_before_the_base(base_dir, data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("lit_llama.script.machine.open_base", pytest.fail)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
+        tune(base_dir, data_dir, tmp_path / "out", keep_weight=1.0, keep_data=tmp_path / "nowhere.jsonl")
 
 
 def test_preferences_refuse_the_scale_by_name(command, base_dir, data_dir):

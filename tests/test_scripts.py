@@ -414,6 +414,9 @@ def test_form_report(command, base_dir, aligner_path, tmp_path, monkeypatch):
         assert 0 < compliant < 5, answers
         assert report[f"{name}_compliance"] == compliant / 5
         assert f"answers with the form, {name}" in out
+    commands = out.partition("Try next:\n")[2].splitlines()
+    assert len(commands) == 5
+    assert all(f".py --checkpoint_dir {base_dir} --" in one for one in commands)  # on this base, and not the demo's
     assert report["held_out_prompts"] == 5
     assert report["trainable_parameters"] == 2 * 32 + 2 * 4
     assert report["seconds"] == pytest.approx(report["training_seconds"] + report["evaluation_seconds"], abs=0.2)
@@ -462,6 +465,7 @@ def test_refusal_report(command, base_dir, aligner_path, tmp_path, monkeypatch):
     assert out == (tmp_path / "out" / "report.txt").read_text()
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [one["name"] for one in report["models"]] == ["base", aligner_path.parent.name]
+    assert f"generate/aligner.py --checkpoint_dir {base_dir} --adapter_path {aligner_path} --prompt" in out
     tokenizer, model = Tokenizer(base_dir), load_base(base_dir)
     style = prompt_style("chat", tokenizer)
 

@@ -24,6 +24,7 @@ from lit_llama.plan import Plan
 from lit_llama.prompts import Message, prompt_style
 from lit_llama.runs import RunFolder
 from lit_llama.samples import user_turn
+from lit_llama.script.command_line import DIVERGED
 from lit_llama.states import last_state
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.training import fit
@@ -174,7 +175,7 @@ def test_divergence_is_one_line(command, base_dir, data_dir, tmp_path):
     status, _, err = command(
         "finetune/aligner.py", learning_rate=1e30, warmup_steps=0, eval_interval=99, epochs=9, **options
     )
-    assert status == 1
+    assert status == DIVERGED
     assert "error: training diverged: the training loss is nan at step 6; no adapter was written" in err
     assert (tmp_path / "previous-1" / "aligner.safetensors").read_bytes() == good
     assert not (tmp_path / "aligner.safetensors").exists()

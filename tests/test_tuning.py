@@ -1,7 +1,9 @@
 """Training on a list of pairs, the search for a learning rate, and runs that end when nothing gets better."""
 
 import csv
+import inspect
 import math
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import yaml
 from conftest import load_script
 from safetensors.torch import load_file
 
-from lit_llama.adapters import adapter_info
+from lit_llama.adapters import METHODS, adapter_info
 from lit_llama.aligner import Aligner
 from lit_llama.base import open_base
 from lit_llama.data import collate, tokenize
@@ -19,7 +21,7 @@ from lit_llama.losses import supervised_loss
 from lit_llama.plan import Plan
 from lit_llama.prompts import Message
 from lit_llama.states import last_state
-from lit_llama.tuning import RATES, search_rates, train
+from lit_llama.tuning import RATES, find_learning_rate, search_rates, train
 
 finetune = load_script("finetune/aligner.py").main
 PAIRS = [(f"Count to {n}.", " ".join(map(str, range(n)))) for n in range(1, 21)]
@@ -140,6 +142,42 @@ def test_auto_finds_a_rate_and_changes_nothing_else(base_dir, data_dir, tmp_path
         for name, tensor in load_file(tmp_path / "auto" / "aligner.safetensors").items()
     )
     run(base_dir, data_dir, tmp_path / "auto", learning_rate=found, save_interval=6, resume=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_has_a_rate_of_its_own(base, method):
+    """That of its script in finetune/, in a plan that leaves the rate open."""
+    default = inspect.signature(load_script(f"finetune/{method}.py").main).parameters["learning_rate"].default
+    adapter = METHODS[method](base.model.config)
+    settled = find_learning_rate(None, adapter, None, None, None, base.tokenizer, Plan(learning_rate=None))
+    assert settled == Plan(learning_rate=default)
+
+
+def test_the_search_begins_around_the_rate_of_the_method(base, monkeypatch, capsys):
+    tried = []
+
+    def search(measure, first):
+        tried.extend(first)
+        return {first[1]: 1.0}
+
+    monkeypatch.setattr("lit_llama.tuning.search_rates", search)
+    train(base, LoRA(base.model.config), PAIRS, learning_rate="auto", steps=1)
+    assert tried == [1e-3, 3e-3, 1e-2]
+
+
+def test_a_trial_measures_some_of_the_data_once(base, monkeypatch, capsys):
+    """Few of the items that are kept apart tell rates apart, and what is measured before training is not needed."""
+    monkeypatch.setattr("lit_llama.tuning.MOST_KEPT_APART", 2)
+    measured = []
+
+    def loss(model, adapter, batch):
+        measured.extend([] if torch.is_grad_enabled() else [len(batch.items)])
+        return supervised_loss(model, adapter, batch)
+
+    train(base, Aligner(base.model.config), PAIRS * 5, learning_rate="auto", steps=2, loss=loss)
+    trials = re.search(r"on 2 training items kept apart\n((?: +\S+  \S+.*\n)+)", capsys.readouterr().err)[1].count("\n")
+    assert measured[:trials] == [2] * trials
+    assert sum(measured[trials:]) == 2 * 10  # the run itself, before and after its steps
 
 
 def test_too_few_data_to_search(base, tmp_path):

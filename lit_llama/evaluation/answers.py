@@ -32,14 +32,14 @@ class Question(NamedTuple):
         category: the kind of question, one of several.
         turns: what the user says, one after the other.
         input: what the first turn is about, for prompt styles that keep it apart.
-        aligner: name of the Aligner that is to answer, in a folder of them.
+        adapter: name of the adapter that is to answer, in a folder of them.
     """
 
     id: int | str
     category: str
     turns: list[str]
     input: str = ""
-    aligner: str | None = None
+    adapter: str | None = None
 
     @property
     def asked(self) -> list[str]:
@@ -88,19 +88,19 @@ def as_question(place: str, row: dict[str, Any], number: int) -> Question:
             f"{place}: expected a text under 'prompt' or 'instruction', or a list of texts under 'turns', "
             f"found {sorted(row)}"
         )
-    row = {**row, "aligner": row.get("adapter", row.get("aligner"))}
+    row = {**row, "adapter": row.get("adapter", row.get("aligner"))}  # its name in older files
     fields = {}
-    for name, default in (("question_id", number), ("category", "all"), ("input", ""), ("aligner", None)):
+    for name, default in (("question_id", number), ("category", "all"), ("input", ""), ("adapter", None)):
         fields[name] = default if row.get(name) is None else row[name]
         if not isinstance(fields[name], str | (int if name == "question_id" else type(default))):
             raise ValueError(f"{place}: expected a text under {name!r}, found {type(fields[name]).__name__}")
-    return Question(fields["question_id"], fields["category"], turns, fields["input"], fields["aligner"])
+    return Question(fields["question_id"], fields["category"], turns, fields["input"], fields["adapter"])
 
 
 def read_questions(path: Path) -> list[Question]:
     """The questions of a file, each once; see `prompt_rows` and `as_question` for what it may hold.
 
-    The models that are asked are chosen by options, so a question must not name its Aligner.
+    The models that are asked are chosen by options, so a question must not name its adapter.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -109,8 +109,8 @@ def read_questions(path: Path) -> list[Question]:
     questions: dict[int | str, Question] = {}
     for number, (place, row) in enumerate(prompt_rows(path), start=1):
         question = as_question(place, row, number)
-        if question.aligner is not None:
-            raise ValueError(f"{place}: names the adapter {question.aligner}; only generate/many.py goes by that")
+        if question.adapter is not None:
+            raise ValueError(f"{place}: names the adapter {question.adapter}; only generate/many.py goes by that")
         if question.id in questions:
             raise ValueError(f"{place}: there are two questions with the question_id {question.id}")
         questions[question.id] = question

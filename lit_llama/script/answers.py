@@ -59,7 +59,7 @@ def read_prompts(prompt: list[str] | None, prompts_file: Path | None) -> list[Pr
         if len(question.turns) > 1:
             raise ValueError(f"{place}: a question of {len(question.turns)} turns, and this script answers one: "
                              "evaluate/vicuna.py and evaluate/side_by_side.py answer all")  # fmt: skip
-        prompts.append(Prompt(question.turns[0], question.input, question.aligner))
+        prompts.append(Prompt(question.turns[0], question.input, question.adapter))
     return prompts
 
 

@@ -6,6 +6,7 @@ Generated text goes to stdout, everything else to stderr.
 
 import importlib
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -20,6 +21,8 @@ from lit_llama.checkpoint import verify_base
 from lit_llama.script.errors import explain
 from lit_llama.script.parser import parse
 
+DEMO_BASE = Path("checkpoints/SmolLM2-135M-Instruct")  # what scripts take if no base model is given
+DIVERGED = 3  # exit status of training whose loss or gradient is no longer finite
 DEBUG = "ALIGNER_DEBUG"  # the environment variable that asks for tracebacks
 
 
@@ -27,8 +30,9 @@ def run(main: Callable[..., Any]) -> None:
     """Call `main` with each of its keywords as a command-line option, and exit.
 
     A user's error (`ValueError`, `OSError`, ...) becomes one line on stderr and exit status 1; so do a lack of memory,
-    with what to lower, and an unexpected error. Every script has the options `--threads` and `--debug`, those that
-    open a base model have `--verify`; see `lit_llama.script.parser` for how options are written.
+    with what to lower, and an unexpected error. Training that diverged has a status of its own, `DIVERGED`. Every
+    script has the options `--threads` and `--debug`, those that open a base model have `--verify`; see
+    `lit_llama.script.parser` for how options are written.
 
     Args:
         main: the script's function; the docstring of its module becomes the help's description.
@@ -59,7 +63,7 @@ def run(main: Callable[..., Any]) -> None:
         if os.environ.get(DEBUG, "0") != "0":
             traceback.print_exc()
         print(f"error: {explain(error, options)}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(DIVERGED if isinstance(error, FloatingPointError) else 1)
 
 
 def _verify(checkpoint_dir: Path | None) -> None:
@@ -69,6 +73,19 @@ def _verify(checkpoint_dir: Path | None) -> None:
         count = verify_base(checkpoint_dir)
         if count:
             print(f"{checkpoint_dir}: {count} files are what the conversion wrote", file=sys.stderr)
+
+
+def try_next(checkpoint_dir: Path, *commands: str) -> list[str]:
+    """The last lines of a report: what to run next on the same base model.
+
+    Args:
+        checkpoint_dir: folder of the base model.
+        commands: each begins with the name of a script, which has the option --checkpoint_dir.
+    """
+    python = ".venv/bin/python" if Path(sys.prefix) == Path.cwd() / ".venv" else "python"
+    base = "" if checkpoint_dir == DEMO_BASE else f" --checkpoint_dir {shlex.quote(str(checkpoint_dir))}"
+    scripts = (command.partition(" ") for command in commands)
+    return ["", "Try next:", *(f"  {python} {script}{base} {options}" for script, _, options in scripts)]
 
 
 def peak_memory() -> str:

@@ -16,6 +16,7 @@ from lit_llama.run_files import check_out_dir
 from lit_llama.runs import RunFolder
 from lit_llama.script.machine import Machine
 from lit_llama.together import ReadAdapter, read_adapters, scales_of
+from lit_llama.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # takes seconds to import, which --help should not cost
     from lightning_fabric import Fabric
@@ -33,7 +34,8 @@ class Conditions:
             turned up and down evenly; if not given, the scale is 1.
         keep_weight: weight of the divergence from the base on --keep_data, which is added to the loss, so that other
             text stays as likely as it was; 0 if not given.
-        keep_data: text to keep: a text file, or JSON Lines with a "text" each; best of several kinds.
+        keep_data: text to keep: a text file, or JSON Lines with a "text" each; best of several kinds. If not given,
+            examples/plain.jsonl.
         machine: where the run computes and what it keeps; see `Machine`.
 
     Raises:
@@ -46,13 +48,15 @@ class Conditions:
         also_scale: list[float] | None = None,
         scale_range: tuple[float, float] | None = None,
         keep_weight: float | None = None,
-        keep_data: Path = Path("examples/plain.jsonl"),
+        keep_data: Path | None = None,
         **machine: Any,
     ) -> None:
         self.options = {name: value for name, value in locals().items() if name not in ("self", "machine", "__class__")}
         problems = []
         if keep_weight is not None and not keep_weight >= 0:
             problems.append(f"--keep_weight is {keep_weight}, it must be at least 0")
+        if keep_data is not None and keep_weight is None:
+            problems.append("--keep_data is given without a --keep_weight, so nothing would be kept: give both")
         if scale_range is not None and not scale_range[0] < scale_range[1]:
             problems.append(f"--scale_range is {scale_range}, expected a smaller and a larger number, such as 0 1.5")
         elif scale_range is not None and scale_range[1] <= 0:
@@ -65,7 +69,10 @@ class Conditions:
             problems.append(str(error))
         if problems:
             raise ValueError("; ".join(problems))
-        self.scale_range, self.keep_weight, self.keep_data = scale_range, keep_weight or 0.0, keep_data
+        self.scale_range, self.keep_weight = scale_range, keep_weight or 0.0
+        self.keep_data = keep_data or Path("examples/plain.jsonl")
+        if self.keep_weight:
+            self.options["keep_data"] = self.keep_data
         self._paths, self._scales = also_adapter or [], scales_of(also_scale, len(also_adapter or []))
 
     def without(self, refused: Mapping[str, str]) -> "Conditions":
@@ -110,6 +117,9 @@ class Conditions:
         machine, self._also = self.machine, read_adapters(self._paths, read_config(checkpoint_dir))
         together = [*self._also, *others]
         check_out_dir(out_dir, [one.path for one in together if one.path is not None])
+        kept = None
+        if self.keep_weight:
+            kept = read_kept_text(self.keep_data, Tokenizer(checkpoint_dir), self.keep_weight)
         fabric, mesh = machine.launch(out_dir, plan)
         base = machine.open_base(checkpoint_dir, prompt_style, out_dir, fabric, mesh)
         base.with_adapter(together)  # moves them there, and refuses those of another base
@@ -117,7 +127,6 @@ class Conditions:
             assert isinstance(one.adapter, AnyAdapter)
             one.adapter.requires_grad_(False)
         frozen = [(one.adapter, scale) for one, scale in zip(self._also, self._scales, strict=True)]
-        kept = read_kept_text(self.keep_data, base.tokenizer, self.keep_weight) if self.keep_weight else None
         return fabric, base, Objective(base.model, plan.seed, frozen, self.scale_range, kept)
 
     def resume_dir(self, out_dir: Path) -> Path | None:

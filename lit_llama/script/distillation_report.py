@@ -2,7 +2,6 @@
 
 import re
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from lit_llama.decoder import GenerationRequest
 from lit_llama.files import atomic_file, write_json
 from lit_llama.generation import answer_all, prefill
 from lit_llama.prompts import Message
+from lit_llama.script.command_line import try_next
 from lit_llama.script.questions import Question
 from lit_llama.states import Progress
 from lit_llama.tables import side_by_side
@@ -79,12 +79,13 @@ def _cost(base: Base, student: Base, conversation: Sequence[Message]) -> dict[st
     return {"tokens": len(ids), "cache_bytes": len(ids) * per_token, "milliseconds": 1e3 * statistics.median(seconds)}
 
 
-def render(report: Mapping[str, Any], progress: Progress, out_dir: Path, shown: int = 5) -> str:
+def render(report: Mapping[str, Any], progress: Progress, checkpoint_dir: Path, out_dir: Path, shown: int = 5) -> str:
     """The report as text for people: a few answers side by side, then the figures.
 
     Args:
         report: what `compare` measured.
         progress: what validation measured first, and at best.
+        checkpoint_dir: folder of the base model.
         out_dir: folder of the run.
         shown: number of questions that are shown.
     """
@@ -109,18 +110,17 @@ def render(report: Mapping[str, Any], progress: Progress, out_dir: Path, shown: 
         ("picture of the loss", str(out_dir / "loss.png")),
     ]  # fmt: skip
     lines += [f"{name:33}{value}" for name, value in figures]
-    python = ".venv/bin/python" if Path(sys.prefix) == Path.cwd() / ".venv" else "python"
-    lines += ["", "Try next:", f'  {python} generate/aligner.py --adapter_path {file} --prompt "Why is the sky blue?"']
+    lines += try_next(checkpoint_dir, f'generate/aligner.py --adapter_path {file} --prompt "Why is the sky blue?"')
     return "\n".join(lines) + "\n"
 
 
-def write_report(found: Mapping[str, Any], progress: Progress, out_dir: Path) -> str:
+def write_report(found: Mapping[str, Any], progress: Progress, checkpoint_dir: Path, out_dir: Path) -> str:
     """Write `report.json` and `report.txt` to the folder of a run; see `render`.
 
     Returns:
         The text of the latter.
     """
-    text = render(found, progress, out_dir)
+    text = render(found, progress, checkpoint_dir, out_dir)
     write_json(out_dir / "report.json", found)
     with atomic_file(out_dir / "report.txt") as temporary:
         temporary.write_text(text, encoding="utf-8")

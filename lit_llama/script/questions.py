@@ -65,7 +65,7 @@ def read_context(path: Path | None) -> list[Message]:
 def read_questions(
     path: Path, tokenizer: Tokenizer, answered: bool = False, validation_share: float = 0.1, seed: int = 1337
 ) -> list[Question]:
-    """Read what is asked, each question once.
+    """Read what is asked, each question once, with all different answers that are given to it.
 
     Args:
         path: a text with a question on each line; records of any layout that `lit_llama.script.layouts` reads, perhaps
@@ -88,17 +88,18 @@ def read_questions(
     else:
         found = _records_of(path, answered)
     questions: dict[tuple[Message, ...], Question] = {}
-    repeats = 0
+    repeats = 0  # what adds nothing
     for place, question in found:
         known = questions.setdefault(question.messages, question)
         if known is not question:
-            repeats += 1
             new = tuple(answer for answer in question.answers if answer not in known.answers)
             questions[question.messages] = known._replace(answers=known.answers + new)
+            repeats += not new
         if question.split not in (*SPLITS, ""):
             raise ValueError(f"{place}: the split is {question.split!r}, expected {', '.join(SPLITS)}")
     if repeats:
-        print(f"{path}: {repeats} questions repeat an earlier one and are asked once", file=sys.stderr)
+        what, used = ("answers", "learned") if answered else ("questions", "asked")
+        print(f"{path}: {repeats} {what} repeat an earlier one and are {used} once", file=sys.stderr)
     return _with_splits(path, list(questions.values()), validation_share, seed)
 
 
