@@ -97,7 +97,7 @@ def read_scores(folder: Path) -> dict[str, dict[Question, float]]:
 def rows(folder: Path) -> Iterator[tuple[str, Question, float]]:
     for _, row in read_records(folder / "samples.jsonl"):
         for metric in row["metrics"]:
-            if isinstance(row[metric], int | float):  # a log-likelihood with its number of words is no score
+            if isinstance(row[metric], int | float):  # a log-likelihood with its number of words is not a score
                 name = metric if row["filter"] == "none" else f"{metric}, {row['filter']}"
                 yield name, (row["task"], row["doc_id"], row["doc_hash"]), float(row[metric])
 

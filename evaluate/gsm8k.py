@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from lit_llama.files import require_extra
 from lit_llama.script.command_line import run
-from lit_llama.script.evaluation import evaluated_model
+from lit_llama.script.evaluation import task_model
 from lit_llama.script.launch import join_processes
 
 STANDARD = {"standard": "gsm8k_cot", "5-shot": "gsm8k"}  # settings that the harness has a task for
@@ -53,7 +53,7 @@ def main(
     task: str | dict[str, Any] = STANDARD.get(setting) or metamath_task()
     tasks = load_tasks([task], data_dir, out_dir / "data")
     join_processes()
-    lm = HarnessModel(evaluated_model(**options), batch_size)
+    lm = HarnessModel(task_model(chat_template, **options), batch_size)
     chosen = None if questions is None else random_questions(tasks, questions, seed)
     counts = "exact_match, strict-match"
     results = run_tasks(lm, tasks, out_dir, questions=chosen, chat_template=chat_template, counts=counts)

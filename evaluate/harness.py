@@ -14,7 +14,7 @@ from typing import Any
 
 from lit_llama.files import require_extra
 from lit_llama.script.command_line import run
-from lit_llama.script.evaluation import evaluated_model
+from lit_llama.script.evaluation import task_model
 from lit_llama.script.launch import join_processes
 
 
@@ -56,7 +56,7 @@ def main(
     overrides = {} if num_fewshot is None else {"num_fewshot": num_fewshot}
     loaded = load_tasks(tasks.split(","), data_dir, out_dir / "data", **overrides)
     join_processes()
-    lm = HarnessModel(evaluated_model(**options), batch_size)
+    lm = HarnessModel(task_model(chat_template, **options), batch_size)
     results = run_tasks(
         lm,
         loaded,

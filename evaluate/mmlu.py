@@ -17,7 +17,7 @@ from lit_llama.evaluation.statistics import in_words, share_interval
 from lit_llama.figures import picture
 from lit_llama.files import atomic_file, require_extra
 from lit_llama.script.command_line import run
-from lit_llama.script.evaluation import evaluated_model
+from lit_llama.script.evaluation import task_model
 from lit_llama.script.launch import join_processes
 from lit_llama.tables import markdown
 
@@ -89,7 +89,7 @@ def main(
     task, shots, metric = SETTINGS[setting]
     tasks = load_tasks([task], data_dir, out_dir / "data", num_fewshot=shots)
     join_processes()
-    lm = HarnessModel(evaluated_model(**options), batch_size)
+    lm = HarnessModel(task_model(chat_template, **options), batch_size)
     chosen = None if questions is None else random_questions(tasks, questions, seed)
     results = run_tasks(lm, tasks, out_dir, questions=chosen, chat_template=chat_template, counts=metric)
     if results is None:

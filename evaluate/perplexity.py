@@ -28,7 +28,7 @@ from lit_llama.evaluation.statistics import bootstrap, in_words
 from lit_llama.files import read_text
 from lit_llama.losses import response_logprobs
 from lit_llama.script.command_line import run
-from lit_llama.script.evaluation import evaluated_model
+from lit_llama.script.evaluation import evaluated_model, refuse_style
 from lit_llama.tables import markdown
 
 
@@ -66,6 +66,7 @@ def main(
         raise ValueError("give --text_path or --data_dir, one of them")
     if window < 2:
         raise ValueError(f"--window is {window}, it must be at least 2")
+    refuse_style(options, "a text has no prompt, and a data set has its own")
     text = "" if text_path is None else read_text(text_path)
     base = evaluated_model(**options)
     window = min(window, base.model.config.block_size)

@@ -6,7 +6,8 @@
 On the output projection it is what a one-token Aligner becomes, with every number free, and so its natural baseline;
 on the value projection it is BEFT (arXiv 2509.15974).
 
-Needs a base model converted by one of scripts/convert_*_checkpoint.py and data made by one of scripts/prepare_*.py.
+Needs the folder of a base model (Hugging Face's as it is, or one that scripts/convert_*_checkpoint.py wrote) and data
+made by one of scripts/prepare_*.py.
 """
 
 from pathlib import Path

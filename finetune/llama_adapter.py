@@ -3,7 +3,8 @@
     python finetune/llama_adapter.py
     python finetune/llama_adapter.py --data_dir data/mine --adapter_length 30 --out_dir out/mine
 
-Needs a base model converted by one of scripts/convert_*_checkpoint.py and data made by one of scripts/prepare_*.py.
+Needs the folder of a base model (Hugging Face's as it is, or one that scripts/convert_*_checkpoint.py wrote) and data
+made by one of scripts/prepare_*.py.
 """
 
 from pathlib import Path
@@ -58,8 +59,8 @@ def main(
         adapter_length: number of prefix tokens N in each layer.
         adapter_start_layer: first layer with a prefix, counted from 0.
         adapter_init_std: standard deviation of the prefix tokens at the start.
-        positions: positions that attend to the prefix: "all", as if it is not given, or those of the "prompt" and none
-            of the answer; such an adapter cannot be folded or exported.
+        positions: positions that attend to the prefix: "all" of them, which is the default, or those of the "prompt"
+            and none of the answer; such an adapter cannot be folded or exported.
         learning_rate: peak of the learning rate, reached at the end of warm-up; "auto" tries a few for a few steps on a
             part of the training examples kept apart, and takes the best.
         decay: how the learning rate falls from the peak: "linear" to zero, or "none".

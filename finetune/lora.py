@@ -3,7 +3,8 @@
     python finetune/lora.py
     python finetune/lora.py --data_dir data/mine --lora_r 16 --lora_targets q --lora_targets k --lora_targets v
 
-Needs a base model converted by one of scripts/convert_*_checkpoint.py and data made by one of scripts/prepare_*.py.
+Needs the folder of a base model (Hugging Face's as it is, or one that scripts/convert_*_checkpoint.py wrote) and data
+made by one of scripts/prepare_*.py.
 """
 
 from pathlib import Path

@@ -250,7 +250,7 @@ class _SplitWriter:
             return False
         scored = [example.ids[example.scored] for example in item]
         if self._kind == "distillation" and not np.array_equal(scored[0], scored[1]):
-            raise ValueError("the prompt style writes an answer otherwise after the teacher's prompt: use another base")
+            raise ValueError("the prompt style writes answers differently after the teacher's prompt: use another base")
         self.summary.truncated += was_cut
         for example in item:
             marks = example.scored * (1 if wanted else 2)

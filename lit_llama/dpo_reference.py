@@ -111,7 +111,7 @@ def cached_reference(
     """The reference's log-probabilities, from a file in `folder` or computed and written there.
 
     The file's name is a hash of all that they depend on: the base's weights, its dtype and quantisation, the reference
-    and the data. What it holds is what a forward computes to within rounding, since batches are composed otherwise.
+    and the data. What it holds is what a forward computes to within rounding, as its batches hold other examples.
 
     Args:
         fabric: whose processes share the work; a sharded base computes in step.

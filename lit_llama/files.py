@@ -220,7 +220,7 @@ def read_text(path: Path) -> str:
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is no complete gzip file ({error})") from None
+            raise ValueError(f"{path} is not a complete gzip file ({error})") from None
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

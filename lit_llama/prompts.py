@@ -189,6 +189,12 @@ class PromptStyle:
 CHAT_STYLES = {"chat": None, "chat-thinking-on": True, "chat-thinking-off": False}  # by what the switch is set to
 
 
+def chat_switch(style: str, tokenizer: Tokenizer) -> dict[str, bool]:
+    """What a style tells the model's chat template of thinking, under the template's own name for it; often nothing."""
+    thinking = CHAT_STYLES.get(style)
+    return {} if thinking is None else {thinking_switch(tokenizer): thinking}
+
+
 def prompt_style(name: str, tokenizer: Tokenizer) -> PromptStyle:
     """The style of that name.
 
@@ -327,8 +333,7 @@ _CLOSING = re.compile(r"[<\[]/(think|thinking|thought|reasoning)[>\]]", re.IGNOR
 
 
 def _chat_style(tokenizer: Tokenizer, name: str) -> PromptStyle:
-    thinking = CHAT_STYLES[name]
-    switch = {} if thinking is None else {thinking_switch(tokenizer): thinking}
+    switch = chat_switch(name, tokenizer)
 
     def turns(messages: Sequence[Message]) -> list[dict[str, str]]:
         return [{"role": message.role, "content": _with_input(message)} for message in messages]

@@ -173,7 +173,7 @@ def _array(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _is_lines(path: Path) -> bool:
-    """Whether a file that is no array holds an object per line, and not one object."""
+    """Whether a file that is not an array holds an object per line, and not one object."""
     try:
         with _unpacked(path) as file:
             text = JSONText(path, file)

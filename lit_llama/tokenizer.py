@@ -55,7 +55,7 @@ class Tokenizer:
 
     Raises:
         FileNotFoundError: the folder holds neither file.
-        ValueError: the file is no tokenizer, or no end-of-sequence token can be found.
+        ValueError: the file is not a tokenizer, or no end-of-sequence token can be found.
     """
 
     def __init__(self, folder: Path | str) -> None:

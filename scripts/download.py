@@ -1,4 +1,4 @@
-"""Download a checkpoint from the Hugging Face hub, for scripts/convert_hf_checkpoint.py.
+"""Download a model from the Hugging Face hub: a folder that all scripts open as it is.
 
     python scripts/download.py --repo_id TinyLlama/TinyLlama-1.1B-Chat-v1.0
     HF_TOKEN=... python scripts/download.py --repo_id meta-llama/Llama-2-7b-hf
@@ -46,7 +46,7 @@ def main(repo_id: str, output_dir: Path | None = None, access_token: str | None 
             f"{repo_id} into {output_dir} by other means"
         ) from None
     print(
-        f"next: python scripts/convert_hf_checkpoint.py --checkpoint_dir {output_dir} --output_dir checkpoints/...",
+        f"next: python generate/chat.py --checkpoint_dir {output_dir}",
         file=sys.stderr,
     )
 

@@ -1,5 +1,6 @@
 """The harness's own `hf` model on an export, against ours; and local copies of data."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -20,6 +21,8 @@ import lit_llama.evaluation.tasks
 from lit_llama.base import open_base
 from lit_llama.evaluation.harness import HarnessModel
 from lit_llama.evaluation.tasks import load_tasks, local_copy, random_questions
+from lit_llama.prompts import prompt_style
+from lit_llama.script.evaluation import task_model
 
 TEXT = "the cat sat on a mat and 12 dogs ran to 3 houses of the old king"
 
@@ -45,6 +48,23 @@ def long_base(tmp_path_factory):
     convert = load_script("scripts/convert_hf_checkpoint.py").main
     convert(checkpoint_dir=make_hf_checkpoint(folder, max_position_embeddings=1024), output_dir=folder / "base")
     return folder / "base"
+
+
+def test_the_chat_template_is_told_what_the_style_says_of_thinking(base_dir):
+    base = open_base(base_dir)
+    base.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ enable_thinking }}"
+    for name, told in (("chat-thinking-on", "True"), ("chat-thinking-off", "False"), ("chat", "")):
+        model = HarnessModel(dataclasses.replace(base, style=prompt_style(name, base.tokenizer)))
+        assert model.apply_chat_template([{"role": "user", "content": "Why? "}]) == f"Why? {told}"
+
+
+def test_styles_that_would_change_nothing_are_refused(base_dir, command, tmp_path):
+    for chat_template, options in ((False, {"thinking": "on"}), (True, {"prompt_style": "alpaca"})):
+        with pytest.raises(ValueError, match=f"--{next(iter(options))} .* would change nothing"):
+            task_model(chat_template, checkpoint_dir=base_dir, **options)
+    (tmp_path / "text.txt").write_text("A text.")
+    status, _, err = command("evaluate/perplexity.py", text_path=tmp_path / "text.txt", thinking="on")
+    assert (status, "a text has no prompt" in err) == (1, True)
 
 
 def ask(kind, *texts):

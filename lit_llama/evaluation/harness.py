@@ -31,6 +31,7 @@ from lit_llama.decoder import GenerationRequest
 from lit_llama.evaluation.tasks import all_tasks, task_manager
 from lit_llama.files import atomic_file
 from lit_llama.generation import complete
+from lit_llama.prompts import chat_switch
 
 SHARED = 32  # tokens: inputs that begin with as many equal ones are batched together, their common start is read once
 MOST_LOGITS = 4096  # positions of a batch whose logits are kept: 128,000 tokens in float32 make 2 GB
@@ -53,6 +54,7 @@ class HarnessModel(TemplateLM):
     def __init__(self, base: Base, batch_size: int = 16, max_gen_toks: int = 256) -> None:
         super().__init__()
         self.model, self._tokenizer, self.adapter = base.model, base.tokenizer, base.adapter
+        self._switch = chat_switch(base.style.name, base.tokenizer)
         self.name = f"{base.name}, {base.weights}"
         self.batch_size, self.max_gen_toks = batch_size, max_gen_toks
         self.max_length = base.model.config.block_size
@@ -191,7 +193,7 @@ class HarnessModel(TemplateLM):
         return texts
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Messages in the model's own chat format.
+        """Messages in the model's own chat format, told to think or not as the model's prompt style says.
 
         Raises:
             ValueError: it has none, or the last message is to be continued.
@@ -199,7 +201,7 @@ class HarnessModel(TemplateLM):
         if not add_generation_prompt:
             raise ValueError("this task has the model continue its own message, which this model class cannot: leave "
                              "out --chat_template")  # fmt: skip
-        return render_chat(self._tokenizer, chat_history)
+        return render_chat(self._tokenizer, chat_history, **self._switch)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The Jinja source of the chat format."""

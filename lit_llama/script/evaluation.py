@@ -13,6 +13,7 @@ from lit_llama.base import Base
 from lit_llama.checkpoint import read_config
 from lit_llama.evaluation.answers import ANSWERS, QUESTIONS, Question, answer_questions, read_answers, write_questions
 from lit_llama.evaluation.judging import Case, Judge, estimate, judge_all
+from lit_llama.prompts import CHAT_STYLES
 from lit_llama.script.opening import open_model
 from lit_llama.together import read_adapters, scales_of
 
@@ -30,6 +31,34 @@ def evaluated_model(
         options: how the base model is opened, see `open_model`.
     """
     return open_model(adapter_path, adapter_scale, compile=False, **options)
+
+
+def task_model(chat_template: bool, **options: Any) -> Base:
+    """Open a model for tasks, whose prompts are those of the task, perhaps in the model's chat format.
+
+    Args:
+        chat_template: whether they are.
+        options: see `evaluated_model`.
+
+    Raises:
+        ValueError: as `evaluated_model`; or a prompt style is asked for which no prompt would be written in.
+    """
+    if not chat_template:
+        refuse_style(options, "a task writes its prompts itself, unless --chat_template is given")
+    elif options.get("prompt_style") not in (None, *CHAT_STYLES):
+        refuse_style(options, "--chat_template writes prompts in the model's own chat format")
+    return evaluated_model(**options)
+
+
+def refuse_style(options: Mapping[str, Any], why: str) -> None:
+    """Refuse the options that say how a prompt is written.
+
+    Raises:
+        ValueError: one of them is given.
+    """
+    given = [f"--{name} {options[name]}" for name in ("prompt_style", "thinking") if options.get(name) is not None]
+    if given:
+        raise ValueError(f"{' and '.join(given)} would change nothing: {why}")
 
 
 def ask(

@@ -26,8 +26,8 @@ class Machine:
     Args:
         precision: number format of the base model; "auto" is bf16-true where GPU or CPU compute in it and 32-true
             elsewhere, and says which it takes.
-        quantize: number of bits in which the base's blocks are kept: 4 ("nf4") or 8 ("int8"); if not given, all, and
-            adapters that were trained on a quantised base are refused, which "none" accepts.
+        quantize: number of bits in which the base's blocks are kept: 4 ("nf4") or 8 ("int8"); if not given, they stay
+            whole, and adapters that were trained on a quantised base are refused, which "none" accepts.
         activation_checkpointing: compute activations again for the backward pass instead of keeping them, which takes
             less memory and more time.
         compile: let a compiler make the computation of each block, which takes a minute or more for each new length of

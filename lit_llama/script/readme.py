@@ -5,10 +5,9 @@ from pathlib import Path
 
 import lit_llama
 from lit_llama.adapters import AdapterInfo
-from lit_llama.chat_template import thinking_switch
 from lit_llama.files import read_json
 from lit_llama.formats.peft import CONFIG_FILE
-from lit_llama.prompts import CHAT_STYLES, prompt_style
+from lit_llama.prompts import CHAT_STYLES, chat_switch, prompt_style
 from lit_llama.tokenizer import Tokenizer
 
 MODEL_README = """# {title}
@@ -59,8 +58,7 @@ def write_readme(folder: Path, name: str, base: str, infos: Sequence[AdapterInfo
     style = prompt_style(styles[0] if styles else "alpaca" if infos else untrained, tokenizer)
     ids = f'prompt = {style.prompt("Name three rivers.")!r}\nids = tokenizer(prompt, return_tensors="pt")["input_ids"]'
     if style.name in CHAT_STYLES:
-        thinking = CHAT_STYLES[style.name]
-        switch = "" if thinking is None else f", {thinking_switch(tokenizer)}={thinking}"
+        switch = "".join(f", {name}={thinking}" for name, thinking in chat_switch(style.name, tokenizer).items())
         ids = (
             'messages = [{"role": "user", "content": "Name three rivers."}]\n'
             f"text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False{switch})\n"

@@ -122,7 +122,7 @@ class Gate:
         if "*" in self._access.hosts or name in self._access.hosts:
             return True
         try:
-            ipaddress.ip_address(name.strip("[]"))  # an address is no name that someone else's DNS could answer for
+            ipaddress.ip_address(name.strip("[]"))  # an address is not a name that someone else's DNS could answer for
         except ValueError:
             return False
         return self._access.any_address
