@@ -19,7 +19,7 @@ from lit_llama.adapters import Method
 from lit_llama.data import Batch, open_data
 from lit_llama.dpo_reference import cached_reference, read_policy_and_reference, reference_logprobs
 from lit_llama.losses import LossSums, response_logprobs
-from lit_llama.plan import Decay, Plan
+from lit_llama.plan import PREFERENCE_RATES, Decay, Plan
 from lit_llama.preference_losses import (
     PAIR_LOSSES,
     PREFERENCE_METRICS,
@@ -50,7 +50,7 @@ def main(
     label_smoothing: float | None = None,  # 0; 0.1 of robust
     target_margin: float | None = None,  # 0.5 of SimPO
     chosen_weight: float | None = None,  # 0
-    learning_rate: float | Literal["auto"] = 3e-3,  # paper: 1e-4, of which their schedule reached 1.9e-5
+    learning_rate: float | Literal["auto"] | None = None,  # paper: 1e-4, of which their schedule reached 1.9e-5
     decay: Decay = "linear",  # paper: none
     weight_decay: float = 0.02,
     batch_size: int = 4,  # paper: 32 pairs, counted as 64 examples
@@ -87,8 +87,9 @@ def main(
         target_margin: margin that simpo aims at, 0.5 if not given.
         chosen_weight: weight of the chosen response's cross-entropy per token, which is added to the loss; DPO alone
             may make both responses less likely. If not given, 0; orpo has that term already.
-        learning_rate: peak of the learning rate, reached at the end of warm-up; "auto" tries a few for a few steps on a
-            part of the training pairs kept apart, and takes the best.
+        learning_rate: peak of the learning rate, reached at the end of warm-up; if not given, 3e-3 for aligner and
+            llama_adapter, 1e-3 for bias, 3e-4 for lora; "auto" tries a few around that for a few steps on a part of the
+            training pairs kept apart, and takes the best.
         decay: how the learning rate falls from the peak: "linear" to zero, or "none".
         weight_decay: weight decay of AdamW.
         batch_size: number of pairs per optimizer step, over all devices.
@@ -149,7 +150,7 @@ def main(
 
     plan = find_learning_rate(
         fabric, policy, optimizer, measure, train, tokenizer, plan,
-        around=3e-3, measured=objective.measured(PREFERENCE_METRICS), resume_dir=setup.resume_dir(out_dir),
+        rates=PREFERENCE_RATES, measured=objective.measured(PREFERENCE_METRICS), resume_dir=setup.resume_dir(out_dir),
     )  # fmt: skip
     folder = setup.run_folder(out_dir, base, options | coefficients | start.kind, objective, start.fingerprints)
     fit(

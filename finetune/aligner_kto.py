@@ -21,7 +21,7 @@ from lit_llama.adapters import Method
 from lit_llama.data import Batch, open_data
 from lit_llama.dpo_reference import cached_reference, read_policy_and_reference, reference_logprobs
 from lit_llama.losses import LossSums, response_logprobs
-from lit_llama.plan import Decay, Plan
+from lit_llama.plan import PREFERENCE_RATES, Decay, Plan
 from lit_llama.preference_losses import UNPAIRED_METRICS, check_kto, kto_loss, log_ratio
 from lit_llama.samples import sample_answers
 from lit_llama.script.command_line import run
@@ -43,7 +43,7 @@ def main(
     beta: float = 0.1,
     good_weight: float = 1.0,
     bad_weight: float = 1.0,
-    learning_rate: float | Literal["auto"] = 3e-3,
+    learning_rate: float | Literal["auto"] | None = None,
     decay: Decay = "linear",
     weight_decay: float = 0.02,
     batch_size: int = 8,  # paper: 32; the reference point is the mean of as many
@@ -76,8 +76,9 @@ def main(
         good_weight: weight of the good answers. The paper advises that the weights make up for a difference in number:
             good_weight times their number should be 1 to 4/3 times bad_weight times that of the bad ones.
         bad_weight: weight of the bad answers.
-        learning_rate: peak of the learning rate, reached at the end of warm-up; "auto" tries a few for a few steps on a
-            part of the training answers kept apart, and takes the best.
+        learning_rate: peak of the learning rate, reached at the end of warm-up; if not given, 3e-3 for aligner and
+            llama_adapter, 1e-3 for bias, 3e-4 for lora; "auto" tries a few around that for a few steps on a part of the
+            training answers kept apart, and takes the best.
         decay: how the learning rate falls from the peak: "linear" to zero, or "none".
         weight_decay: weight decay of AdamW.
         batch_size: number of answers per optimizer step, over all devices.
@@ -145,7 +146,7 @@ def main(
 
     plan = find_learning_rate(
         fabric, policy, optimizer, measure, train, tokenizer, plan,
-        around=3e-3, measured=objective.measured(UNPAIRED_METRICS), look_ahead=take_reference_point,
+        rates=PREFERENCE_RATES, measured=objective.measured(UNPAIRED_METRICS), look_ahead=take_reference_point,
         resume_dir=setup.resume_dir(out_dir),
     )  # fmt: skip
     folder = setup.run_folder(out_dir, base, options | start.kind, objective, start.fingerprints)

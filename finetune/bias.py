@@ -102,7 +102,7 @@ def main(
 
     plan = find_learning_rate(
         fabric, bias, optimizer, loss, train, tokenizer, plan,
-        around=1e-2, measured=objective.measured(), resume_dir=setup.resume_dir(out_dir),
+        measured=objective.measured(), resume_dir=setup.resume_dir(out_dir),
     )  # fmt: skip
     folder = setup.run_folder(out_dir, base, options, objective)
     fit(

@@ -11,7 +11,8 @@ from lit_llama.data import steps_per_epoch
 
 Decay = Literal["none", "linear"]
 WARMUP_STEPS = 10
-LEARNING_RATES = {"aligner": 3e-2, "llama_adapter": 3e-2, "lora": 3e-3, "bias": 1e-2}  # peak, by method, of supervision
+LEARNING_RATES = {"aligner": 3e-2, "llama_adapter": 3e-2, "lora": 3e-3, "bias": 1e-2}  # peak, by method
+PREFERENCE_RATES = {method: rate / 10 for method, rate in LEARNING_RATES.items()}
 _LEAST = {
     "learning_rate": 0,
     "seed": 0,

@@ -176,7 +176,7 @@ def find_learning_rate(
     tokenizer: Tokenizer,
     plan: Plan,
     *,
-    around: float | None = None,
+    rates: Mapping[str, float] = LEARNING_RATES,
     share: float = 0.15,
     measured: Mapping[str, str] = SUPERVISED_METRICS,
     look_ahead: LookAhead | None = None,
@@ -198,8 +198,8 @@ def find_learning_rate(
         train: the training data.
         tokenizer: the one that they were made with.
         plan: plan of the run, with its number of steps.
-        around: what None becomes, and the rate in the middle of the first three; if not given, that of the adapter's
-            method in `lit_llama.plan.LEARNING_RATES`, and of an Aligner for a method that is not there.
+        rates: by method, what None becomes and what "auto" begins around; a method that is not there has the rate of
+            an Aligner.
         share: share of the training data that is kept apart, of which no more than 256 items are needed.
         measured: what the loss measures.
         look_ahead: is given all micro batches of a step before the loss is, see `fit`.
@@ -212,7 +212,7 @@ def find_learning_rate(
     Raises:
         ValueError: there are too few training data, or training diverged at each rate.
     """
-    around = around or LEARNING_RATES.get(adapter.method, LEARNING_RATES["aligner"])
+    around = rates.get(adapter.method, rates["aligner"])
     if plan.learning_rate != "auto":
         return plan if plan.learning_rate is not None else replace(plan, learning_rate=around)
     say = say if fabric.is_global_zero else lambda text: None

@@ -18,7 +18,7 @@ from lit_llama.base import open_base
 from lit_llama.data import collate, tokenize
 from lit_llama.lora import LoRA
 from lit_llama.losses import supervised_loss
-from lit_llama.plan import Plan
+from lit_llama.plan import PREFERENCE_RATES, Plan
 from lit_llama.prompts import Message
 from lit_llama.states import last_state
 from lit_llama.tuning import RATES, find_learning_rate, search_rates, train
@@ -151,6 +151,10 @@ def test_each_method_has_a_rate_of_its_own(base, method):
     adapter = METHODS[method](base.model.config)
     settled = find_learning_rate(None, adapter, None, None, None, base.tokenizer, Plan(learning_rate=None))
     assert settled == Plan(learning_rate=default)
+    of_preferences = find_learning_rate(
+        None, adapter, None, None, None, base.tokenizer, Plan(learning_rate=None), rates=PREFERENCE_RATES
+    )
+    assert of_preferences.learning_rate == default / 10
 
 
 def test_the_search_begins_around_the_rate_of_the_method(base, monkeypatch, capsys):
