@@ -73,7 +73,7 @@ def train(
     defaults are those of the demo.
 
     Args:
-        base: the base model, which stays as it is.
+        base: the base model, which stays as it is, without an adapter or with the one that is trained.
         adapter: what is trained. It ends with the values of the lowest validation loss.
         pairs: what a user says, as a text or as the messages of a conversation so far, and what is answered.
         learning_rate: peak, or "auto" to try a few on a part of the training pairs; if not given, that of the method,
@@ -98,9 +98,14 @@ def train(
         What validation measured at its best; the "loss" is in nats per token of the held-out responses.
 
     Raises:
-        ValueError: an option is out of range, or there is nothing to train on.
+        ValueError: an option is out of range, or there is nothing to train on, or `base` has another adapter.
         FloatingPointError: training diverged.
     """
+    if base.adapter is not None and base.adapter is not adapter:
+        raise ValueError(
+            f"{base.name}: the base has an adapter that would take no part in training; give base.with_adapter(None), "
+            "or train on top of that adapter by a script of finetune/ with --also_adapter"
+        )
     from lightning_fabric import Fabric  # takes seconds, which --help should not cost
 
     plan = Plan(

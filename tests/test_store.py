@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import random_aligner
+from conftest import load_script, random_aligner
 
 from lit_llama.adapters import METHODS, adapter_fingerprint, save_adapter
 from lit_llama.checkpoint import load_base
@@ -134,6 +134,15 @@ def test_runs_of_any_method_go_by_their_folders_unless_there_are_two(tmp_path, m
     assert [store.get(name).method for name in ("one", "one/lora", "old")] == ["lora", "lora", "llama_adapter"]
     with pytest.raises(ValueError, match=r"no adapter named 'two'.*did you mean two/aligner or two/lora\?"):
         store.get("two")
+
+
+def test_folders_of_peft_go_by_their_names(tmp_path, model, base_dir):
+    save_adapter(tmp_path / "lora.safetensors", LoRA(model.config), model, prompt_style="chat")
+    export, options = load_script("scripts/export_hf_checkpoint.py").main, {"format": "peft"}
+    export(tmp_path / "store" / "mine", base_dir, [tmp_path / "lora.safetensors"], **options)
+    store = AdapterStore(tmp_path / "store", model)
+    assert store.names() == ["mine"]
+    assert [store.get(name).method for name in ("mine", "mine/adapter_model")] == ["lora", "lora"]
 
 
 def test_folders_are_needed(tmp_path, model):

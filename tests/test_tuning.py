@@ -88,6 +88,14 @@ def test_few_pairs_and_conversations(base):
     assert measured["loss"] == pytest.approx((sums.metrics["loss"] / sums.count).item(), abs=1e-4)
 
 
+def test_a_base_with_another_adapter_is_refused(base):
+    """It would take no part in the loss; the adapter itself may be there, to be trained further."""
+    first, second = Aligner(base.model.config), Aligner(base.model.config)
+    with pytest.raises(ValueError, match=r"tiny \+ aligner .*the base has an adapter that would take no part"):
+        train(base.with_adapter(first), second, PAIRS, steps=1)
+    train(base.with_adapter(first), first, PAIRS, steps=1)
+
+
 @pytest.mark.parametrize(
     ("pairs", "options", "message"),
     [

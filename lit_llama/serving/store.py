@@ -14,11 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_llama.adapters import FORMER_METHODS, METHODS, AnyAdapter, adapter_without_values
+from lit_llama.formats.peft import WEIGHTS_FILE
 from lit_llama.model import LLaMA
 from lit_llama.together import Bits, check_adapters, read_adapters
 
 Stamp = tuple[int, int, int]
-RUN_FILES = (*METHODS, *FORMER_METHODS)  # what a run's adapter is called in the run's folder, without .safetensors
+# What an adapter is called in the folder of its run, or in PEFT's, without .safetensors.
+RUN_FILES = (*METHODS, *FORMER_METHODS, WEIGHTS_FILE.removesuffix(".safetensors"))
 
 
 class Kind(NamedTuple):
@@ -54,9 +56,9 @@ class StoredAdapter(NamedTuple):
 class AdapterStore:
     """The adapters of a folder and of the folders in it, each named by its path without `.safetensors`.
 
-    The adapter of a run, such as `demo/aligner.safetensors`, also goes by the name of its folder, `demo`, unless the
-    folder holds adapters of several methods. Earlier runs that a new one has moved to `previous-N`, and the runs of a
-    search for learning rates, are left out.
+    The adapter of a run, such as `demo/aligner.safetensors`, also goes by the name of its folder, `demo`, and so does
+    one in PEFT's format, `demo/adapter_model.safetensors`; unless the folder holds adapters of several methods. Earlier
+    runs that a new one has moved to `previous-N`, and the runs of a search for learning rates, are left out.
 
     An adapter costs 4 bytes for each of its numbers, and a little for the bookkeeping; keys and values are computed
     only for rows that are generated. Files that cannot be used do not stop the others: asking for one says what is
