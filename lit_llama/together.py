@@ -191,5 +191,7 @@ def trained_bits(infos: dict[str, AdapterInfo]) -> Bits:
     bits: dict[str, Any] = {name: info.quantize or "none" for name, info in infos.items()}
     if len(set(bits.values())) > 1:
         found = ", ".join(f"{name}: {value}" for name, value in bits.items())
-        raise ValueError(f"the adapters were trained with different --quantize ({found}): give the one to use here")
+        raise ValueError(
+            f"the adapters were trained with different --quantize ({found}): to use them together, give one of these"
+        )
     return next(iter(bits.values()), "none")

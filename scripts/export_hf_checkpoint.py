@@ -54,8 +54,8 @@ def main(
         adapter_scale: factor by which the adapter is multiplied, 1 if not given; may be given once for each adapter.
         format: format of the export: "transformers" is the whole model, "peft" is the adapter without its base model: a
             LoRA, or Aligners of one token and biases, which are BEFT's vectors to PEFT.
-        dtype: number format of the weights on disk; if not given, they keep the format that they have. Biases and
-            prefixes are always float32.
+        dtype: number format of the base model's weights on disk; if not given, they keep the format that they have.
+            Biases, prefixes and what --format peft writes are always float32.
         base_name: name by which PEFT and the README refer to the base model: OWNER/NAME on the hub, or a folder in
             Hugging Face's format; if not given, the name that is recorded in --checkpoint_dir.
         allow_other_base: export adapters that were trained on other weights than those in --checkpoint_dir.
@@ -71,6 +71,8 @@ def main(
     if format == "peft":
         if adapter is None:
             raise ValueError("--format peft exports an adapter without its base model: give its file as --adapter_path")
+        if dtype is not None:
+            raise ValueError("--format peft always writes float32: leave out --dtype")
         metadata = {"base_fingerprint": base.fingerprint, "prompt_style": infos[0].style}
         with atomic_folder(output_dir, overwrite, CONFIG_FILE) as folder:
             write_peft(folder, adapter, config, tensors, base_name, metadata)

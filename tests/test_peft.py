@@ -162,6 +162,24 @@ def test_a_lora_goes_out_and_comes_back(tmp_path, base_dir, command):
     assert (info.base_fingerprint, info.prompt_style) == (model.fingerprint, "alpaca")
 
 
+@pytest.mark.parametrize("scales", [(0.5,), (1.0, -0.5)])
+def test_scaled_loras_and_sums_of_them_go_out_as_one(tmp_path, hf_checkpoint, base_dir, command, scales):
+    model = load_base(base_dir)
+    loras = [random(LoRA(model.config, r=2 + i, targets=["q", "k", "down"][: 2 + i]), std=0.2) for i in range(2)]
+    for i, lora in enumerate(loras):
+        save_adapter(tmp_path / f"{i}.safetensors", lora, model, prompt_style="chat")
+    terms = list(zip(loras, scales, strict=False))
+    given = [f"--adapter_path={tmp_path / str(i)}.safetensors" for i in range(len(terms))]
+    given += [f"--adapter_scale={scale}" for scale in scales]
+    options = {"checkpoint_dir": base_dir, "output_dir": tmp_path / "mine", "format": "peft"}
+    status, _, err = command(SCRIPT, *given, **options)
+    assert status == 0, err
+    stock = transformers.AutoModelForCausalLM.from_pretrained(hf_checkpoint)
+    with torch.no_grad():
+        theirs = peft.PeftModel.from_pretrained(stock, tmp_path / "mine")(IDS).logits
+    torch.testing.assert_close(theirs, model(IDS, WeightedSum(*terms)), atol=1e-4, rtol=0)
+
+
 def test_preferences_start_from_a_folder_of_peft(tmp_path, hf_checkpoint, base_dir):
     save_with_peft(hf_checkpoint, tmp_path, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     start = read_policy_and_reference(base_dir, tmp_path, None, None, None)
@@ -218,12 +236,22 @@ def test_what_peft_cannot_hold_is_refused(tmp_path, base_dir, command):
     model, options = load_base(base_dir), {"checkpoint_dir": base_dir, "format": "peft", "output_dir": tmp_path / "x"}
     for name, adapter, more, message in (
         ("longer", random_aligner(model.config, 2), {}, "a prefix of several tokens"),
-        ("scaled", random(LoRA(model.config)), {"adapter_scale": 0.5}, "changes weights, as a LoRA does"),
+        ("typed", random_aligner(model.config, 1), {"dtype": "bfloat16"}, "always writes float32: leave out --dtype"),
         ("nothing", Bias(model.config), {}, "adds nothing"),
     ):
         save_adapter(tmp_path / f"{name}.safetensors", adapter, model)
         status, _, err = command(SCRIPT, **options, **more, adapter_path=tmp_path / f"{name}.safetensors")
         assert (status, message in err) == (1, True), err
+    save_adapter(tmp_path / "lora.safetensors", random(LoRA(model.config)), model)
+    both = [f"--adapter_path={tmp_path / name}.safetensors" for name in ("typed", "lora")]
+    status, _, err = command(SCRIPT, *both, **options)
+    assert (
+        status,
+        "changes weights, as a LoRA does; scripts/export_hf_checkpoint.py --format transformers" in err,
+    ) == (
+        1,
+        True,
+    )
     status, _, err = command(SCRIPT, **options)
     assert (status, "without its base model" in err) == (1, True)
     assert not (tmp_path / "x").exists()

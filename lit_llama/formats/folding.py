@@ -180,7 +180,7 @@ def added_vectors(config: LLaMAConfig, tensors: Mapping[str, Tensor], adapter: A
             found = "a prefix of several tokens" if folded.prefixes else "one that changes weights, as a LoRA does"
             raise ValueError(
                 "this format can hold adapters that are biases of projections, as prefixes of one token are, but this "
-                f"is {found}; scripts/export_hf_checkpoint.py can export it as a whole model"
+                f"is {found}; scripts/export_hf_checkpoint.py --format transformers can export it as a whole model"
             )
         nothing = {name: torch.zeros(weights[name].size(0)) for name in PROJECTIONS if name in names}
         layers.append({name: folded.biases.get(name, zero) - biases.get(name, zero) for name, zero in nothing.items()})
@@ -228,7 +228,8 @@ def merge(model: LLaMA, adapter: Adapter) -> None:
     """Put an adapter into the weights of a base model, in place, so that the model alone computes what both did.
 
     Merging `WeightedSum((adapter, -1))` takes a merged LoRA or Bias out again; what is left of it are the rounding
-    errors of the weights' dtype.
+    errors of the weights' dtype. Several adapters are merged at once, as their `WeightedSum`: a prefix that is merged
+    after another adapter passes through the projections as that one left them, and adds something else.
 
     Raises:
         ValueError: the weights are quantised, or sharded over processes; or the adapter has a prefix of several tokens,

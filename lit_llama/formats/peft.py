@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_llama.bias import Bias, Target
+from lit_llama.combine import WeightedSum
 from lit_llama.config import LLaMAConfig
 from lit_llama.fields import check_object, take
 from lit_llama.files import read_json, write_json
@@ -42,7 +43,8 @@ def write_peft(
 
     Args:
         folder: folder that exists, where both files are written.
-        adapter: a LoRA, or adapters that add the same vectors at every position, such as prefixes of one token.
+        adapter: a LoRA, or a weighted sum of several, which becomes one; or adapters that add the same vectors at every
+            position, such as prefixes of one token.
         config: configuration of the base model.
         weights: the base model's tensors by Lit-LLaMA names.
         base_name: what PEFT finds the base model by: OWNER/NAME on the hub, or a folder in Hugging Face's format.
@@ -52,6 +54,9 @@ def write_peft(
         ValueError: the adapter is another one, or PEFT's would not do the same on this base model.
     """
     _refuse_scaled(config)
+    if isinstance(adapter, WeightedSum):
+        loras = [(one, scale) for one, scale in adapter.terms if isinstance(one, LoRA)]
+        adapter = LoRA.merged(config, loras) if len(loras) == len(adapter.terms) else adapter
     fields, tensors = _lora(adapter, config) if isinstance(adapter, LoRA) else _vectors(adapter, config, weights)
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt", **metadata})
     common = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "inference_mode": True}
