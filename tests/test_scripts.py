@@ -116,7 +116,7 @@ def test_help_groups_options_with_types_in_words(command):
     assert groups.keys() == {"options", "experiment", "machine", "files"}
     options = {name: re.findall(r"^  (--.*?)(?:  |$)", text, re.MULTILINE) for name, text in groups.items()}
     assert {"--seed NUMBER", "--decay {none,linear}", "--pack"} <= set(options["experiment"])
-    assert {"--devices NUMBER", "--quantize {nf4,int8}", "--threads NUMBER"} <= set(options["machine"])
+    assert {"--devices NUMBER", "--quantize {nf4,int8,none}", "--threads NUMBER"} <= set(options["machine"])
     assert {"--resume", "--logger TEXT"} <= set(options["machine"])
     assert {"--out_dir FOLDER", "--data_dir FOLDER"} <= set(options["files"])
     assert "(default: out/demo)" in out
