@@ -169,6 +169,8 @@ def load_state(path: Path, adapter: AnyAdapter, optimizer: Optimizer, identity: 
     earlier = state["identity"]
     different = []
     for name in sorted(earlier.keys() | identity.keys()):
+        if name in ("--method", "--aligner_length") and identity.get("start", "new") != "new":
+            continue  # those of the adapter that training started from; older code recorded what did not apply
         before, now = earlier.get(name), identity.get(name)
         is_new = name not in earlier or name not in identity  # an option that other code has, and that is off here
         if before != now and not (is_new and not before and not now):

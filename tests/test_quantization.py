@@ -104,7 +104,7 @@ def test_what_cannot_be_quantised_is_refused(command, wide_dir, data_dir, tmp_pa
     status, _, err = command("finetune/aligner.py", **options)
     assert (status, err.splitlines()[-1]) == (1, "error: this needs bitsandbytes: pip install -e '.[quantize]'")
     status, _, err = command("finetune/aligner.py", **(options | {"quantize": "nf3"}))
-    assert (status, err) == (2, "error: --quantize nf3: there are 'nf4', 'int8' (--help lists the options)\n")
+    assert (status, err) == (2, "error: --quantize nf3: there are 'nf4', 'int8', 'none' (--help lists the options)\n")
 
 
 @pytest.mark.parametrize("bits", [None, "nf4", "int8"])
