@@ -29,9 +29,10 @@ demo-distill: out/museum/report.txt
 	@cat out/museum/report.txt
 
 # A file's tests run on one worker, so that what they share is made once; tests/conftest.py begins with the longest.
+# The processes that tests start read the library as compiled by the first, even where Python is told not to keep that.
 test: .venv/installed-dev $(BASE)/lit_config.json
 	@echo "Runs the tests in $(WORKERS) processes, one dot for each test; takes some minutes. All but those marked slow or gpu."
-	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder --durations=5
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder --durations=5
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
