@@ -53,7 +53,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.fsync = lambda descriptor: None
 
 # Files whose tests take longest: `make test` hands out files in this order, so that none of them is left for the end.
-LONGEST = ("resume", "serve", "distributed", "harness", "scripts", "inference", "writing", "compare", "dpo", "package")
+LONGEST = ("distributed", "scripts", "serve", "resume", "families", "harness", "distill", "inference", "dpo", "judging",
+           "compare", "second_device", "llama_cpp")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
