@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import load_script
 
-from lit_llama.data import TokenDataset, collate, step_batches, steps_per_epoch, tokenize
+from lit_llama.data import TokenDataset, collate, open_data, step_batches, steps_per_epoch, tokenize
 from lit_llama.data_writing import write_dataset
 from lit_llama.prompts import Message, prompt_style
 from lit_llama.records import read_records
@@ -670,3 +670,13 @@ def test_any_table_of_instructions(command, tmp_path, base_dir, tokenizer):
     status, _, err = command("scripts/prepare_instructions.py", "--overwrite", **options, **columns)
     assert status == 1
     assert "expected a column named 'answer', found ['a', 'about', 'q', 'question', 'who']" in err
+
+
+def test_rows_of_one_length_for_a_benchmark(base_dir, data_dir):
+    """The examples one after the other, and again from the first, cut into rows."""
+    train, _ = open_data(base_dir, data_dir, 512)[1]
+    rows = load_script("benchmarks/training.py").equal_rows(train, 7, 50)
+    assert [len(row.ids) for row in rows] == [7] * 50
+    ids, scored = (np.concatenate([part[i] for j in range(len(train)) for part in train[j]]) for i in (0, 1))
+    assert np.array_equal(np.concatenate([row.ids for row in rows]), np.resize(ids, 350))
+    assert np.array_equal(np.concatenate([row.scored for row in rows]), np.resize(scored, 350))

@@ -320,7 +320,7 @@ def test_questions_that_are_too_long_are_in_no_split(distil, options, tmp_path, 
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     distil(max_steps=1, questions_file=tmp_path / "questions.jsonl")
     out, err = capsys.readouterr()
-    assert "3 questions are too long for the model and are left out" in err
+    assert "left out, as they are too long for the model's window: 3 of " in err
     report = json.loads((options["out_dir"] / "report.json").read_text())
     assert [row["question"] for row in report["answers"]] == ["Who came?", "Who went?"]
     assert f"generate/aligner.py --checkpoint_dir {options['checkpoint_dir']} --adapter_path" in out

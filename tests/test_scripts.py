@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from lit_llama.adapters import AnyAdapter, adapter_info, load_adapter, save_adapter
 from lit_llama.base import Base, open_base
-from lit_llama.checkpoint import load_base
+from lit_llama.checkpoint import load_base, read_config
 from lit_llama.combine import WeightedSum
 from lit_llama.evaluation.forms import FORMS
 from lit_llama.generation import generate
@@ -420,6 +420,21 @@ def test_form_report(command, base_dir, aligner_path, tmp_path, monkeypatch):
     assert report["held_out_prompts"] == 5
     assert report["trainable_parameters"] == 2 * 32 + 2 * 4
     assert report["seconds"] == pytest.approx(report["training_seconds"] + report["evaluation_seconds"], abs=0.2)
+    # Several adapters are added up, each with its scale.
+    second = tmp_path / "second" / "aligner.safetensors"
+    save_adapter(second, random_aligner(read_config(base_dir), 3))
+    options = {"checkpoint_dir": base_dir, "questions_path": tmp_path / "q.jsonl", "out_dir": tmp_path / "two"}
+    more = [f"--adapter_path={path}" for path in (aligner_path, second)] + ["--adapter_scale=1", "--adapter_scale=-4"]
+    status, out, err = command("evaluate/form.py", *more, max_new_tokens=12, **options)
+    assert status == 0, err
+    both = WeightedSum((load_adapter(aligner_path), 1.0), (load_adapter(second), -4.0))
+    report = json.loads((tmp_path / "two" / "report.json").read_text())
+    assert [row["aligned"] for row in report["answers"]] == [expected_answer(base_dir, q, both, 12) for q in questions]
+    assert report["method"] == "aligner + aligner"
+    assert report["trainable_parameters"] == 2 * 32 + 2 * 4 + 3 * 32 + 3 * 4
+    assert f"--adapter_path {second} --adapter_scale 1 --adapter_scale -4" in out
+    status, _, err = command("evaluate/form.py", *2 * [f"--adapter_path={second}"], **options)
+    assert (status, "an adapter is given twice" in err) == (1, True)
 
 
 @pytest.mark.parametrize("script", ["form", "refusal", "scale"])

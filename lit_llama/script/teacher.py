@@ -105,7 +105,8 @@ def that_fit(
                 f"--max_new_tokens {max_new_tokens}"
             )
     if fabric.is_global_zero and len(fit) < len(questions):
-        print(f"{len(questions) - len(fit)} questions are too long for the model and are left out", file=sys.stderr)
+        left_out = f"{len(questions) - len(fit)} of {len(questions)} questions"
+        print(f"left out, as they are too long for the model's window: {left_out}", file=sys.stderr)
     return fit
 
 
