@@ -17,6 +17,7 @@ import torch
 from lit_llama.adapters import AdapterInfo
 from lit_llama.checkpoint import load_base, read_config
 from lit_llama.devices.layouts import WeightOnly, compile_decoding, lay_out, quantize_for_inference
+from lit_llama.devices.memory import keep_freed_memory
 from lit_llama.devices.precision import PRECISIONS, Precision, default_dtype
 from lit_llama.generation import respond, stream_text
 from lit_llama.model import LLaMA
@@ -171,6 +172,8 @@ def open_base(
 ) -> Base:
     """Load a frozen base model with its tokenizer, and the adapters that are to be used with it.
 
+    On a CPU the process keeps the memory of tensors that are gone, see `lit_llama.devices.memory`.
+
     Args:
         checkpoint_dir: folder of the base model.
         adapter_path: file or run folder of an adapter of any method; several are added up.
@@ -198,6 +201,8 @@ def open_base(
     style = style_of(prompt_style, infos[0].style if infos else None, tokenizer)
     bits = quantize or trained_bits({one.name: one.info for one in read if one.info is not None})
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cpu":
+        keep_freed_memory()
     model = _load(checkpoint_dir, PRECISIONS[precision], device, bits, compile, for_generation, mesh)
     weights = f"{model.fingerprint[:16]} in {str(model.dtype).removeprefix('torch.') if bits == 'none' else bits}"
     base = Base(

@@ -28,16 +28,17 @@ def test_blocks_change_nothing(tied, length):
     assert generate(model, ids.tolist(), 8, adapter=adapter) == rows
 
 
-@pytest.mark.parametrize("rows", [1, 2, 40])
-def test_fewer_bits_are_rounded_weights(rows):
+@pytest.mark.parametrize("rows", [1, 2, 40, 80])
+@pytest.mark.parametrize("outputs", [48, 128])
+def test_fewer_bits_are_rounded_weights(rows, outputs):
     """By hand: 255 values at equal distances for each output, or 16 for each 32 weights, within a step of bfloat16."""
     torch.manual_seed(0)
-    weight, bias, x = torch.randn(48, 64), torch.randn(48), torch.randn(2, rows, 64).bfloat16()
+    weight, bias, x = torch.randn(outputs, 64), torch.randn(outputs), torch.randn(2, rows, 64).bfloat16()
     step = weight.abs().amax(1, keepdim=True) / 127
     int8 = step * (weight / step).round()
-    groups = weight.view(48, 2, 32)
+    groups = weight.view(outputs, 2, 32)
     low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
-    int4 = (low + ((groups - low) / (high - low) * 15).round() * (high - low) / 15).view(48, 64)
+    int4 = (low + ((groups - low) / (high - low) * 15).round() * (high - low) / 15).view(outputs, 64)
     for layer, rounded in ((Int8Linear, int8), (Int4Linear, int4)):
         expected, found = x.float() @ rounded.T + bias, layer(weight, bias)(x).float()
         torch.testing.assert_close(found, expected, atol=0.15, rtol=0.02)
@@ -77,6 +78,18 @@ def test_compiled_decoding_gives_the_same_tokens(monkeypatch):
     expected = generate(model, prompts, 16, adapter=lora)
     compile_decoding(model)
     assert generate(model, prompts, 16, adapter=lora) == expected
+
+
+def test_two_compiled_models_of_one_shape(monkeypatch):
+    """What holds for a model is not checked at each step, and must not be taken to hold for another."""
+    models = [compiled_model(monkeypatch, "aot_eager", n_layer=2, unrotated_layers=layers) for layers in ([], [0, 1])]
+    ids = torch.randint(96, (2, 10))
+    with torch.no_grad():
+        first, second = (model(ids) for model in models)
+        assert (first - second).abs().max() > 1e-3
+        for model, expected in zip(models, (first, second), strict=True):
+            found = compile_decoding(model).compiled(ids)
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_compiled_rows_end_at_different_times_and_others_take_their_places(monkeypatch):

@@ -5,11 +5,14 @@ half of it unused with a few rows, on one thread. The layers here have the layou
 uses for frozen weights, without its minutes of compilation. Inference only: nothing here has a gradient.
 """
 
-from collections.abc import Callable
-from typing import Literal
+import functools
+from collections.abc import Callable, Sequence
+from types import FunctionType, MethodType
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from lit_llama.files import require_extra
@@ -17,6 +20,10 @@ from lit_llama.model import LLaMA
 
 WeightOnly = Literal["int8-fast", "int4-fast"]
 GROUP = 32  # weights that share a scale in 4 bits
+BLOCK = 64  # outputs that stand next to each other in torch's layout of 4-bit weights
+# Rows of inputs from which on it is faster to make whole weights for the product, which then are dropped. Torch's
+# kernels for few bits are made for few rows.
+WHOLE_FROM_INT8, WHOLE_FROM_INT4 = 32, 128
 
 
 class BlockedLinear(nn.Module):
@@ -60,7 +67,10 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.size(-1)).to(torch.bfloat16)
-        y = torch.ops.aten._weight_int8pack_mm(rows, self.packed, self.scales)
+        if rows.size(0) < WHOLE_FROM_INT8:
+            y = torch.ops.aten._weight_int8pack_mm(rows, self.packed, self.scales)
+        else:
+            y = F.linear(rows, self.packed.to(torch.bfloat16)) * self.scales
         return _with_bias(y, x, self.bias)
 
 
@@ -95,11 +105,42 @@ class Int4Linear(nn.Module):
         # The kernel computes (code - 8) * scale + offset.
         offsets = torch.stack([scales, low + 8 * scales], dim=-1).transpose(0, 1)  # (groups, out, 2)
         self.register_buffer("scales_and_offsets", offsets.contiguous().to(torch.bfloat16))
+        self.whole_from = WHOLE_FROM_INT4 if weight.size(0) % BLOCK == 0 and layout_is_known() else None
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.size(-1)).to(torch.bfloat16).contiguous()
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP, self.scales_and_offsets)
+        if self.whole_from is None or rows.size(0) < self.whole_from:
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP, self.scales_and_offsets)
+        else:
+            y = rows @ whole_weight(self.packed, self.scales_and_offsets)
         return _with_bias(y, x, self.bias)
+
+
+def whole_weight(packed: Tensor, scales_and_offsets: Tensor) -> Tensor:
+    """The weight (in, out) that 4-bit codes stand for, in bfloat16.
+
+    Args:
+        packed: (out, in / 2) bytes, in fact (out / 64, in, 32): of 64 outputs, a byte has the code of one of the first
+            32 in its lower bits, and that of the output 32 places on in its upper ones.
+        scales_and_offsets: (in / 32, out, 2); a weight is (code - 8) * scale + offset.
+    """
+    n_in, n_out = 2 * packed.size(1), packed.size(0)
+    blocks = packed.view(-1, n_in, BLOCK // 2).transpose(0, 1)  # (in, out / 64, 32)
+    codes = packed.new_empty(n_in, n_out // BLOCK, 2, BLOCK // 2, dtype=torch.bfloat16)
+    codes[:, :, 0], codes[:, :, 1] = blocks & 15, blocks >> 4
+    scales, offsets = scales_and_offsets[:, None].float().unbind(-1)  # (in / 32, 1, out) each
+    lowest = (offsets - 8 * scales).to(torch.bfloat16)
+    groups = codes.view(-1, GROUP, n_out)
+    return torch.addcmul(lowest, groups, scales.to(torch.bfloat16), out=groups).view(n_in, n_out)
+
+
+@functools.cache
+def layout_is_known() -> bool:
+    """Whether torch packs 4-bit weights on this machine as `whole_weight` reads them; it depends on the processor."""
+    codes = torch.arange(BLOCK * GROUP, dtype=torch.int32).view(BLOCK, GROUP) * 7 % 16
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    low, high = codes.T.to(torch.uint8).split(BLOCK // 2, dim=1)  # (32, 32) each
+    return torch.equal(packed.flatten(), (high << 4 | low).flatten())
 
 
 def _with_bias(rows: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -173,11 +214,26 @@ def compile_decoding(model: LLaMA) -> LLaMA:
     It is compiled when it is first used, and again for other numbers of rows, lengths and sizes of adapters.
 
     Args:
-        model: for inference; not one that `lay_out` has changed, as the compiler cannot read its layouts.
+        model: for inference, and not to be changed any more; not one that `lay_out` has changed, as the compiler cannot
+            read its layouts.
 
     Returns:
         The same model.
     """
-    mode = "reduce-overhead" if model.device.type == "cuda" else None
-    model.compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, mode=mode)
+    options: dict[str, Any] = {"triton.cudagraphs": True} if model.device.type == "cuda" else {}
+    if hasattr(torch.compiler, "skip_all_guards_unsafe"):  # of torch 2.8, as the option
+        options["guard_filter_fn"] = _apart_from_the_model
+    # A copy for each model, as those checks are what tells programs apart that come from one function.
+    forward = LLaMA.forward
+    own = FunctionType(forward.__code__.replace(), forward.__globals__, argdefs=forward.__defaults__)
+    own.__kwdefaults__ = forward.__kwdefaults__
+    model.compiled = torch.compile(MethodType(own, model), fullgraph=True, dynamic=False, options=options or None)
     return model
+
+
+def _apart_from_the_model(guards: Sequence[Any]) -> list[bool]:
+    """Of the conditions under which a compiled program holds, those that are to be checked at each step.
+
+    Thousands say that nothing in the model has changed, which takes a tenth of a step to check, and is so.
+    """
+    return [guard.name.split(".")[0] != "self" for guard in guards]
