@@ -103,7 +103,11 @@ def serve_folder(opening: Opening, limits: "Limits", access: "Access", host: str
     listener, address = bind(host, port)
     ending = Ending()
     say_precision(opening.precision, opening.quantize)
-    print(f"{len(store)} adapters in {opening.adapter_dir}; the model is being loaded", file=sys.stderr)
+    unusable = store.unusable()
+    for name, error in list(unusable.items())[:3]:
+        print(f"warning: {name} cannot be used: {error}", file=sys.stderr)
+    left_out = f", and {len(unusable)} that cannot be used" if unusable else ""
+    print(f"{len(store)} adapters in {opening.adapter_dir}{left_out}; the model is being loaded", file=sys.stderr)
     worker = Worker(opening)
     try:
         limits = replace(limits, max_length=opening.max_length)

@@ -542,7 +542,10 @@ def test_the_servers_temperature_is_that_of_requests_that_do_not_say():
 
 def test_sigterm_ends_it_while_the_model_is_loaded(base_dir, adapter_dir):
     """While an answer is on its way, it ends the server of the other tests."""
-    end_by_sigterm(Server(base_dir, adapter_dir, until="the model is being loaded"))
+    server = Server(base_dir, adapter_dir, until="the model is being loaded")
+    assert server.lines[1].startswith("warning: broken cannot be used: broken.safetensors is not a complete")
+    assert server.lines[-1].startswith(f"2 adapters in {adapter_dir}, and 1 that cannot be used; ")
+    end_by_sigterm(server)
 
 
 def test_a_signal_waits_until_the_worker_has_started():

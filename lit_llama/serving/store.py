@@ -95,6 +95,10 @@ class AdapterStore:
         """Names of the adapters that can be used, sorted; a run's is that of its folder where that is clear."""
         return sorted(self._short(name) for name, stored in self._stored.items() if stored.kind is not None)
 
+    def unusable(self) -> dict[str, str]:
+        """What is wrong with the files that cannot be used, by their names."""
+        return {name: stored.error for name, stored in sorted(self._stored.items()) if stored.kind is None}
+
     def get(self, name: str) -> AnyAdapter:
         """An adapter as its file is now, on the model's device.
 
