@@ -28,8 +28,12 @@ def attend_grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
         mask = mask.repeat(1, 1, nh // nkv, 1)  # (B, 1, group * T, S)
     is_plain = q.device.type == "cpu" and q.dtype != torch.float32 and (T == 1 or mask is None)
     if is_plain and B * nkv * T * S >= 2048:
-        scores = (queries * hs**-0.5) @ k.mT  # (B, nkv, group, S)
-        y = (scores if mask is None else scores + mask).softmax(-1) @ v
+        queries = queries * hs**-0.5
+        if T > 1 and S < 64:  # torch's softmax is slow along a last dimension that is short
+            y = (k @ queries.mT).softmax(-2).mT @ v
+        else:
+            scores = queries @ k.mT  # (B, nkv, group * T, S)
+            y = (scores if mask is None else scores + mask).softmax(-1) @ v
     else:
         k, v = (heads.expand(B, -1, -1, -1) for heads in (k, v))
         y = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask)

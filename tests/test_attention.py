@@ -17,7 +17,7 @@ def formula(q, k, v, mask):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("one_prefix", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("queries", "keys"), [(1, 3), (1, 300), (5, 3), (40, 10)])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 3), (1, 300), (5, 3), (40, 10), (40, 70)])
 def test_attention_of_a_few_queries(dtype, one_prefix, masked, queries, keys):
     torch.manual_seed(0)
     q, above = torch.randn(2, 4, 6, queries, 16)
