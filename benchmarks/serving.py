@@ -3,11 +3,12 @@
     python generate/serve.py --adapter_dir out
     python benchmarks/serving.py
     python benchmarks/serving.py --clients 97 --requests 1000 --seconds 300
-    python benchmarks/serving.py --clients 1000 --requests 2000 --models 1000 --compare false --adapter_scale 0
+    python benchmarks/serving.py --clients 1000 --requests 1000 --models 1000 --compare false --adapter_scale 0
 
 The questions are put to each of the server's models, greedily, sampled with a seed, and streamed. Each is first asked
-alone; then clients ask them all in a random order, each its next one as soon as it is answered. It ends after a number
-of requests or of seconds, whichever comes first, with exit status 1 if an answer differed from the one alone.
+alone. Then clients ask the models in turns, each client its next question, drawn at random, as soon as it has its
+answer. It ends after a number of requests or of seconds, whichever comes first, with exit status 1 if an answer
+differed from the one alone.
 """
 
 import ipaddress
@@ -74,9 +75,9 @@ def main(
     scaled = {name: {} if name == "base" else {"adapter_scale": adapter_scale} for name in names}
     bodies = [
         {"model": name, "messages": [{"role": "user", "content": question}], "max_tokens": max_tokens, **kind, **scale}
-        for name, scale in scaled.items()
         for question in QUESTIONS
         for kind in KINDS
+        for name, scale in scaled.items()
     ]
     deadline = time.monotonic() + seconds
     alone: list[Reply] = []
@@ -90,7 +91,8 @@ def main(
                 raise ValueError(f"status {alone[-1].status} for a request alone: {alone[-1].text or 'no answer'}")
         print(speed("one at a time", alone, time.perf_counter() - started))
         bodies = bodies[: len(alone)]
-    order = random.Random(seed).choices(range(len(bodies)), k=requests)
+    draw, asked = random.Random(seed), min(len(names), len(bodies))
+    order = [draw.choice(range(i % asked, len(bodies), len(names))) for i in range(requests)]  # each model in its turn
     started = time.perf_counter()
     replies = ask_together(url, bodies, order, clients, deadline)
     print(speed(f"{clients} clients", [reply for _, reply in replies], time.perf_counter() - started))

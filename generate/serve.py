@@ -106,6 +106,8 @@ def serve_folder(opening: Opening, limits: "Limits", access: "Access", host: str
     unusable = store.unusable()
     for name, error in list(unusable.items())[:3]:
         print(f"warning: {name} cannot be used: {error}", file=sys.stderr)
+    if len(unusable) > 3:
+        print(f"... and {len(unusable) - 3} more", file=sys.stderr)
     left_out = f", and {len(unusable)} that cannot be used" if unusable else ""
     print(f"{len(store)} adapters in {opening.adapter_dir}{left_out}; the model is being loaded", file=sys.stderr)
     worker = Worker(opening)

@@ -201,9 +201,9 @@ def open_base(
     style = style_of(prompt_style, infos[0].style if infos else None, tokenizer)
     bits = quantize or trained_bits({one.name: one.info for one in read if one.info is not None})
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = _load(checkpoint_dir, PRECISIONS[precision], device, bits, compile, for_generation, mesh)
     if device.type == "cpu":
         keep_freed_memory()
-    model = _load(checkpoint_dir, PRECISIONS[precision], device, bits, compile, for_generation, mesh)
     weights = f"{model.fingerprint[:16]} in {str(model.dtype).removeprefix('torch.') if bits == 'none' else bits}"
     base = Base(
         model, tokenizer, None, style, config.name, weights, (), weights, bits, quantize, prompt_style, allow_other_base

@@ -24,6 +24,7 @@ BLOCK = 64  # outputs that stand next to each other in torch's layout of 4-bit w
 # Rows of inputs from which on it is faster to make whole weights for the product, which then are dropped. Torch's
 # kernels for few bits are made for few rows.
 WHOLE_FROM_INT8, WHOLE_FROM_INT4 = 32, 128
+WHOLE_AT_ONCE = 2**25  # weights, which matters for a head: 64 MB
 
 
 class BlockedLinear(nn.Module):
@@ -70,7 +71,8 @@ class Int8Linear(nn.Module):
         if rows.size(0) < WHOLE_FROM_INT8:
             y = torch.ops.aten._weight_int8pack_mm(rows, self.packed, self.scales)
         else:
-            y = F.linear(rows, self.packed.to(torch.bfloat16)) * self.scales
+            pieces = self.packed.split(max(1, WHOLE_AT_ONCE // x.size(-1)))
+            y = torch.cat([F.linear(rows, piece.to(torch.bfloat16)) for piece in pieces], -1) * self.scales
         return _with_bias(y, x, self.bias)
 
 
@@ -119,6 +121,9 @@ class Int4Linear(nn.Module):
 def whole_weight(packed: Tensor, scales_and_offsets: Tensor) -> Tensor:
     """The weight (in, out) that 4-bit codes stand for, in bfloat16.
 
+    The kernel for few rows does not round it, so that numbers differ a little with the number of rows; 4 bits round
+    thirty times as much.
+
     Args:
         packed: (out, in / 2) bytes, in fact (out / 64, in, 32): of 64 outputs, a byte has the code of one of the first
             32 in its lower bits, and that of the output 32 places on in its upper ones.
@@ -137,7 +142,7 @@ def whole_weight(packed: Tensor, scales_and_offsets: Tensor) -> Tensor:
 @functools.cache
 def layout_is_known() -> bool:
     """Whether torch packs 4-bit weights on this machine as `whole_weight` reads them; it depends on the processor."""
-    codes = torch.arange(BLOCK * GROUP, dtype=torch.int32).view(BLOCK, GROUP) * 7 % 16
+    codes = (torch.arange(BLOCK * GROUP, dtype=torch.int32).square() // 7 % 16).view(BLOCK, GROUP)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     low, high = codes.T.to(torch.uint8).split(BLOCK // 2, dim=1)  # (32, 32) each
     return torch.equal(packed.flatten(), (high << 4 | low).flatten())
@@ -223,8 +228,9 @@ def compile_decoding(model: LLaMA) -> LLaMA:
     options: dict[str, Any] = {"triton.cudagraphs": True} if model.device.type == "cuda" else {}
     if hasattr(torch.compiler, "skip_all_guards_unsafe"):  # of torch 2.8, as the option
         options["guard_filter_fn"] = _apart_from_the_model
+    model._frequencies_on(model.device)  # not to be moved by the program
     # A copy for each model, as those checks are what tells programs apart that come from one function.
-    forward = LLaMA.forward
+    forward = type(model).forward
     own = FunctionType(forward.__code__.replace(), forward.__globals__, argdefs=forward.__defaults__)
     own.__kwdefaults__ = forward.__kwdefaults__
     model.compiled = torch.compile(MethodType(own, model), fullgraph=True, dynamic=False, options=options or None)
@@ -234,6 +240,6 @@ def compile_decoding(model: LLaMA) -> LLaMA:
 def _apart_from_the_model(guards: Sequence[Any]) -> list[bool]:
     """Of the conditions under which a compiled program holds, those that are to be checked at each step.
 
-    Thousands say that nothing in the model has changed, which takes a tenth of a step to check, and is so.
+    Thousands of them say that the model has not changed. It has not, and to check them takes a tenth of a step.
     """
     return [guard.name.split(".")[0] != "self" for guard in guards]
