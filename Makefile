@@ -91,7 +91,7 @@ out/refusal-sft/trained: data/refusal-chosen/dataset.json
 out/refusal-dpo/trained: data/refusal-pairs/dataset.json out/refusal-sft/trained
 	$(BIN)/python finetune/aligner_dpo.py --data_dir data/refusal-pairs --out_dir out/refusal-dpo --resume true \
 	    --adapter_path out/refusal-sft/aligner.safetensors \
-	    --loss orpo --beta 0.25 --learning_rate 1e-2 --batch_size 8 --epochs 3
+	    --loss orpo --beta 0.1 --learning_rate 1e-2 --batch_size 8 --epochs 3
 	touch $@
 
 out/refusal-dpo/report.txt: out/refusal-dpo/trained examples/preferences/test.jsonl
