@@ -8,6 +8,7 @@ from conftest import random_aligner, tiny_config
 
 from lit_llama.base import open_base
 from lit_llama.decoder import GenerationRequest
+from lit_llama.devices import layouts
 from lit_llama.devices.layouts import Int4Linear, Int8Linear, compile_decoding, lay_out, quantize_by_torchao
 from lit_llama.generation import complete, generate
 from lit_llama.lora import LoRA
@@ -43,6 +44,29 @@ def test_fewer_bits_are_rounded_weights(rows, outputs):
         expected, found = x.float() @ rounded.T + bias, layer(weight, bias)(x).float()
         torch.testing.assert_close(found, expected, atol=0.15, rtol=0.02)
         assert (found - expected).abs().mean() < 0.5 * (x.float() @ (rounded - weight).T).abs().mean()
+
+
+def test_a_wide_layer_is_made_whole_in_pieces(monkeypatch):
+    layer, x = Int8Linear(torch.randn(50, 64)), torch.randn(40, 64).bfloat16()
+    expected = layer(x)
+    monkeypatch.setattr(layouts, "WHOLE_AT_ONCE", 20 * 64)
+    assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("other", ["halves swapped", "neighbours in a byte", "outputs turned round"])
+def test_another_layout_of_four_bits_is_not_taken_for_the_known_one(monkeypatch, other):
+    codes_of = {
+        "halves swapped": lambda codes: codes.roll(32, 0),
+        "neighbours in a byte": lambda codes: codes.view(32, 2, -1).transpose(0, 1).reshape(codes.shape),
+        "outputs turned round": lambda codes: codes.flip(0),
+    }[other]
+
+    def pack(codes, _):
+        low, high = codes_of(codes).T.to(torch.uint8).split(32, dim=1)
+        return high << 4 | low
+
+    monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack_for_cpu", pack)
+    assert not layouts.layout_is_known.__wrapped__()
 
 
 @pytest.mark.parametrize("quantize", ["int8-fast", "int4-fast"])

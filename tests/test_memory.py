@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lit_llama.devices.memory import _SETTINGS
+from lit_llama.devices.memory import GLIBC_SETTINGS
 
 PAGES = """
 import ctypes, resource
@@ -33,7 +33,7 @@ print(use() - first)
 @pytest.mark.parametrize(("setting", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "100000"}, False)])
 def test_freed_memory_is_used_again(setting, kept):
     """16 MB take 4,096 pages, or 8 large ones; they are new ones if what starts the process says so."""
-    env = {name: value for name, value in os.environ.items() if name not in _SETTINGS} | setting
+    env = {name: value for name, value in os.environ.items() if name not in GLIBC_SETTINGS} | setting
     run = subprocess.run([sys.executable, "-c", PAGES], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert (int(run.stdout) < 6) == kept

@@ -12,13 +12,14 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from collections import Counter
 from contextlib import suppress
 
 import openai
 import pytest
 import torch
 import uvicorn
-from conftest import ROOT, random_aligner
+from conftest import ROOT, load_script, random_aligner
 
 from lit_llama.adapters import METHODS, load_adapter, save_adapter
 from lit_llama.checkpoint import load_base
@@ -630,6 +631,22 @@ def test_a_failing_step_ends_its_rows_alone(base_dir, adapter_dir, capsys):
         said += rows.step()
     assert [one.token for number, one in said if number == 2] == generate(model, [[5, 6, 7]], 3)[0]
     assert [(one.status, "nobody" in one.error) for number, one in said if number == 9] == [(400, True)]
+
+
+def test_the_benchmark_asks_each_model_in_its_turn(url, monkeypatch, capsys):
+    """With a scale of 0 all answer as the base does; otherwise each answer is that of the same request alone."""
+    monkeypatch.setenv("ALIGNER_API_KEY", KEY)
+    benchmark = load_script("benchmarks/serving.py")
+    asked, ask = [], benchmark.ask
+    monkeypatch.setattr(benchmark, "ask", lambda url, body: asked.append(body) or ask(url, body))
+    options = {"url": url, "clients": 3, "max_tokens": 4, "models": 3}
+    benchmark.main(requests=9, compare=False, adapter_scale=0, **options)
+    assert Counter(body["model"] for body in asked) == {"base": 3, "team/1": 3, "team/3": 3}
+    assert all(body.get("adapter_scale") == (None if body["model"] == "base" else 0) for body in asked)
+    benchmark.main(requests=40, **options)
+    out = capsys.readouterr().out
+    assert "36 requests" in out
+    assert "40 of 40 answers equal the same request alone" in out
 
 
 def test_the_page(url, base_dir):

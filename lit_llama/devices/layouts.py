@@ -228,7 +228,7 @@ def compile_decoding(model: LLaMA) -> LLaMA:
     options: dict[str, Any] = {"triton.cudagraphs": True} if model.device.type == "cuda" else {}
     if hasattr(torch.compiler, "skip_all_guards_unsafe"):  # of torch 2.8, as the option
         options["guard_filter_fn"] = _apart_from_the_model
-    model._frequencies_on(model.device)  # not to be moved by the program
+    model.rope_frequencies = model.rope_frequencies.to(model.device)  # else the program would have to
     # A copy for each model, as those checks are what tells programs apart that come from one function.
     forward = type(model).forward
     own = FunctionType(forward.__code__.replace(), forward.__globals__, argdefs=forward.__defaults__)
