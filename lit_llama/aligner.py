@@ -36,6 +36,7 @@ class Aligner(nn.Module):
 
     method = "aligner"
     base_sizes = ("n_layer", "n_head", "n_embd")
+    takes_rows = True
 
     def __init__(
         self,
@@ -66,7 +67,7 @@ class Aligner(nn.Module):
         """The same tokens for every layer, and the layer's own gates."""
         if index < self.start_layer:
             return LayerAdapter()
-        prefix = LayerPrefix.of(self.tokens, self.gates[index - self.start_layer], self.prompt_only)
+        prefix = LayerPrefix.of(self.tokens, self.gates[..., index - self.start_layer, :], self.prompt_only)
         return LayerAdapter((prefix,))
 
     @torch.no_grad()

@@ -30,7 +30,7 @@ def attend_grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
     is_plain = q.device.type == "cpu" and q.dtype != torch.float32 and (T == 1 or mask is None)
     if is_plain and B * nkv * T * S >= 2048:
         queries = queries * hs**-0.5
-        if T > 1 and S < 64:  # torch's softmax is slow along a last dimension that is short
+        if mask is None and S < (64 if T > 1 else 32):  # torch's softmax is slow along a last dimension that is short
             y = (k @ queries.mT).softmax(-2).mT @ v
         else:
             scores = queries @ k.mT  # (B, nkv, group * T, S)

@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from lit_llama.config import LLaMAConfig
-from lit_llama.seam import LayerAdapter
+from lit_llama.seam import LayerAdapter, by_row
 
 Target = Literal["o", "v"]
 
@@ -39,6 +39,7 @@ class Bias(nn.Module):
 
     method = "bias"
     base_sizes = ("n_layer", "n_head", "n_embd", "n_kv_head", "head_size")
+    takes_rows = True
 
     def __init__(self, config: LLaMAConfig, target: Target = "o") -> None:
         super().__init__()
@@ -47,7 +48,7 @@ class Bias(nn.Module):
         self.vectors = nn.Parameter(torch.zeros(config.n_layer, config.width(target)[1], dtype=torch.float32))
 
     def layer(self, index: int) -> LayerAdapter:
-        return LayerAdapter(updates={self.target: (Constant(self.vectors[None, index]),)})
+        return LayerAdapter(updates={self.target: (Constant(by_row(self.vectors[..., index, :], 1)),)})
 
     def scale_(self, scale: float) -> None:
         self.vectors.data.mul_(scale)

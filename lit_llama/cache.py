@@ -51,7 +51,7 @@ class KVCache:
     def __init__(self, layers: list[LayerCache], length: int) -> None:
         self.layers = layers
         self.length = length
-        self.row_adapters: list[RowAdapters] | None = None  # of each layer, as long as rows add different things
+        self.row_adapters: RowAdapters | None = None  # as long as rows add different things
 
     @classmethod
     def empty(
@@ -80,11 +80,12 @@ class KVCache:
     def view_with_adapters(self, rows: slice, length: int) -> "KVCache":
         """The same for rows that go on, with what they add."""
         view = self.view(rows, length)
-        for i, layer in enumerate(view.layers):
-            if self.row_adapters is None:
-                layer.adapter = self.layers[i].adapter
-            else:
-                layer.adapter = ExpandedAdapter(*self.row_adapters[i].view(rows))
+        if self.row_adapters is None:
+            adapters = [layer.adapter for layer in self.layers]
+        else:
+            adapters = self.row_adapters.view(rows, len(self.layers))
+        for layer, adapter in zip(view.layers, adapters, strict=True):
+            layer.adapter = adapter
         return view
 
     def keep_adapters(self, rows: slice, view: "KVCache", shared: bool) -> None:
@@ -96,16 +97,13 @@ class KVCache:
             shared: whether all rows in use add the same, which is then kept once.
         """
         if self.row_adapters is None and not shared:
-            self.row_adapters = [RowAdapters(layer.k.size(0)) for layer in self.layers]
-            for adapters, layer in zip(self.row_adapters, self.layers, strict=True):
-                if layer.adapter is not None:  # from now on each row's own
-                    adapters.put(slice(0, rows.start), layer.adapter)
-        for i, layer in enumerate(view.layers):
-            assert layer.adapter is not None, "a view without a forward"
-            if self.row_adapters is None:
-                self.layers[i].adapter = layer.adapter
-            else:
-                self.row_adapters[i].put(rows, layer.adapter)
+            self.row_adapters = RowAdapters(self.layers[0].k.size(0))
+            self.row_adapters.put(slice(0, rows.start), _adapters(self.layers))  # from now on each row's own
+        if self.row_adapters is not None:
+            self.row_adapters.put(rows, _adapters(view.layers))
+            return
+        for layer, adapter in zip(self.layers, _adapters(view.layers), strict=True):
+            layer.adapter = adapter
 
     def forget_adapters(self) -> None:
         """No row is in use any longer."""
@@ -136,5 +134,10 @@ class KVCache:
         for layer in self.layers if row != last else []:
             for tensor in (layer.k, layer.v):
                 tensor[row, :, :written] = tensor[last, :, :written]
-        for adapters in self.row_adapters or []:
-            adapters.move(last, row)
+        if self.row_adapters is not None:
+            self.row_adapters.move(last, row)
+
+
+def _adapters(layers: list[LayerCache]) -> list[ExpandedAdapter]:
+    """What is added to each layer, as a forward has found it."""
+    return [layer.adapter or ExpandedAdapter() for layer in layers]

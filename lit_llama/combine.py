@@ -1,11 +1,13 @@
 """Adapters combined: several added up, each scaled, or another one for each row of a batch, or at each position."""
 
+import copy
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from lit_llama.row_adapters import stacked
+from lit_llama.row_adapters import placed
 from lit_llama.seam import PROJECTIONS, Adapter, LayerAdapter, LayerPrefix, Update
 
 
@@ -93,15 +95,36 @@ class Shared(NamedTuple):
 
 
 class PerRow:
-    """Another adapter for each row of a batch, or none; of different methods and sizes.
+    """Another adapter for each row of a batch, or none; of different methods and sizes. For generation: no gradients.
 
     Args:
         adapters: the adapter of each row.
     """
 
     def __init__(self, adapters: Sequence[Adapter | None]) -> None:
-        self.adapters = adapters
+        self._n_rows = len(adapters)
+        alike: dict[Any, list[tuple[int, Adapter]]] = {}
+        for row, adapter in enumerate(adapters):
+            if adapter is not None:
+                alike.setdefault(_kind(adapter) or row, []).append((row, adapter))
+        self._parts = [([row for row, _ in some], _as_one([one for _, one in some])) for some in alike.values()]
 
     def layer(self, index: int) -> LayerAdapter:
         """The rows' prefixes and updates, each kind of them with zeros for rows that have none."""
-        return stacked([LayerAdapter() if adapter is None else adapter.layer(index) for adapter in self.adapters])
+        return placed([(rows, adapter.layer(index)) for rows, adapter in self._parts], self._n_rows)
+
+
+def _kind(adapter: Any) -> tuple | None:
+    """The same for adapters that differ in their values alone; None for one whose `layer` takes no rows."""
+    takes_rows = getattr(adapter, "takes_rows", False)
+    return (type(adapter), adapter.training, repr(adapter.sizes)) if takes_rows else None
+
+
+def _as_one(adapters: Sequence[Any]) -> Adapter:
+    """Adapters of a kind as one whose parameters have a dimension for rows in front."""
+    if len(adapters) == 1:
+        return adapters[0]
+    one = copy.deepcopy(adapters[0])
+    for parameter, *values in zip(one.parameters(), *(adapter.parameters() for adapter in adapters), strict=True):
+        parameter.data = torch.stack([value.detach() for value in values])
+    return one

@@ -91,7 +91,7 @@ class Decoder:
     @property
     def adapter_bytes(self) -> int:
         """Memory for what the rows add, each its own, in addition to keys and values; 0 if all add the same."""
-        return sum(adapters.nbytes for adapters in self._cache.row_adapters or [])
+        return 0 if self._cache.row_adapters is None else self._cache.row_adapters.nbytes
 
     @torch.no_grad()
     def join(self, requests: Sequence[GenerationRequest]) -> list[int]:

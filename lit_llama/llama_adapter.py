@@ -32,6 +32,7 @@ class LLaMAAdapter(nn.Module):
 
     method = "llama_adapter"
     base_sizes = ("n_layer", "n_head", "n_embd")
+    takes_rows = True
 
     def __init__(
         self,
@@ -63,8 +64,9 @@ class LLaMAAdapter(nn.Module):
         """The layer's own tokens and gates."""
         if index < self.start_layer:
             return LayerAdapter()
-        row = index - self.start_layer
-        return LayerAdapter((LayerPrefix.of(self.tokens[row], self.gates[row], self.prompt_only),))
+        own = index - self.start_layer
+        prefix = LayerPrefix.of(self.tokens[..., own, :, :], self.gates[..., own, :], self.prompt_only)
+        return LayerAdapter((prefix,))
 
     @torch.no_grad()
     def scale_(self, scale: float) -> None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_llama.config import LLaMAConfig
-from lit_llama.seam import PROJECTIONS, LayerAdapter
+from lit_llama.seam import PROJECTIONS, LayerAdapter, by_row
 
 
 class LowRank(NamedTuple):
@@ -76,6 +76,7 @@ class LoRA(nn.Module):
 
     method = "lora"
     base_sizes = ("n_layer", "n_head", "n_embd", "n_kv_head", "head_size", "intermediate_size")
+    takes_rows = True
 
     def __init__(
         self,
@@ -106,7 +107,7 @@ class LoRA(nn.Module):
         dropout = self.dropout if self.training else 0.0
         return LayerAdapter(
             updates={
-                name: (LowRank(one.a[None], self.factor * one.b[None], dropout),)
+                name: (LowRank(by_row(one.a, 2), self.factor * by_row(one.b, 2), dropout),)
                 for name, one in self.factors(index).items()
             }
         )

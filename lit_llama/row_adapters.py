@@ -14,10 +14,10 @@ from lit_llama.seam import ExpandedAdapter, LayerAdapter
 
 
 class RowAdapters:
-    """What each row of a batch adds to one layer.
+    """What each row of a batch adds to each layer.
 
-    Prefixes and updates that differ in nothing but their numbers share tensors. Rows that have none of a kind have
-    zeros there, which add nothing.
+    Prefixes and updates that differ in nothing but their numbers share tensors, of all layers that have them. Rows that
+    have none of a kind have zeros there, which add nothing.
 
     Args:
         places: number of rows.
@@ -25,7 +25,7 @@ class RowAdapters:
 
     def __init__(self, places: int) -> None:
         self._places = places
-        self._parts: dict[tuple, Any] = {}  # prefixes and updates, named tuples of tensors (places, ...)
+        self._parts: dict[tuple, Any] = {}  # prefixes and updates, named tuples of tensors (layers, places, ...)
         self._users: dict[tuple, set[int]] = {}  # of each, the rows that have it
 
     @property
@@ -33,67 +33,87 @@ class RowAdapters:
         """Memory of all rows."""
         return sum(tensor.nbytes for part in self._parts.values() for tensor in _tensors(part))
 
-    def put(self, rows: slice, adapter: LayerAdapter | ExpandedAdapter) -> None:
+    def put(self, rows: slice, layers: Sequence[LayerAdapter | ExpandedAdapter]) -> None:
         """Write what some rows add.
 
         Args:
             rows: their places.
-            adapter: in tensors of one row each, or of a single row if all of them add the same.
+            layers: to each layer, in tensors of one row each, or of a single row if all of them add the same.
 
         Raises:
             TypeError: an update is not a named tuple.
         """
         self.clear(rows)
-        for kind, part in _parts(adapter):
-            if kind not in self._parts:
-                zeros = (tensor.new_zeros(self._places, *tensor.shape[1:]) for tensor in _tensors(part))
-                self._parts[kind], self._users[kind] = _with_tensors(part, zeros), set()
-            for places, tensor in zip(_tensors(self._parts[kind]), _tensors(part), strict=True):
-                places[rows] = tensor
-            self._users[kind] |= _numbers(rows)
+        found: dict[tuple, dict[int, Any]] = {}
+        for layer, adapter in enumerate(layers):
+            for kind, part in _parts(adapter):
+                found.setdefault(kind, {})[layer] = part
+        for kind, parts in found.items():
+            key = (kind, tuple(parts))
+            if key not in self._parts:
+                some = next(iter(parts.values()))
+                zeros = (tensor.new_zeros(len(parts), self._places, *tensor.shape[1:]) for tensor in _tensors(some))
+                self._parts[key], self._users[key] = _with_tensors(some, zeros), set()
+            for at, part in enumerate(parts.values()):
+                for places, tensor in zip(_tensors(self._parts[key]), _tensors(part), strict=True):
+                    places[at, rows] = tensor
+            self._users[key] |= _numbers(rows)
 
     def clear(self, rows: slice) -> None:
         """From now on these rows add nothing."""
-        for kind in [kind for kind, users in self._users.items() if users & _numbers(rows)]:
-            self._users[kind] -= _numbers(rows)
-            if self._users[kind]:
-                for places in _tensors(self._parts[kind]):
-                    places[rows] = 0
+        for key in [key for key, users in self._users.items() if users & _numbers(rows)]:
+            self._users[key] -= _numbers(rows)
+            if self._users[key]:
+                for places in _tensors(self._parts[key]):
+                    places[:, rows] = 0
             else:
-                del self._parts[kind], self._users[kind]
+                del self._parts[key], self._users[key]
 
     def move(self, source: int, target: int) -> None:
         """Let one row take the place of another, which is forgotten; where it stood, nothing is added."""
         if source != target:
             self.clear(slice(target, target + 1))
-            for kind, users in self._users.items():
+            for key, users in self._users.items():
                 if source in users:
                     users.add(target)
-                    for places in _tensors(self._parts[kind]):
-                        places[target] = places[source]
+                    for places in _tensors(self._parts[key]):
+                        places[:, target] = places[:, source]
         self.clear(slice(source, source + 1))
 
-    def view(self, rows: slice) -> tuple[tuple[Any, ...], dict[str, tuple[Any, ...]]]:
-        """Prefixes and updates of some rows, in the same memory; as a `LayerAdapter` or `ExpandedAdapter` has them."""
-        found: dict[str, tuple[Any, ...]] = {"prefix": ()}
-        for (name, *_), part in self._parts.items():
-            some = _with_tensors(part, (tensor[rows] for tensor in _tensors(part)))
-            found[name] = (*found.get(name, ()), some)
-        return found.pop("prefix"), found
+    def view(self, rows: slice, n_layer: int) -> list[ExpandedAdapter]:
+        """What some rows add to each layer, in the same memory."""
+        found: list[dict[str, tuple[Any, ...]]] = [{"prefix": ()} for _ in range(n_layer)]
+        for ((name, *_), layers), part in self._parts.items():
+            for at, layer in enumerate(layers):
+                some = _with_tensors(part, (places[at, rows] for places in _tensors(part)))
+                found[layer][name] = (*found[layer].get(name, ()), some)
+        return [ExpandedAdapter(parts.pop("prefix"), parts) for parts in found]
 
 
-def stacked(rows: Sequence[LayerAdapter]) -> LayerAdapter:
-    """What rows add, each something else or nothing, as one for the batch."""
-    same: dict[tuple, list[tuple[int, Any]]] = {}
-    for row, adapter in enumerate(rows):
+def placed(parts: Sequence[tuple[list[int], LayerAdapter]], n_rows: int) -> LayerAdapter:
+    """What rows of a batch add, each something else or nothing, as one for the batch.
+
+    Args:
+        parts: numbers of some rows, and what these add.
+        n_rows: number of all.
+
+    Raises:
+        TypeError: an update is not a named tuple, or what is added is not that of as many rows.
+    """
+    same: dict[tuple, list[tuple[list[int], Any]]] = {}
+    for rows, adapter in parts:
         for kind, part in _parts(adapter):
-            same.setdefault(kind, []).append((row, part))
+            same.setdefault(kind, []).append((rows, part))
     found: dict[str, tuple[Any, ...]] = {"prefix": ()}
     for (name, *_), some in same.items():
+        at = [row for rows, _ in some for row in rows]
         tensors = [torch.cat(fields) for fields in zip(*(_tensors(part) for _, part in some), strict=True)]
-        if len(some) < len(rows):
-            at = torch.tensor([row for row, _ in some], device=tensors[0].device)
-            tensors = [tensor.new_zeros(len(rows), *tensor.shape[1:]).index_copy(0, at, tensor) for tensor in tensors]
+        if any(tensor.size(0) != len(at) for tensor in tensors):
+            found_rows = [tensor.size(0) for tensor in tensors]
+            raise TypeError(f"tensors of {found_rows} rows for what {len(at)} add: see `takes_rows` in lit_llama.seam")
+        if at != list(range(n_rows)):
+            to = torch.tensor(at, device=tensors[0].device)
+            tensors = [tensor.new_zeros(n_rows, *tensor.shape[1:]).index_copy(0, to, tensor) for tensor in tensors]
         found[name] = (*found.get(name, ()), _with_tensors(some[0][1], iter(tensors)))
     return LayerAdapter(found.pop("prefix"), found)
 

@@ -34,7 +34,8 @@ The contract:
 - What is saved and loaded by its name is a module with float32 parameters, which says what it is (see
   `lit_llama.bias`): `method`, the name in `lit_llama.adapters.METHODS`; `base_sizes`, the fields of the configuration
   that its shapes depend on; `sizes`, their values and its own arguments; `scale_`, which multiplies what it adds; and,
-  if several can be made one, `merged`.
+  if several can be made one, `merged`. Where it says `takes_rows`, its parameters may have a dimension for rows in
+  front, and `layer` then says what each row adds: adapters that differ in their values alone are stacked at once.
 - An update is affine in x and y together, u(x, y) = c + M x + S y, so that it folds exactly into a weight and a bias,
   W' = (I + S) W + M and b' = (I + S) b + c. So does a prefix of one token, whose softmax is 1 for every query. See
   `lit_llama.formats.folding`, which refuses an update that is not affine.
@@ -51,6 +52,11 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # of the attention and
 
 
 Positions = Literal["all", "prompt"]  # that attend to a prefix
+
+
+def by_row(parameter: Tensor, dims: int) -> Tensor:
+    """A parameter of `dims` dimensions, or of one more if it has rows in front, as a tensor (1 or B, ...)."""
+    return parameter if parameter.dim() > dims else parameter[None]
 
 
 class LayerPrefix(NamedTuple):
@@ -71,9 +77,10 @@ class LayerPrefix(NamedTuple):
 
     @classmethod
     def of(cls, tokens: Tensor, gates: Tensor, prompt_only: bool = False) -> "LayerPrefix":
-        """One prefix for all rows: tokens (N, C) and gates (nh), which perhaps the prompt alone attends to."""
-        acts = torch.ones(1, dtype=torch.bool, device=gates.device) if prompt_only else None
-        return cls(tokens[None], gates[None], prompt_only=acts)
+        """Tokens (N, C) and gates (nh) for all rows, or (B, N, C) and (B, nh), which perhaps the prompt alone sees."""
+        tokens, gates = by_row(tokens, 2), by_row(gates, 1)
+        acts = torch.ones(gates.size(0), dtype=torch.bool, device=gates.device) if prompt_only else None
+        return cls(tokens, gates, prompt_only=acts)
 
     def after_prompt(self) -> "LayerPrefix":
         """What is left of it once the prompt is over."""

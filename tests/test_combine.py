@@ -5,7 +5,9 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import random_aligner
+from torch import nn
 
+from lit_llama.adapters import METHODS
 from lit_llama.combine import PerRow, WeightedSum
 from lit_llama.formats.folding import merge
 from lit_llama.generation import generate
@@ -82,6 +84,46 @@ def test_each_row_has_its_own_updates(tiny_model):
     prompts = [[5, 6], [7, 8, 9, 10, 11, 12], [13], [1, 2, 3], [4, 4, 4, 4], [20, 21], [9, 9]]
     alone = [generate(tiny_model, [prompt], 8, adapter=row)[0] for prompt, row in zip(prompts, rows, strict=True)]
     assert generate(tiny_model, prompts, 8, adapter=rows) == alone
+
+
+@pytest.mark.parametrize("method", METHODS.values())
+def test_rows_with_adapters_that_differ_in_their_values_alone(tiny_model, method):
+    """They are asked together what they add to a layer; one of another size, and one that is not a module, apart."""
+    config, asked = tiny_model.config, []
+
+    class Counted(method):
+        def layer(self, index):
+            asked.append(index)
+            return super().layer(index)
+
+    rows = [Counted(config), Counted(config), None, WeightedSum((Counted(config), 0.5)), Counted(config)]
+    for row in filter(None, rows):
+        for parameter in (row.terms[0][0] if isinstance(row, WeightedSum) else row).parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    ids = torch.randint(96, (len(rows), 10))
+    with torch.no_grad():
+        expected = torch.cat([tiny_model(one[None], adapter) for one, adapter in zip(ids, rows, strict=True)])
+        before, asked[:] = [rows[0].state_dict()[name].clone() for name in rows[0].state_dict()], []
+        torch.testing.assert_close(tiny_model(ids, PerRow(rows)), expected, atol=1e-5, rtol=0)
+    assert sorted(asked) == sorted(2 * list(range(config.n_layer)))
+    assert all(map(torch.equal, before, rows[0].state_dict().values()))
+    with torch.inference_mode():
+        torch.testing.assert_close(tiny_model(ids, PerRow(rows)), expected, atol=1e-5, rtol=0)
+
+
+def test_what_says_that_it_takes_rows_and_does_not(tiny_model):
+    class Vectors(nn.Module):
+        takes_rows, sizes = True, {"any": 1}
+
+        def __init__(self):
+            super().__init__()
+            self.vectors = nn.Parameter(torch.randn(tiny_model.config.n_layer, tiny_model.config.n_embd))
+
+        def layer(self, index):
+            return LayerAdapter(updates={"o": (Shift(self.vectors[None, index]),)})
+
+    with pytest.raises(TypeError, match=r"tensors of \[1\] rows for what 3 add: see `takes_rows`"):
+        tiny_model(torch.ones(3, 4, dtype=torch.long), PerRow([Vectors() for _ in range(3)]))
 
 
 @pytest.mark.parametrize("length", [1, 3])

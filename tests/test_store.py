@@ -6,6 +6,7 @@ from conftest import load_script, random_aligner
 
 from lit_llama.adapters import METHODS, adapter_fingerprint, save_adapter
 from lit_llama.checkpoint import load_base
+from lit_llama.combine import WeightedSum
 from lit_llama.llama_adapter import LLaMAAdapter
 from lit_llama.lora import LoRA
 from lit_llama.model import LLaMA
@@ -42,6 +43,31 @@ def test_adapters_of_any_method_are_their_files(tmp_path, model):
     for name, adapter in adapters.items():
         assert adapter_fingerprint(store.get(name)) == adapter_fingerprint(adapter)
         assert not any(parameter.requires_grad for parameter in store.get(name).parameters())
+
+
+@pytest.mark.parametrize("method", METHODS.values())
+def test_scaled_adapters(tmp_path, model, method):
+    """As `WeightedSum` scales them; the one that is stored stays as it is."""
+    adapter = method(model.config)
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter)
+    save_adapter(tmp_path / "a.safetensors", adapter, model)
+    store, ids = AdapterStore(tmp_path, model), torch.randint(96, (1, 10))
+    found, expected = (model(ids, one) for one in (store.get("a", -0.5), WeightedSum((adapter, -0.5))))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert adapter_fingerprint(store.get("a")) == adapter_fingerprint(adapter)
+
+
+def test_those_who_ask_at_the_same_time_share_one_object(tmp_path, model):
+    """So that rows with the same adapter are computed as such; a file that has changed is another adapter."""
+    path = tmp_path / "a.safetensors"
+    save_adapter(path, random_aligner(model.config, 1), model)
+    store = AdapterStore(tmp_path, model)
+    first = store.get("a")
+    assert store.get("a") is first
+    assert store.get("a", 0.5) is not first
+    save_adapter(path, random_aligner(model.config, 2), model)
+    assert store.get("a").sizes["length"] == 2
 
 
 def test_files_that_say_nothing_have_alpacas_prompts(tmp_path, model):

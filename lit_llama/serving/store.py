@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -86,6 +87,7 @@ class AdapterStore:
         self._quantize = quantize
         self._stored: dict[str, StoredAdapter] = {}
         self._kinds: dict[str, Kind] = {}
+        self._opened: WeakValueDictionary[tuple[str, Stamp, float], AnyAdapter] = WeakValueDictionary()
         self.refresh()
 
     def __len__(self) -> int:
@@ -99,8 +101,12 @@ class AdapterStore:
         """What is wrong with the files that cannot be used, by their names."""
         return {name: stored.error for name, stored in sorted(self._stored.items()) if stored.kind is None}
 
-    def get(self, name: str) -> AnyAdapter:
-        """An adapter as its file is now, on the model's device.
+    def get(self, name: str, scale: float = 1.0) -> AnyAdapter:
+        """An adapter as its file is now, on the model's device; the same object as long as somebody has it.
+
+        Args:
+            name: its name.
+            scale: number that what it adds is multiplied by.
 
         Raises:
             ValueError: there is none of that name, or its file cannot be used; the message says why.
@@ -108,12 +114,20 @@ class AdapterStore:
         stored = self._current(name)
         if stored.kind is None or stored.values is None:
             raise ValueError(stored.error)
+        opened = self._opened.get((name, stored.stamp, scale))
+        if opened is not None:
+            return opened
         adapter = adapter_without_values(stored.kind.method, stored.kind.sizes)
         tensors = adapter.state_dict()
-        parts = stored.values.split([tensor.numel() for tensor in tensors.values()])
+        values = stored.values if scale == 1 else stored.values.clone()
+        parts = values.split([tensor.numel() for tensor in tensors.values()])
         loaded = {name: part.view(tensors[name].shape) for name, part in zip(tensors, parts, strict=True)}
         adapter.load_state_dict(loaded, assign=True)
-        return adapter.to(self._model.device).requires_grad_(False).eval()
+        if scale != 1:
+            adapter.scale_(scale)
+        adapter = adapter.to(self._model.device).requires_grad_(False).eval()
+        self._opened[name, stored.stamp, scale] = adapter
+        return adapter
 
     def style(self, name: str) -> str:
         """Name of the prompt style to use with an adapter, as its file is now.

@@ -24,11 +24,9 @@ import torch
 from tqdm import tqdm
 
 from lit_llama.base import open_base
-from lit_llama.combine import WeightedSum
 from lit_llama.decoder import Decoder, GenerationRequest, check_request
 from lit_llama.devices.precision import Precision
 from lit_llama.model import LLaMA
-from lit_llama.seam import Adapter
 from lit_llama.serving.store import AdapterStore
 from lit_llama.together import Bits
 
@@ -364,10 +362,6 @@ class Rows:
         return failed
 
     def _request(self, job: Job) -> GenerationRequest:
-        adapter: Adapter | None = None
-        if job.adapter is not None:
-            adapter = self._store.get(job.adapter)
-            if job.scale != 1:
-                adapter = WeightedSum((adapter, job.scale))
+        adapter = None if job.adapter is None else self._store.get(job.adapter, job.scale)
         generator = torch.Generator().manual_seed(job.seed)
         return GenerationRequest(job.prompt, adapter, generator=generator, **job.options)
