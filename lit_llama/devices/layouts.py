@@ -133,10 +133,9 @@ def whole_weight(packed: Tensor, scales_and_offsets: Tensor) -> Tensor:
     blocks = packed.view(-1, n_in, BLOCK // 2).transpose(0, 1)  # (in, out / 64, 32)
     codes = packed.new_empty(n_in, n_out // BLOCK, 2, BLOCK // 2, dtype=torch.bfloat16)
     codes[:, :, 0], codes[:, :, 1] = blocks & 15, blocks >> 4
-    scales, offsets = scales_and_offsets[:, None].float().unbind(-1)  # (in / 32, 1, out) each
-    lowest = (offsets - 8 * scales).to(torch.bfloat16)
+    scales, offsets = scales_and_offsets.permute(2, 0, 1).contiguous()[:, :, None]  # (in / 32, 1, out) each
     groups = codes.view(-1, GROUP, n_out)
-    return torch.addcmul(lowest, groups, scales.to(torch.bfloat16), out=groups).view(n_in, n_out)
+    return torch.addcmul(offsets.sub(scales, alpha=8), groups, scales, out=groups).view(n_in, n_out)
 
 
 @functools.cache
