@@ -97,8 +97,10 @@ class KVCache:
             shared: whether all rows in use add the same, which is then kept once.
         """
         if self.row_adapters is None and not shared:
-            self.row_adapters = RowAdapters(self.layers[0].k.size(0))
-            self.row_adapters.put(slice(0, rows.start), _adapters(self.layers))  # from now on each row's own
+            row_adapters = RowAdapters(self.layers[0].k.size(0))
+            if rows.start:  # from now on each row's own
+                row_adapters.put(slice(0, rows.start), _adapters(self.layers))
+            self.row_adapters = row_adapters
         if self.row_adapters is not None:
             self.row_adapters.put(rows, _adapters(view.layers))
             return
@@ -139,5 +141,7 @@ class KVCache:
 
 
 def _adapters(layers: list[LayerCache]) -> list[ExpandedAdapter]:
-    """What is added to each layer, as a forward has found it."""
-    return [layer.adapter or ExpandedAdapter() for layer in layers]
+    """What is added to each layer."""
+    adapters = [layer.adapter for layer in layers if layer.adapter is not None]
+    assert len(adapters) == len(layers), "a view without a forward"
+    return adapters

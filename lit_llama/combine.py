@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from lit_llama.row_adapters import placed
@@ -95,7 +96,9 @@ class Shared(NamedTuple):
 
 
 class PerRow:
-    """Another adapter for each row of a batch, or none; of different methods and sizes. For generation: no gradients.
+    """Another adapter for each row of a batch, or none; of different methods and sizes.
+
+    For generation: it has the values that the adapters have now, and they get no gradients.
 
     Args:
         adapters: the adapter of each row.
@@ -109,6 +112,7 @@ class PerRow:
                 alike.setdefault(_kind(adapter) or row, []).append((row, adapter))
         self._parts = [([row for row, _ in some], _as_one([one for _, one in some])) for some in alike.values()]
 
+    @torch.no_grad()
     def layer(self, index: int) -> LayerAdapter:
         """The rows' prefixes and updates, each kind of them with zeros for rows that have none."""
         return placed([(rows, adapter.layer(index)) for rows, adapter in self._parts], self._n_rows)
@@ -116,7 +120,7 @@ class PerRow:
 
 def _kind(adapter: Any) -> tuple | None:
     """The same for adapters that differ in their values alone; None for one whose `layer` takes no rows."""
-    takes_rows = getattr(adapter, "takes_rows", False)
+    takes_rows = vars(type(adapter)).get("takes_rows", False)  # not inherited, as `layer` may be another
     return (type(adapter), adapter.training, repr(adapter.sizes)) if takes_rows else None
 
 
@@ -124,7 +128,6 @@ def _as_one(adapters: Sequence[Any]) -> Adapter:
     """Adapters of a kind as one whose parameters have a dimension for rows in front."""
     if len(adapters) == 1:
         return adapters[0]
-    one = copy.deepcopy(adapters[0])
-    for parameter, *values in zip(one.parameters(), *(adapter.parameters() for adapter in adapters), strict=True):
-        parameter.data = torch.stack([value.detach() for value in values])
-    return one
+    values = zip(*(adapter.parameters() for adapter in adapters), strict=True)
+    stacks = {id(some[0]): nn.Parameter(torch.stack([one.detach() for one in some]), False) for some in values}
+    return copy.deepcopy(adapters[0], stacks)  # a copy in which these take the place of its own

@@ -17,12 +17,14 @@ def formula(q, k, v, mask):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("one_prefix", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("queries", "keys"), [(1, 3), (1, 300), (5, 3), (40, 10), (40, 70)])
-def test_attention_of_a_few_queries(dtype, one_prefix, masked, queries, keys):
+@pytest.mark.parametrize(
+    ("rows", "queries", "keys"), [(4, 1, 3), (4, 1, 300), (70, 1, 16), (4, 5, 3), (4, 40, 10), (4, 40, 70)]
+)
+def test_attention_of_a_few_queries(dtype, one_prefix, masked, rows, queries, keys):
     torch.manual_seed(0)
-    q, above = torch.randn(2, 4, 6, queries, 16)
-    k, v = torch.randn(2, 1 if one_prefix else 4, 2, keys, 16)
-    mask = torch.zeros(4, 1, queries, keys).masked_fill_(torch.rand(4, 1, queries, keys) < 0.3, -torch.inf)
+    q, above = torch.randn(2, rows, 6, queries, 16)
+    k, v = torch.randn(2, 1 if one_prefix else rows, 2, keys, 16)
+    mask = torch.zeros(rows, 1, queries, keys).masked_fill_(torch.rand(rows, 1, queries, keys) < 0.3, -torch.inf)
     mask[..., 0] = 0  # every query sees something
     mask = mask.to(dtype) if masked else None
     inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]

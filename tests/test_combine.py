@@ -1,5 +1,6 @@
 """Adapters combined, against what each does alone and against sums made by hand."""
 
+import copy
 from typing import NamedTuple
 
 import pytest
@@ -8,12 +9,14 @@ from conftest import random_aligner
 from torch import nn
 
 from lit_llama.adapters import METHODS
+from lit_llama.aligner import Aligner
 from lit_llama.combine import PerRow, WeightedSum
+from lit_llama.decoder import Decoder, GenerationRequest
 from lit_llama.formats.folding import merge
 from lit_llama.generation import generate
 from lit_llama.llama_adapter import LLaMAAdapter
 from lit_llama.lora import LoRA
-from lit_llama.seam import LayerAdapter
+from lit_llama.seam import LayerAdapter, LayerPrefix
 
 
 def random_lora(config, targets):
@@ -88,10 +91,12 @@ def test_each_row_has_its_own_updates(tiny_model):
 
 @pytest.mark.parametrize("method", METHODS.values())
 def test_rows_with_adapters_that_differ_in_their_values_alone(tiny_model, method):
-    """They are asked together what they add to a layer; one of another size, and one that is not a module, apart."""
+    """They are asked together what they add to a layer; one that is scaled apart."""
     config, asked = tiny_model.config, []
 
     class Counted(method):
+        takes_rows = True
+
         def layer(self, index):
             asked.append(index)
             return super().layer(index)
@@ -106,9 +111,53 @@ def test_rows_with_adapters_that_differ_in_their_values_alone(tiny_model, method
         before, asked[:] = [rows[0].state_dict()[name].clone() for name in rows[0].state_dict()], []
         torch.testing.assert_close(tiny_model(ids, PerRow(rows)), expected, atol=1e-5, rtol=0)
     assert sorted(asked) == sorted(2 * list(range(config.n_layer)))
+    order = [4, 3, 0, 1]  # in which rows that are asked together do not stand next to each other, and all have some
+    with torch.no_grad():
+        found = tiny_model(ids[order], PerRow([rows[i] for i in order]))
+    torch.testing.assert_close(found, expected[order], atol=1e-5, rtol=0)
     assert all(map(torch.equal, before, rows[0].state_dict().values()))
     with torch.inference_mode():
         torch.testing.assert_close(tiny_model(ids, PerRow(rows)), expected, atol=1e-5, rtol=0)
+
+
+def test_rows_whose_adapters_differ_in_more_than_their_values(tiny_model):
+    """The same shapes, but other arguments, methods or modes."""
+    config = tiny_model.config
+    loras = [LoRA(config, 4, alpha) for alpha in (1.0, 16.0)] + [LoRA(config, 4, 16.0, dropout=0.5)]
+    prefixes = [Aligner(config, 2, positions=positions) for positions in ("all", "prompt", "prompt")]
+
+    class Doubled(Aligner):
+        def layer(self, index):
+            prefix = LayerPrefix.of(self.tokens, 2 * self.gates[index - self.start_layer])
+            return LayerAdapter((prefix,) if index >= self.start_layer else ())
+
+    rows = [*loras, *prefixes, LLaMAAdapter(config, 2), *(Doubled(config, 2) for _ in range(config.n_layer))]
+    for row in rows:
+        for parameter in row.eval().parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    prompts = torch.randint(96, (len(rows), 10)).tolist()
+    alone = [generate(tiny_model, [prompt], 8, adapter=row)[0] for prompt, row in zip(prompts, rows, strict=True)]
+    assert generate(tiny_model, prompts, 8, adapter=rows) == alone
+    ids = torch.tensor(prompts)
+    expected = torch.cat([tiny_model(row[None], adapter) for row, adapter in zip(ids, rows, strict=True)])
+    torch.testing.assert_close(tiny_model(ids, PerRow(rows)), expected, atol=1e-5, rtol=0)
+    trained = copy.deepcopy(loras[2]).train()  # with its dropout
+    found = tiny_model(ids[:2], PerRow([trained, loras[2]]))
+    away = [(one - tiny_model(row[None], loras[2])).abs().max() for one, row in zip(found, ids, strict=False)]
+    assert away[0] > 0.01
+    assert away[1] < 1e-5
+
+
+def test_memory_of_rows_does_not_depend_on_who_joined_with_whom(tiny_model):
+    requests = [
+        GenerationRequest([5], random_aligner(tiny_model.config, 3, start_layer=layer), 9) for layer in (0, 2, 0, 2)
+    ]
+    decoders = [Decoder(tiny_model, 4, 64) for _ in range(2)]
+    decoders[0].join(requests)
+    for request in requests:
+        decoders[1].join([request])
+        decoders[1].step()
+    assert decoders[0].adapter_bytes == decoders[1].adapter_bytes > 0
 
 
 def test_what_says_that_it_takes_rows_and_does_not(tiny_model):

@@ -246,6 +246,15 @@ def test_updates_that_cannot_be_stacked_need_a_batch_of_their_own(tiny_model):
     tokens, ends = run_all(Decoder(tiny_model, 2, 64), [request._replace(adapter=closure), request])
     assert tokens == [[], naive_greedy(tiny_model, [5, 6], 10, None)]
     assert "an update is a function; rows of a batch need named tuples of tensors" in ends[0].error
+    decoder = Decoder(tiny_model, 2, 64)  # and one that runs keeps it when others would join
+    [first] = decoder.join([request._replace(adapter=closure)])
+    found = [event.token for event in decoder.step()]
+    decoder.join([request])
+    while decoder.running:
+        for event in decoder.step():
+            assert event.row == first or event.finish == "error"
+            found += [event.token] if event.row == first else []
+    assert found == expected
 
 
 def test_callers_for_whole_texts_get_the_error(tiny_model):

@@ -1,5 +1,8 @@
 """The store of adapters: what is in the folder is what is in it."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from conftest import load_script, random_aligner
@@ -59,15 +62,20 @@ def test_scaled_adapters(tmp_path, model, method):
 
 
 def test_those_who_ask_at_the_same_time_share_one_object(tmp_path, model):
-    """So that rows with the same adapter are computed as such; a file that has changed is another adapter."""
-    path = tmp_path / "a.safetensors"
+    """So that a batch in which all have it is computed as one; a file that has changed is another adapter."""
+    path = tmp_path / "a" / "aligner.safetensors"
     save_adapter(path, random_aligner(model.config, 1), model)
     store = AdapterStore(tmp_path, model)
     first = store.get("a")
-    assert store.get("a") is first
+    assert store.get("a/aligner") is first
     assert store.get("a", 0.5) is not first
     save_adapter(path, random_aligner(model.config, 2), model)
     assert store.get("a").sizes["length"] == 2
+    assert store.get("a/aligner") is not first
+    known = weakref.ref(first)
+    del first
+    gc.collect()
+    assert known() is None  # nothing is kept that nobody has
 
 
 def test_files_that_say_nothing_have_alpacas_prompts(tmp_path, model):

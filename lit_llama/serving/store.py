@@ -114,19 +114,20 @@ class AdapterStore:
         stored = self._current(name)
         if stored.kind is None or stored.values is None:
             raise ValueError(stored.error)
-        opened = self._opened.get((name, stored.stamp, scale))
+        key = (self._file(name), stored.stamp, scale)
+        opened = self._opened.get(key)
         if opened is not None:
             return opened
         adapter = adapter_without_values(stored.kind.method, stored.kind.sizes)
         tensors = adapter.state_dict()
         values = stored.values if scale == 1 else stored.values.clone()
         parts = values.split([tensor.numel() for tensor in tensors.values()])
-        loaded = {name: part.view(tensors[name].shape) for name, part in zip(tensors, parts, strict=True)}
+        loaded = {one: part.view(tensors[one].shape) for one, part in zip(tensors, parts, strict=True)}
         adapter.load_state_dict(loaded, assign=True)
+        adapter.requires_grad_(False)
         if scale != 1:
             adapter.scale_(scale)
-        adapter = adapter.to(self._model.device).requires_grad_(False).eval()
-        self._opened[name, stored.stamp, scale] = adapter
+        self._opened[key] = adapter = adapter.to(self._model.device).eval()
         return adapter
 
     def style(self, name: str) -> str:
