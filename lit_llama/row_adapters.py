@@ -1,11 +1,11 @@
-"""What each row of a batch adds to the layers, in tensors that have a place for every row.
+"""What each row of a batch adds to the layers, in tensors that have room for every row.
 
 Rows join and leave by writing to their own places; those of others stay as they are.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,32 +13,49 @@ from torch import Tensor
 from lit_llama.seam import ExpandedAdapter, LayerAdapter
 
 
+class Places(NamedTuple):
+    """Room for one kind of prefix or update, for every row in every layer.
+
+    Args:
+        part: the prefix or update, of tensors (layers, rows, ...); zeros, which add nothing, where a row has none.
+        users: rows that have it.
+        layers: those in which a row has it, or had it.
+    """
+
+    part: Any
+    users: set[int]
+    layers: set[int]
+
+    @classmethod
+    def like(cls, part: Any, layers: int, rows: int) -> "Places":
+        """Room for what is like this one, which is of one row or a few in one layer."""
+        zeros = (tensor.new_zeros(layers, rows, *tensor.shape[1:]) for tensor in _tensors(part))
+        return cls(_with_tensors(part, zeros), set(), set())
+
+
 class RowAdapters:
     """What each row of a batch adds to each layer.
 
-    Prefixes and updates that differ in nothing but their numbers share tensors, of all layers. Rows that have none of a
-    kind have zeros there, which add nothing.
+    Prefixes and updates that differ in nothing but their numbers share tensors.
 
     Args:
-        places: number of rows.
+        rows: number of rows.
     """
 
-    def __init__(self, places: int) -> None:
-        self._places = places
-        self._parts: dict[tuple, Any] = {}  # prefixes and updates, named tuples of tensors (layers, places, ...)
-        self._users: dict[tuple, set[int]] = {}  # of each, the rows that have it
-        self._layers: dict[tuple, set[int]] = {}  # of each, the layers in which a row has it, or one that has ended
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._kinds: dict[tuple, Places] = {}
 
     @property
     def nbytes(self) -> int:
         """Memory of all rows."""
-        return sum(tensor.nbytes for part in self._parts.values() for tensor in _tensors(part))
+        return sum(tensor.nbytes for places in self._kinds.values() for tensor in _tensors(places.part))
 
     def put(self, rows: slice, layers: Sequence[LayerAdapter | ExpandedAdapter]) -> None:
         """Write what some rows add.
 
         Args:
-            rows: their places.
+            rows: which.
             layers: to each layer, in tensors of one row each, or of a single row if all of them add the same.
 
         Raises:
@@ -47,43 +64,43 @@ class RowAdapters:
         self.clear(rows)
         for layer, adapter in enumerate(layers):
             for kind, part in _parts(adapter):
-                if kind not in self._parts:
-                    shape = len(layers), self._places
-                    zeros = (tensor.new_zeros(*shape, *tensor.shape[1:]) for tensor in _tensors(part))
-                    self._parts[kind], self._users[kind], self._layers[kind] = _with_tensors(part, zeros), set(), set()
-                for places, tensor in zip(_tensors(self._parts[kind]), _tensors(part), strict=True):
-                    places[layer, rows] = tensor
-                self._users[kind] |= _numbers(rows)
-                self._layers[kind].add(layer)
+                if kind not in self._kinds:
+                    self._kinds[kind] = Places.like(part, len(layers), self._rows)
+                places = self._kinds[kind]
+                places.users.update(_numbers(rows))
+                places.layers.add(layer)
+                for room, tensor in zip(_tensors(places.part), _tensors(part), strict=True):
+                    room[layer, rows] = tensor
 
     def clear(self, rows: slice) -> None:
         """From now on these rows add nothing."""
-        for kind in [kind for kind, users in self._users.items() if users & _numbers(rows)]:
-            self._users[kind] -= _numbers(rows)
-            if self._users[kind]:
-                for places in _tensors(self._parts[kind]):
-                    places[:, rows] = 0
+        for kind, places in list(self._kinds.items()):
+            if places.users.isdisjoint(_numbers(rows)):
+                continue
+            places.users.difference_update(_numbers(rows))
+            if places.users:
+                for room in _tensors(places.part):
+                    room[:, rows] = 0
             else:
-                del self._parts[kind], self._users[kind], self._layers[kind]
+                del self._kinds[kind]
 
     def move(self, source: int, target: int) -> None:
         """Let one row take the place of another, which is forgotten; where it stood, nothing is added."""
         if source != target:
             self.clear(slice(target, target + 1))
-            for kind, users in self._users.items():
-                if source in users:
-                    users.add(target)
-                    for places in _tensors(self._parts[kind]):
-                        places[:, target] = places[:, source]
+            for places in self._kinds.values():
+                if source in places.users:
+                    places.users.add(target)
+                    for room in _tensors(places.part):
+                        room[:, target] = room[:, source]
         self.clear(slice(source, source + 1))
 
     def view(self, rows: slice, n_layer: int) -> list[ExpandedAdapter]:
         """What some rows add to each layer, in the same memory."""
         found: list[dict[str, tuple[Any, ...]]] = [{"prefix": ()} for _ in range(n_layer)]
-        for kind, part in self._parts.items():
-            name = kind[0]
-            for layer in self._layers[kind]:
-                some = _with_tensors(part, (places[layer, rows] for places in _tensors(part)))
+        for (name, *_), places in self._kinds.items():
+            for layer in places.layers:
+                some = _with_tensors(places.part, (room[layer, rows] for room in _tensors(places.part)))
                 found[layer][name] = (*found[layer].get(name, ()), some)
         return [ExpandedAdapter(parts.pop("prefix"), parts) for parts in found]
 
@@ -141,5 +158,5 @@ def _with_tensors(part: Any, tensors: Iterator[Tensor]) -> Any:
     return type(part)(*(next(tensors) if isinstance(field, Tensor) else field for field in part))
 
 
-def _numbers(rows: slice) -> set[int]:
-    return set(range(rows.start, rows.stop))
+def _numbers(rows: slice) -> range:
+    return range(rows.start, rows.stop)
