@@ -134,7 +134,9 @@ class Chat:
         """
         value = value.strip()
         if name == "adapter":
-            self._open(None if value in ("none", "base", "") else self._find(value), self.scale)
+            if not value:
+                raise ValueError('/adapter takes a name, or "none" for the base model')
+            self._open(None if value in ("none", "base") else self._find(value), self.scale)
             say(self.base.name)
         elif name == "scale":
             try:

@@ -1,4 +1,4 @@
-"""Tables, in Markdown for documents and in plain columns for a terminal."""
+"""Tables, in Markdown for documents and in plain columns for a terminal; and counts in words."""
 
 import itertools
 import re
@@ -6,6 +6,11 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 _NUMBER = re.compile(r"[-+±$]?\.?\d")
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 record", "2 records"."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -23,6 +23,7 @@ from lit_llama.losses import SUPERVISED_METRICS, LossSums
 from lit_llama.plan import WARMUP_STEPS, Plan
 from lit_llama.runs import Run
 from lit_llama.states import Progress
+from lit_llama.tables import counted
 
 if TYPE_CHECKING:  # takes seconds to import, which --help should not cost
     from lightning_fabric import Fabric
@@ -146,8 +147,8 @@ def _progress_bar(fabric: Fabric, run: Run, plan: Plan, progress: Progress) -> t
 def _say_what_to_expect(train: TokenDataset, validation: TokenDataset, plan: Plan, say: Say) -> None:
     if len(validation) < FEW_ITEMS:
         say(
-            f"the validation split has only {len(validation)} items, so its loss is a rough measure; {FEW_ITEMS} or "
-            "more make it steadier"
+            f"the validation split has only {counted(len(validation), 'item')}, so its loss is a rough measure; "
+            f"{FEW_ITEMS} or more make it steadier"
         )
     if plan.warmup_steps is None and plan.warmup < WARMUP_STEPS:
         say(
@@ -171,6 +172,8 @@ def _say_what_came_of_it(plan: Plan, progress: Progress, run: Run, say: Say) -> 
         f"after step {progress.best_step}, the best: validation {in_words(progress.best)}\n"
         f"{progress.seconds:.0f} s; adapter: {run.place}"
     )
+    if progress.best["loss"] >= progress.first["loss"]:
+        say("warning: no validation was better than that before training: try more steps or a lower --learning_rate")
 
 
 def _items_of(dataset: TokenDataset, step: int, plan: Plan) -> list[list[int]]:

@@ -26,6 +26,7 @@ def main(repo_id: str, output_dir: Path | None = None, access_token: str | None 
     """
     hub = require_extra("huggingface_hub", "hub")
     errors = require_extra("huggingface_hub.errors", "hub")
+    require_extra("huggingface_hub.utils.logging", "hub").set_verbosity_error()  # its retries are no news
     if repo_id.count("/") != 1:
         raise ValueError(f"--repo_id {repo_id!r} is not of the form OWNER/NAME")
     output_dir = output_dir or Path("models") / repo_id.split("/")[1]

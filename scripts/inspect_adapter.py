@@ -35,7 +35,8 @@ def main(
     Args:
         adapter_path: file or run folder of an Aligner; give two to compare them.
         checkpoint_dir: folder of the base model; if given, the vocabulary entries nearest to each token are listed.
-        output_path: PNG file that is written; if not given, it has the first Aligner's name and folder.
+        output_path: PNG file that is written; if not given, it has the first Aligner's name and folder, and
+            ".compared" in its name if there are two.
         nearest: number of vocabulary entries that are listed for each token.
         allow_other_base: compare with the vocabulary of another base model than the one that the Aligner was trained
             on.
@@ -43,18 +44,20 @@ def main(
     paths = [adapter_file(path) for path in adapter_path]
     if len(paths) > 2:
         raise ValueError(f"--adapter_path was given {len(paths)} times: give one Aligner, or two to compare them")
-    aligners = []
+    aligners, infos = [], []
     for path in paths:
         aligner, info = read_adapter(path)
         if not isinstance(aligner, Aligner):
             raise ValueError(f"{path} is of the method {info.method!r}; only an Aligner can be inspected")
         aligners.append(aligner)
+        infos.append(info)
+    for path, info, aligner in zip(paths, infos, aligners, strict=True):
         print(describe(path, info, aligner))
         if checkpoint_dir is not None:
             print(describe_nearest(path, aligner, checkpoint_dir, nearest, allow_other_base))
     if len(aligners) == 2:
         print(describe_difference(*aligners))
-    output_path = output_path or paths[0].with_suffix(".png")
+    output_path = output_path or paths[0].with_suffix(".png" if len(paths) == 1 else ".compared.png")
     draw_gates(paths, aligners, output_path)
     print(f"picture: {output_path}", file=sys.stderr)
 
@@ -87,7 +90,7 @@ def describe(path: Path, info: AdapterInfo, aligner: Aligner) -> str:
     facts += [("attended to by", "the prompt alone")] if aligner.prompt_only else []
     facts += [("trained on top of", f"{one.name} (scale {one.scale:g})") for one in info.also]
     facts += [(f"  {name}", str(value)) for name, value in info.hyperparameters.items()]
-    return "\n".join([str(path), *(f"  {name:26}{value}" for name, value in facts)])
+    return "\n".join([str(path), *(f"  {name:28}{value}" for name, value in facts)])
 
 
 def describe_nearest(path: Path, aligner: Aligner, checkpoint_dir: Path, nearest: int, allow_other_base: bool) -> str:

@@ -1,10 +1,11 @@
 """Check an exported model against this project: the same logits, the same greedy answers.
 
-    python scripts/verify_export.py --export_path export/captain --adapter_path out/demo/aligner.safetensors
-    python scripts/verify_export.py --export_path export/captain.gguf --adapter_path out/demo/aligner.safetensors
+    python scripts/verify_export.py --export_path export/captain --adapter_path examples/adapters/captain.safetensors
+    python scripts/verify_export.py --export_path export/captain.gguf \\
+        --adapter_path examples/adapters/captain.safetensors
     python scripts/verify_export.py --export_path export/lora --peft_base export/base \\
         --adapter_path out/lora/lora.safetensors
-    python scripts/verify_export.py --export_path export/captain --adapter_path out/demo/aligner.safetensors \\
+    python scripts/verify_export.py --export_path export/captain --adapter_path examples/adapters/captain.safetensors \\
         --engine vllm --vllm_python ~/vllm/bin/python --n_prompts 20
 
 Answers prompts here, and lets the other engine read prompts and answers: transformers for a folder of

@@ -88,17 +88,18 @@ def test_commands(chat, base_dir, adapter_path):
 
 def test_what_cannot_be_done_changes_nothing(chat, base_dir, adapter_path):
     expected = conversation(open_base(base_dir, adapter_path), "One?", "Two?")
-    lines = ["One?", "/adapter nowhere", "/scale much", "/shout", "x " * 300, "Two?"]
+    lines = ["One?", "/adapter nowhere", "/scale much", "/shout", "/adapter", "x " * 300, "Two?"]
     out, err = chat(*lines, adapter_path=adapter_path, adapter_dir=adapter_path.parents[1])
     assert out == "\n".join(expected) + "\n"
     errors = re.findall("error: (.*)", err)
     assert errors[0] == f"no adapter named 'nowhere' in {adapter_path.parents[1]}"
-    assert errors[1:3] == [
+    assert errors[1:4] == [
         "/scale takes a number, such as /scale 0.5, not 'much'",
         "there is no command /shout: /help lists them",
+        '/adapter takes a name, or "none" for the base model',
     ]
-    assert "tokens, the model's window is 256: shorten the prompt" in errors[3]
-    assert len(errors) == 4
+    assert "tokens, the model's window is 256: shorten the prompt" in errors[4]
+    assert len(errors) == 5
     _, err = chat("/scale 0.5")
     assert "error: there is no adapter to scale: choose one by /adapter NAME" in err
     _, err = chat("One?", "Two?", prompt_style="alpaca")

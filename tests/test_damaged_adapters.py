@@ -249,7 +249,7 @@ def test_links_are_followed_once(tmp_path, tiny_model):
     for name in ("gone", "a/loop", "x" * 300, "x" * 100_000, "\ud800", "folder"):
         with pytest.raises(ValueError, match="no adapter named"):
             found.get(name)
-    with pytest.raises(ValueError, match=r"did you mean a/x\?"):
+    with pytest.raises(ValueError, match=r"did you mean 'a/x'\?"):
         found.get("a/xx")
 
 

@@ -4,6 +4,8 @@ import gzip
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import huggingface_hub
 import numpy as np
@@ -376,8 +378,8 @@ def test_a_pair_is_cut_or_left_out_whole(command, tmp_path, base_dir):
 @pytest.mark.parametrize(
     ("script", "row", "message"),
     [
-        ("alpaca", {"instruction": "a", "output": " "}, "1 records left out: without a response"),
-        ("alpaca", {"instruction": "", "output": "b"}, "1 records left out: without a prompt"),
+        ("alpaca", {"instruction": "a", "output": " "}, "1 record left out: without a response"),
+        ("alpaca", {"instruction": "", "output": "b"}, "1 record left out: without a prompt"),
         (
             "hh",
             {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"},
@@ -414,7 +416,7 @@ def test_what_is_left_out_is_counted(command, tmp_path, base_dir, script, row, m
     paths = {"data_path": tmp_path / "a.jsonl", "checkpoint_dir": base_dir, "output_dir": tmp_path / "data"}
     status, _, err = command(f"scripts/prepare_{script}.py", **paths)
     assert status == 0, err
-    assert "1 records left out: " in err
+    assert "1 record left out: " in err
     assert message in err
 
 
@@ -479,7 +481,7 @@ def test_records_that_cannot_be_used_are_left_out(command, tmp_path, base_dir):
     assert "a.jsonl, line 4: expected turns under" in err
     assert "a.jsonl, line 5: the model's chat template failed: two users" in err
     assert "line 6" not in err  # the first are shown
-    assert "4 records cannot be used and are left out" in err
+    assert "4 records left out as unusable" in err
     assert "train: 5 examples" in err
     for options, message in (
         ({"strict": True}, "a.jsonl, line 2: not JSON"),
@@ -523,7 +525,7 @@ def test_equal_pairs_and_repeated_answers_are_counted(command, tmp_path, base_di
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     paths = {"data_path": tmp_path / "a.jsonl", "checkpoint_dir": base_dir, "max_seq_length": 64}
     _, _, err = command("scripts/prepare_pairs.py", output_dir=tmp_path / "data", validation_share=0.4, **paths)
-    equal = re.findall(r"(\d+) pairs left out: chosen and rejected are equal within the window", err)
+    equal = re.findall(r"(\d+) pairs? left out: chosen and rejected are equal within the window", err)
     assert sum(map(int, equal)) == 3
     assert re.search(r"validation: (\d) of \1 answers also stand in the training split, 0 of them with the same", err)
     assert "repeat another" not in err
@@ -635,6 +637,17 @@ def test_dataset_out_of_reach_is_said_plainly(command, monkeypatch, tmp_path, ba
     assert (status, err.count("\n")) == (1, 1)
     assert "databricks-dolly-15k cannot be fetched from the Hugging Face hub (name resolution failed)" in err
     assert "give a local copy of databricks-dolly-15k.jsonl as --data_path" in err
+
+
+def test_datasets_are_asked_for():
+    """In a process that has imported nothing else: the hub's client imports its parts as they are used."""
+    code = (
+        "import huggingface_hub; from lit_llama.script.prepare import fetch_dataset\n"
+        "huggingface_hub.hf_hub_download = lambda *asked, **_: '-'.join(asked)\n"
+        "print(*fetch_dataset('who/what', ['a.json', 'b.json']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "who/what-a.json who/what-b.json\n"
 
 
 def test_broken_gzip_and_empty_folder(command, tmp_path, base_dir):

@@ -204,6 +204,7 @@ def test_a_teacher_of_adapters_is_learned(distil, options, base_dir, capsys, tmp
     assert (options["out_dir"] / "report.txt").read_text() == report
     for words in ("in the form, student", "of 2", "0 tokens, 0 bytes of cache", "nats per token before", "teacher"):
         assert words in report
+    assert "the prompt's cost" not in report  # there is no prompt
     cost = json.loads((options["out_dir"] / "report.json").read_text())["cost"]
     assert cost["teacher"]["tokens"] == cost["student"]["tokens"]
 

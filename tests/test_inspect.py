@@ -6,6 +6,7 @@ from conftest import DEMO_BASE, tiny_config
 from lit_llama.adapters import save_adapter
 from lit_llama.aligner import Aligner
 from lit_llama.checkpoint import load_base
+from lit_llama.lora import LoRA
 
 
 def made_by_hand(path, length=2, sign=1.0):
@@ -22,7 +23,7 @@ def test_facts_and_picture(command, tmp_path):
     file = made_by_hand(tmp_path / "a.safetensors")
     status, out, err = command("scripts/inspect_adapter.py", aligner_path=file, output_path=tmp_path / "gates.png")
     assert status == 0, err
-    facts = {line[2:28].strip(): line[28:] for line in out.splitlines()[1:]}
+    facts = {line[2:30].strip(): line[30:] for line in out.splitlines()[1:]}
     assert facts["prefix tokens"] == "2 of 32 numbers"
     assert facts["gates"] == "layers 1 to 3, 4 heads each"
     assert facts["parameters"] == str(2 * 32 + 3 * 4)
@@ -54,6 +55,14 @@ def test_two_are_compared(command, tmp_path, monkeypatch):
     assert "gates: cosine -1.0000, |a - b| / |a| 2.0000, largest 1.4000" in out
     _, out, _ = command("scripts/inspect_adapter.py", f"--aligner_path={longer}", aligner_path=first, **arguments)
     assert "tokens: (2, 32) and (3, 32), not comparable" in out
+    _, _, err = command("scripts/inspect_adapter.py", f"--aligner_path={second}", aligner_path=first)
+    assert err == f"picture: {tmp_path / 'a.compared.png'}\n"
+    save_adapter(tmp_path / "d.safetensors", LoRA(tiny_config()))
+    status, out, err = command(
+        "scripts/inspect_adapter.py", f"--aligner_path={tmp_path / 'd.safetensors'}", aligner_path=first, **arguments
+    )
+    assert (status, out) == (1, "")
+    assert "d.safetensors is of the method 'lora'; only an Aligner can be inspected" in err
     more = [f"--aligner_path={path}" for path in (first, second)]
     status, _, err = command("scripts/inspect_adapter.py", *more, aligner_path=first, **arguments)
     assert (status, err) == (1, "error: --adapter_path was given 3 times: give one Aligner, or two to compare them\n")

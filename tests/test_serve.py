@@ -285,7 +285,7 @@ def test_what_cannot_be_answered_is_refused(url):
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"stop": list("abcde")}, 400, "stop: List should have at most 4 items"),
         ({"stop": "x" * 1000}, 400, "stop.0: String should have at most 256 characters"),
-        ({"temprature": 0.5}, 400, "unknown field 'temprature'; did you mean temperature"),
+        ({"temprature": 0.5}, 400, "unknown field 'temprature'; did you mean 'temperature'"),
         ({"a \ud800": 0.5}, 400, "unknown field"),
         ({"stream_options": {"usage": True}}, 400, "unknown field 'usage'"),
         ([], 400, "dictionary or object"),

@@ -166,7 +166,7 @@ def test_runs_of_any_method_go_by_their_folders_unless_there_are_two(tmp_path, m
     store = AdapterStore(tmp_path, model)
     assert store.names() == ["old", "one", "two/aligner", "two/lora"]
     assert [store.get(name).method for name in ("one", "one/lora", "old")] == ["lora", "lora", "llama_adapter"]
-    with pytest.raises(ValueError, match=r"no adapter named 'two'.*did you mean two/aligner or two/lora\?"):
+    with pytest.raises(ValueError, match=r"no adapter named 'two'.*did you mean 'two/aligner' or 'two/lora'\?"):
         store.get("two")
 
 

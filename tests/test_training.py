@@ -260,6 +260,20 @@ def test_warm_up_that_nobody_asked_for_is_no_longer_than_the_run(
     assert rates[warmup_steps - 1] == max(rates) == pytest.approx(3e-2)
 
 
+@pytest.mark.parametrize("learning_rate", [3e-2, 300.0])
+def test_a_run_that_made_the_loss_no_lower_says_so(command, base_dir, data_dir, tmp_path, learning_rate):
+    paths = {"checkpoint_dir": base_dir, "data_dir": data_dir, "out_dir": tmp_path}
+    status, _, err = command("finetune/aligner.py", max_steps=4, learning_rate=learning_rate, **paths)
+    assert status == 0, err
+    losses = [
+        float(row["validation_loss"])
+        for row in csv.DictReader((tmp_path / "metrics.csv").open())
+        if row["validation_loss"]
+    ]
+    assert (min(losses[1:]) >= losses[0]) == (learning_rate > 1)
+    assert ("no validation was better than that before training" in err) == (learning_rate > 1)
+
+
 def test_samples_are_for_people(command, base_dir, data_dir, tmp_path):
     """The user's turn, the answer and the wanted one, without what the template adds; few items are named."""
     paths = {"checkpoint_dir": base_dir, "data_dir": data_dir, "out_dir": tmp_path}

@@ -256,7 +256,7 @@ def read_folder(
         FileNotFoundError: something is missing.
         ValueError: a model has not answered, or there is no such model.
     """
-    questions, files = read_questions(folder / QUESTIONS), answer_files(folder)
+    files, questions = answer_files(folder), read_questions(folder / QUESTIONS)
     answers = {}
     for name in models or files:
         if name not in files:

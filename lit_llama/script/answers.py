@@ -171,12 +171,15 @@ def adapter_in(folder: Path, name: str) -> Path:
     """The adapter of that name in a folder of them: a file without its `.safetensors`, or the folder of a run.
 
     Raises:
+        FileNotFoundError: there is no such folder.
         ValueError: there is none; the message names similar ones.
     """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder of adapters")
     for path in (folder / f"{name}.safetensors", folder / name):
         if ".." not in Path(name).parts and not Path(name).is_absolute() and path.exists():
             return path
     there = {str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.safetensors")}
     near = get_close_matches(name, there | {str(Path(one).parent) for one in there} - {"."}, n=3)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
     raise ValueError(f"no adapter named {name!r} in {folder}{hint}")

@@ -101,8 +101,16 @@ def render(report: Mapping[str, Any], progress: Progress, checkpoint_dir: Path, 
     figures += [
         ("divergence from the teacher", f"{first['loss']:.3f} nats per token before, {best['loss']:.3f} after"),
         ("same likeliest token", f"{first['agreement']:.1%} of tokens before, {best['agreement']:.1%} after"),
-        ("the prompt's cost, each request", f"{more['tokens']:.0f} tokens, {more['cache_bytes']:,.0f} bytes of cache, "
-         f"{more['milliseconds']:.0f} ms to read on this machine"),
+    ]
+    if more["tokens"]:  # else there is no prompt, only adapters of the teacher
+        figures.append(
+            (
+                "the prompt's cost, each request",
+                f"{more['tokens']:.0f} tokens, {more['cache_bytes']:,.0f} bytes of "
+                f"cache, {more['milliseconds']:.0f} ms to read on this machine",
+            )
+        )
+    figures += [
         ("the adapter's cost", f"0 tokens, 0 bytes of cache, {added:.0f} ms; a file of {file.stat().st_size:,} bytes"),
         ("reading a question alone", f"{cost['base']['tokens']:.0f} tokens, {cost['base']['milliseconds']:.0f} ms"),
         ("seconds of training", f"{progress.seconds:.0f}"),

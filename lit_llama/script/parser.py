@@ -129,7 +129,8 @@ class _Parser(jsonargparse.ArgumentParser):
         kinds = {action.dest: action.metavar or "{true,false}" for action in self._actions}
         if wrong and wrong[1] in kinds:
             kind = str(kinds[wrong[1]])
-            choices = ", ".join(repr(choice) for choice in kind.strip("{}").split(","))
+            words = kind.strip("{}").split(",")
+            choices = ", ".join(word if word.isupper() else repr(word) for word in words)  # of which NUMBER is none
             message = f"--{wrong[1]} {wrong[2]}: " + (f"there are {choices}" if kind[0] == "{" else f"expected {kind}")
         print(f"error: {message} (--help lists the options)", file=sys.stderr)
         sys.exit(2)

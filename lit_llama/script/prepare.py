@@ -14,6 +14,7 @@ from lit_llama.files import check_new_folder, require_extra
 from lit_llama.prompts import PromptStyle, chosen_style
 from lit_llama.records import read_records
 from lit_llama.script.layouts import Columns, LeftOutError
+from lit_llama.tables import counted
 from lit_llama.tokenizer import Tokenizer
 
 SHOWN = 3  # records that cannot be used, of which place and reason are said
@@ -173,11 +174,11 @@ class _Survey:
         for line in self.shown:
             print(f"left out: {line}", file=sys.stderr)
         if self.bad:
-            print(f"{self.bad} records cannot be used and are left out", file=sys.stderr)
+            print(f"{counted(self.bad, 'record')} left out as unusable", file=sys.stderr)
         for reason, number in self.left_out.items():
-            print(f"{number} records left out: {reason} (the first: {self.first[reason]})", file=sys.stderr)
+            print(f"{counted(number, 'record')} left out: {reason} (the first: {self.first[reason]})", file=sys.stderr)
         for remark, number in self.remarks.items():
-            print(f"{number} records: {remark}", file=sys.stderr)
+            print(f"{counted(number, 'record')}: {remark}", file=sys.stderr)
 
 
 def _survey(paths: Sequence[Path], read: Read, style: PromptStyle, scored_turns: ScoredTurns, strict: bool) -> _Survey:
@@ -261,7 +262,7 @@ def report(folder: Path, summaries: dict[str, SplitSummary], kind: Kind = "super
             )
         if summary.equal:
             print(
-                f"{split}: {summary.equal} pairs left out: chosen and rejected are equal within the window",
+                f"{split}: {counted(summary.equal, 'pair')} left out: chosen and rejected are equal within the window",
                 file=sys.stderr,
             )
     _report_repeats(summaries, items)
@@ -292,8 +293,8 @@ def fetch_dataset(repo_id: str, names: Sequence[str]) -> list[Path]:
         OSError: the hub cannot be reached.
     """
     hub = require_extra("huggingface_hub", "hub")
+    require_extra("huggingface_hub.utils.logging", "hub").set_verbosity_error()  # its retries are no news
     try:
-        hub.utils.logging.set_verbosity_error()  # its retries are no news
         return [Path(hub.hf_hub_download(repo_id, name, repo_type="dataset")) for name in names]
     except Exception as error:  # of many kinds, depending on the HTTP library under the hub's client
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -324,7 +324,6 @@ def make_app(api: Api, access: Access, page: Path) -> FastAPI:
     """
     docs, openapi = (path if path in access.open_paths else None for path in DOCS)
     app = FastAPI(title="Adapters", docs_url=docs, openapi_url=openapi, redoc_url=None, redirect_slashes=False)
-    readable = ["GET", "HEAD"]
 
     async def health() -> dict[str, str]:
         return {"status": "ok"}
@@ -332,10 +331,10 @@ def make_app(api: Api, access: Access, page: Path) -> FastAPI:
     async def show_page() -> FileResponse:
         return FileResponse(page)
 
-    app.add_api_route("/", show_page, methods=readable, include_in_schema=False)
-    app.add_api_route("/health", health, methods=readable)
-    app.add_api_route("/v1/models", api.models, methods=readable)
-    app.add_api_route("/v1/models/{name:path}", api.model, methods=readable)
+    app.add_api_route("/", show_page, methods=["GET", "HEAD"], include_in_schema=False)
+    for path, answer in (("/health", health), ("/v1/models", api.models), ("/v1/models/{name:path}", api.model)):
+        app.add_api_route(path, answer, methods=["GET"])
+        app.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False)
     app.add_api_route("/v1/chat/completions", api.chat, methods=["POST"])
     app.add_api_route("/v1/completions", api.complete, methods=["POST"])
     app.add_exception_handler(ApiError, _refused)

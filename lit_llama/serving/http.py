@@ -309,7 +309,8 @@ def bind(host: str, port: int) -> tuple[socket.socket, str]:
         listener.bind((host, port))
     except (OSError, OverflowError) as error:
         listener.close()
-        raise ValueError(f"cannot listen on {host}, port {port}: {error}; choose another --port or --host") from None
+        reason = str(error).rstrip(".")
+        raise ValueError(f"cannot listen on {host}, port {port}: {reason}; choose another --port or --host") from None
     shown = f"[{host}]" if ":" in host else host
     return listener, f"http://{shown}:{listener.getsockname()[1]}"
 

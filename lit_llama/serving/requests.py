@@ -53,7 +53,7 @@ class Fields(BaseModel):
         for name in given.keys() - cls.model_fields.keys() - HARMLESS:
             if name not in NOT_DONE:
                 near = get_close_matches(name[:100], list(cls.model_fields), n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
+                hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ApiError(400, f"unknown field {name[:100]!r}{hint}", "unknown_parameter", name)
             value = given[name]
             # True and 1 are equal in Python, and not the same wish.

@@ -191,7 +191,7 @@ class AdapterStore:
             self._stored.pop(name, None)
             inside = [one for one in self.names() if one.startswith(f"{name}/")]
             near = inside[:3] or get_close_matches(name[:100], self.names(), n=3)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise ValueError(f"no adapter named {name[:100]!r} among {len(self)}{hint}")
         if name not in self._stored or self._stored[name].stamp != stamp:
             self._stored[name] = self._read(name, stamp)

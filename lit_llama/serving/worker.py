@@ -12,6 +12,7 @@ import queue
 import signal
 import sys
 import threading
+import warnings
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -249,6 +250,7 @@ def work(connection: Connection, opening: Opening) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # service managers send it to both processes; see `Worker`
+    warnings.showwarning = lambda message, *_, **__: tqdm.write(f"warning: {message}", file=sys.stderr)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which would be missed when this is killed
     inbox: queue.SimpleQueue[tuple[int, Job | None]] = queue.SimpleQueue()
 
@@ -268,7 +270,8 @@ def work(connection: Connection, opening: Opening) -> None:
             compile=opening.compile,
             for_generation=True,
         ).model
-        store = AdapterStore(opening.adapter_dir, model, opening.allow_other_base, opening.quantize)
+        with warnings.catch_warnings(action="ignore"):  # the main process, which opens them too, has said it
+            store = AdapterStore(opening.adapter_dir, model, opening.allow_other_base, opening.quantize)
         rows = Rows(model, store, opening.max_rows, opening.max_length)
     except Exception as error:  # of any kind: the main process says it in one line
         connection.send(str(error) or type(error).__name__)
