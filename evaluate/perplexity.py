@@ -95,8 +95,7 @@ def main(
         added = [without.logprob - with_it.logprob for without, with_it in zip(*found, strict=True)]
         interval = in_words(bootstrap(added, tokens), "+.4f")
         interval = f" (95% interval over the same pieces: {interval})" if interval else ""
-        change = sum(added) / sum(tokens)
-        print(f"\nThe adapter {'adds' if change >= 0 else 'takes away'} {abs(change):.4f} nats per token{interval}.")
+        print(f"\nThe adapter changes the loss by {sum(added) / sum(tokens):+.4f} nats per token{interval}.")
     if len(examples) == 1:
         print(f"There is no interval, as all of it is one piece of {len(examples[0].ids)} tokens."
               + (" A smaller --window makes more." if text else ""), file=sys.stderr)  # fmt: skip

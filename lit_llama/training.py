@@ -172,7 +172,7 @@ def _say_what_came_of_it(plan: Plan, progress: Progress, run: Run, say: Say) -> 
         f"after step {progress.best_step}, the best: validation {in_words(progress.best)}\n"
         f"{progress.seconds:.0f} s; adapter: {run.place}"
     )
-    if progress.best["loss"] >= progress.first["loss"]:
+    if progress.first and progress.best["loss"] >= progress.first["loss"]:
         say("warning: no validation was better than that before training: try more steps or a lower --learning_rate")
 
 
