@@ -44,6 +44,8 @@ def main(
         options: those of every evaluation with answers, see `ask`.
     """
     started = time.perf_counter()
+    if adapter_path is None and not out_dir.is_dir():
+        raise FileNotFoundError(f"{out_dir}: no such run; give --adapter_path, or the folder of a run as --out_dir")
     aligned = mixture(adapter_path or [out_dir], adapter_scale)
     questions = read_test_questions(questions_path)
     models, answers = ask(

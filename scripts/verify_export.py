@@ -18,6 +18,7 @@ in an environment of its own, because it wants its own version of PyTorch.
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -82,6 +83,8 @@ def main(
         raise FileNotFoundError(f"{export_path}: no such file or folder")
     if (engine == "vllm") != (vllm_python is not None):
         raise ValueError("--engine vllm and --vllm_python, which says where vLLM is, are given together or not at all")
+    if vllm_python is not None and shutil.which(vllm_python) is None:
+        raise FileNotFoundError(f"--vllm_python {vllm_python}: no such program; howto/export.md says how to make it")
     base = open_base(
         checkpoint_dir,
         adapter_path,

@@ -117,6 +117,15 @@ def test_bad_files_of_options(content, tmp_path, capsys):
     assert err.count("\n") == 1
 
 
+def test_what_is_lacking_is_named(tmp_path, capsys):
+    assert refusal(["--config", str(tmp_path / "none.yaml")], capsys) == (
+        f"error: --config: {tmp_path / 'none.yaml'}: no such file (--help lists the options)\n"
+    )
+    with pytest.raises(SystemExit):
+        parse(load_script("scripts/prepare_instructions.py").main, ["--data_path", "a.json"])
+    assert "error: required are --instruction_column, --response_column (" in capsys.readouterr().err
+
+
 OUT_OF_MEMORY = [
     MemoryError(),
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),

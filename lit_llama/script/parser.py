@@ -132,6 +132,12 @@ class _Parser(jsonargparse.ArgumentParser):
             words = kind.strip("{}").split(",")
             choices = ", ".join(word if word.isupper() else repr(word) for word in words)  # of which NUMBER is none
             message = f"--{wrong[1]} {wrong[2]}: " + (f"there are {choices}" if kind[0] == "{" else f"expected {kind}")
+        required = re.fullmatch(r"the following arguments are required: (.*)", message)
+        if required:
+            message = "required are " + ", ".join(f"--{name}" for name in required[1].split(", "))
+        lost = re.fullmatch(r'Parser key "config": File does not exist: \'(.*)\'', message)
+        if lost:
+            message = f"--config: {lost[1]}: no such file"
         print(f"error: {message} (--help lists the options)", file=sys.stderr)
         sys.exit(2)
 
