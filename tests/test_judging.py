@@ -16,6 +16,7 @@ from lit_llama.adapters import load_adapter, save_adapter
 from lit_llama.checkpoint import load_base
 from lit_llama.evaluation import judging, statistics
 from lit_llama.evaluation.answers import Question, append_row, read_folder, read_kept, read_questions
+from lit_llama.evaluation.answers_page import write_page
 from lit_llama.evaluation.statistics import bootstrap, share_interval
 from lit_llama.script.evaluation import column_names
 
@@ -378,6 +379,16 @@ def test_answers_of_models(command, base_dir, aligner_path, tmp_path):
     assert {row["question_id"]: row["choices"] for row in again} == {row["question_id"]: row["choices"] for row in rows}
     questions.write_text(questions.read_text().replace("Again", "Once more"))
     assert "holds answers to other questions" in command("evaluate/vicuna.py", *models, **options)[2]
+
+
+@pytest.mark.parametrize("categories", [["all", "all"], ["sums", "words"]])
+def test_categories_are_chosen_from_where_there_are_some(tmp_path, categories):
+    questions = [Question(number, category, ["Count."]) for number, category in enumerate(categories)]
+    write_page(tmp_path / "a.html", questions, {"base": {0: ["1"], 1: ["2"]}}, "Answers")
+    page = (tmp_path / "a.html").read_text()
+    assert ('aria-label="Category" hidden' in page) == (categories[0] == "all")
+    labels = re.findall('<div class="category">(.*)</div>', page)
+    assert labels == (["0", "1"] if categories[0] == "all" else ["0 · sums", "1 · words"])
 
 
 PROMPTS = {

@@ -32,7 +32,7 @@ PAGE = """\
 <header>
   <h1>{title}</h1>
   <input id="search" type="search" placeholder="Search prompts and answers" aria-label="Search prompts and answers">
-  <select id="category" aria-label="Category"><option value="">all categories</option>{options}</select>
+  <select id="category" aria-label="Category"{hidden}><option value="">all categories</option>{options}</select>
   <span id="count"></span>
 </header>
 <main>
@@ -78,6 +78,7 @@ def write_page(
         title=html.escape(title),
         width=22 + 26 * len(answers),
         columns=len(answers),
+        hidden="" if len(categories) > 1 else " hidden",
         options="".join(f"<option>{html.escape(category)}</option>" for category in categories),
         sections="\n".join(
             section(question, {name: texts[question.id] for name, texts in answers.items()}, pattern)
@@ -91,7 +92,8 @@ def write_page(
 def section(question: Question, answers: dict[str, list[str]], pattern: re.Pattern[str] | None) -> str:
     """A prompt and the answers to it, turn by turn."""
     parts = [f'<section data-category="{html.escape(question.category)}">']
-    parts.append(f'<div class="category">{html.escape(str(question.id))} · {html.escape(question.category)}</div>')
+    names = [str(question.id)] + ([question.category] if question.category != "all" else [])
+    parts.append(f'<div class="category">{html.escape(" · ".join(names))}</div>')
     for i, turn in enumerate(question.asked):
         parts.append(f'<div class="prompt">{html.escape(turn)}</div><div class="answers">')
         for name, turns in answers.items():
