@@ -270,7 +270,8 @@ def work(connection: Connection, opening: Opening) -> None:
             compile=opening.compile,
             for_generation=True,
         ).model
-        with warnings.catch_warnings(action="ignore"):  # the main process, which opens them too, has said it
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the main process, which opens the adapters too, has said it
             store = AdapterStore(opening.adapter_dir, model, opening.allow_other_base, opening.quantize)
         rows = Rows(model, store, opening.max_rows, opening.max_length)
     except Exception as error:  # of any kind: the main process says it in one line
