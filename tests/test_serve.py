@@ -21,7 +21,7 @@ import torch
 import uvicorn
 from conftest import ROOT, load_script, random_aligner
 
-from lit_llama.adapters import METHODS, load_adapter, save_adapter
+from lit_llama.adapters import METHODS, Companion, load_adapter, save_adapter
 from lit_llama.checkpoint import load_base
 from lit_llama.combine import WeightedSum
 from lit_llama.generation import generate
@@ -530,6 +530,10 @@ def test_a_full_queue_and_slow_requests(small_server):
     for path in ("/openapi.json", "/docs"):
         with urllib.request.urlopen(url + path) as response:
             assert response.status == 200
+    status, _, described = raw(url, path="/openapi.json", method="GET", key=None)
+    assert (status, described["paths"]["/v1/models"].keys()) == (200, {"get"})
+    for path in ("/v1/models", "/v1/models/base"):
+        assert raw(url, path=path, method="HEAD")[0] == 200
 
 
 def test_the_servers_temperature_is_that_of_requests_that_do_not_say():
@@ -547,6 +551,17 @@ def test_sigterm_ends_it_while_the_model_is_loaded(base_dir, adapter_dir):
     assert server.lines[1].startswith("warning: broken cannot be used: broken.safetensors is not a complete")
     assert server.lines[-1].startswith(f"2 adapters in {adapter_dir}, and 1 that cannot be used; ")
     end_by_sigterm(server)
+
+
+def test_a_warning_is_one_line_though_two_processes_open_the_adapters(base_dir, tmp_path):
+    model = load_base(base_dir)
+    also = [Companion("style", "0" * 16, 0.5)]
+    save_adapter(tmp_path / "top.safetensors", random_aligner(model.config, 1), model, also=also)
+    server = Server(base_dir, tmp_path)
+    said = [line for line in server.lines if "on top of" in line or "Warning" in line]
+    end_by_sigterm(server)
+    assert len(said) == 1
+    assert said[0].startswith(f"warning: {tmp_path / 'top.safetensors'}")
 
 
 def test_a_signal_waits_until_the_worker_has_started():
