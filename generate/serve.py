@@ -23,6 +23,7 @@ from lit_llama.script.command_line import run
 from lit_llama.script.opening import say_precision
 from lit_llama.serving.store import AdapterStore
 from lit_llama.serving.worker import Opening, Worker
+from lit_llama.tables import counted
 from lit_llama.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # slow to import, which --help should not be
@@ -108,8 +109,9 @@ def serve_folder(opening: Opening, limits: "Limits", access: "Access", host: str
         print(f"warning: {name} cannot be used: {error}", file=sys.stderr)
     if len(unusable) > 3:
         print(f"... and {len(unusable) - 3} more", file=sys.stderr)
-    left_out = f", and {len(unusable)} that cannot be used" if unusable else ""
-    print(f"{len(store)} adapters in {opening.adapter_dir}{left_out}; the model is being loaded", file=sys.stderr)
+    found = f"{counted(len(store), 'adapter')} in {opening.adapter_dir}"
+    found += f", and {len(unusable)} that cannot be used" if unusable else ""
+    print(f"{found}; the model is being loaded", file=sys.stderr)
     worker = Worker(opening)
     try:
         limits = replace(limits, max_length=opening.max_length)

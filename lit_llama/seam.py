@@ -34,9 +34,9 @@ The contract:
 - What is saved and loaded by its name is a module with float32 parameters, which says what it is (see
   `lit_llama.bias`): `method`, the name in `lit_llama.adapters.METHODS`; `base_sizes`, the fields of the configuration
   that its shapes depend on; `sizes`, their values and its own arguments; `scale_`, which multiplies what it adds; and,
-  if several can be made one, `merged`. Where its class, not one above it, says
-  `takes_rows`, its parameters may have a dimension for rows in front, and `layer` then says what each row adds. Many
-  that have the same `sizes`, and so differ in their parameters alone, are then stacked once and not in each layer.
+  if several can be made one, `merged`. If its class itself, and not one that it inherits from, says `takes_rows`, its
+  parameters may have a dimension for rows in front, and `layer` then says what each row adds. Then adapters of the same
+  `sizes`, which differ in their parameters alone, are stacked once and not in each layer.
 - An update is affine in x and y together, u(x, y) = c + M x + S y, so that it folds exactly into a weight and a bias,
   W' = (I + S) W + M and b' = (I + S) b + c. So does a prefix of one token, whose softmax is 1 for every query. See
   `lit_llama.formats.folding`, which refuses an update that is not affine.

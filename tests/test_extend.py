@@ -9,8 +9,10 @@ from conftest import ROOT, train_tokenizer
 
 from lit_llama.adapters import METHODS, load_adapter
 from lit_llama.checkpoint import load_base
+from lit_llama.combine import PerRow
 from lit_llama.data import open_data
 from lit_llama.losses import supervised_loss
+from lit_llama.seam import by_row
 from lit_llama.tuning import train
 
 PAGE = (ROOT / "howto" / "extend.md").read_text(encoding="utf-8")
@@ -61,6 +63,26 @@ def test_a_method(run_section, base_dir, hf_checkpoint, monkeypatch, capsys):
         expected = theirs(ids).logits
     torch.testing.assert_close(base(ids, scaling), expected, atol=1e-4, rtol=0)
     assert (expected - base(ids)).abs().max() > 0.1
+
+
+def test_a_method_whose_adapters_are_stacked(tiny_model, monkeypatch):
+    """The example's class with the two changes that the page names."""
+    monkeypatch.setattr("lit_llama.adapters.METHODS", dict(METHODS))
+    code = re.search(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)[1]
+    for old, new in (
+        ("self.s[None, index]", "by_row(self.s[..., index, :], 1)"),
+        ('    method = "scaling"', '    takes_rows = True\n    method = "scaling"'),
+    ):
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+    names = {"by_row": by_row}
+    exec(code, names)
+    rows = [names["Scaling"](tiny_model.config).requires_grad_(False) for _ in range(3)]
+    for row in rows:
+        torch.nn.init.normal_(row.s, std=0.3)
+    ids = torch.randint(96, (3, 10))
+    expected = torch.cat([tiny_model(one[None], row) for one, row in zip(ids, rows, strict=True)])
+    torch.testing.assert_close(tiny_model(ids, PerRow(rows)), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("tied", [True, False])

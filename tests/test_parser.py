@@ -123,7 +123,7 @@ def test_what_is_lacking_is_named(tmp_path, capsys):
     )
     with pytest.raises(SystemExit):
         parse(load_script("scripts/prepare_instructions.py").main, ["--data_path", "a.json"])
-    assert "error: required are --instruction_column, --response_column (" in capsys.readouterr().err
+    assert "error: these options are required: --instruction_column, --response_column (" in capsys.readouterr().err
 
 
 OUT_OF_MEMORY = [

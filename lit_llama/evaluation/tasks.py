@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import datasets
 import datasets.config
 import huggingface_hub
+import huggingface_hub.constants
 import huggingface_hub.errors
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task

@@ -103,13 +103,8 @@ def render(report: Mapping[str, Any], progress: Progress, checkpoint_dir: Path, 
         ("same likeliest token", f"{first['agreement']:.1%} of tokens before, {best['agreement']:.1%} after"),
     ]
     if more["tokens"]:  # else there is no prompt, only adapters of the teacher
-        figures.append(
-            (
-                "the prompt's cost, each request",
-                f"{more['tokens']:.0f} tokens, {more['cache_bytes']:,.0f} bytes of "
-                f"cache, {more['milliseconds']:.0f} ms to read on this machine",
-            )
-        )
+        read = f"{more['cache_bytes']:,.0f} bytes of cache, {more['milliseconds']:.0f} ms to read on this machine"
+        figures.append(("the prompt's cost, each request", f"{more['tokens']:.0f} tokens, {read}"))
     figures += [
         ("the adapter's cost", f"0 tokens, 0 bytes of cache, {added:.0f} ms; a file of {file.stat().st_size:,} bytes"),
         ("reading a question alone", f"{cost['base']['tokens']:.0f} tokens, {cost['base']['milliseconds']:.0f} ms"),

@@ -130,11 +130,11 @@ class _Parser(jsonargparse.ArgumentParser):
         if wrong and wrong[1] in kinds:
             kind = str(kinds[wrong[1]])
             words = kind.strip("{}").split(",")
-            choices = ", ".join(word if word.isupper() else repr(word) for word in words)  # of which NUMBER is none
+            choices = ", ".join(word if word.isupper() else repr(word) for word in words)  # not NUMBER
             message = f"--{wrong[1]} {wrong[2]}: " + (f"there are {choices}" if kind[0] == "{" else f"expected {kind}")
         required = re.fullmatch(r"the following arguments are required: (.*)", message)
         if required:
-            message = "required are " + ", ".join(f"--{name}" for name in required[1].split(", "))
+            message = "these options are required: " + ", ".join(f"--{name}" for name in required[1].split(", "))
         lost = re.fullmatch(r'Parser key "config": File does not exist: \'(.*)\'', message)
         if lost:
             message = f"--config: {lost[1]}: no such file"

@@ -160,7 +160,7 @@ class _Survey:
             reasons = [f"{number} {reason}" for reason, number in self.left_out.items()]
             reasons += [f"{self.bad} that cannot be used, {first}"] if self.bad else []
             raise ValueError(
-                f"{source} has {count} usable examples, expected at least 2, one of them for validation"
+                f"{source} has {counted(count, 'usable example')}, expected at least 2, one of them for validation"
                 + (f" (left out: {'; '.join(reasons)})" if reasons else "")
             )
 

@@ -13,7 +13,7 @@ from lit_llama.tokenizer import Tokenizer
 MODEL_README = """# {title}
 
 {base}{adapters}, exported to Hugging Face's format by Lit-LLaMA-Aligner {version}.
-In the folder above this one:
+Run this in the folder above this one:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,7 +33,7 @@ library_name: peft
 # {title}
 
 An adapter for {base} ({adapters}), exported to PEFT's format by Lit-LLaMA-Aligner {version}.
-In the folder above this one:
+Run this in the folder above this one:
 
 ```python
 from peft import PeftModel

@@ -111,10 +111,11 @@ class AdapterStore:
         Raises:
             ValueError: there is none of that name, or its file cannot be used; the message says why.
         """
-        stored = self._current(name)
+        file = self._file(name)
+        stored = self._current(file)
         if stored.kind is None or stored.values is None:
             raise ValueError(stored.error)
-        key = (self._file(name), stored.stamp, scale)
+        key = (file, stored.stamp, scale)
         opened = self._opened.get(key)
         if opened is not None:
             return opened
@@ -136,7 +137,7 @@ class AdapterStore:
         Raises:
             ValueError: as `get`.
         """
-        stored = self._current(name)
+        stored = self._current(self._file(name))
         if stored.kind is None:
             raise ValueError(stored.error)
         return stored.kind.style
@@ -179,8 +180,7 @@ class AdapterStore:
         return name
 
     def _current(self, name: str) -> StoredAdapter:
-        """What is stored under a name, read again if its file has changed."""
-        name = self._file(name)
+        """What is stored under the name of a file, read again if that has changed."""
         path = self.folder / f"{name}.safetensors"
         is_inside = all(part and not part.startswith(".") for part in name.split("/"))
         try:
